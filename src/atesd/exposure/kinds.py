@@ -1,0 +1,12 @@
+"""The union of all exposure sections: a recipe's `[exposure]` names one `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from atesd.exposure.beta_config import BetaConfig
+from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
+
+ExposureConfig = Annotated[Fixed | Linear | Cosine | Steps | Uniform | BetaConfig, Field(discriminator="kind")]

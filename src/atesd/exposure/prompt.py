@@ -1,0 +1,165 @@
+"""The messages of both roles: OPSD's prompts, with a hint that shows as much as the exposure ratio says.
+
+    ratio 1   hint = the reference solution, so the teacher prompt is OPSD's, byte for byte
+    ratio < 1 hint = the revealed part, then the final answer, unless the revealed part already states it
+    ratio 0   hint = the final answer
+
+Texts: OPSD v3 (github siyan-zhao/OPSD); partial exposure: ATESD, arXiv 2605.11458 (METHOD 1.2, 2.1). Ours, where the
+paper is silent: the wording of the answer, and OPSD's transition at every ratio.
+
+Joining, for ratios below 1: white space at the end of the revealed part is dropped, then comes the answer text as its
+template spells it; where nothing is revealed the answer text loses its leading white space. So no hint begins or ends
+with an empty line, and a line-by-line template such as "\\n#{answer}" gives one line more in every case.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from atesd.exposure.reveal import RevealConfig, check_ratio
+from atesd.exposure.reveal import reveal as reveal_solution
+from atesd.types import Config, Message, Problem, UserError
+
+_BOXED_SENTENCE = "Please reason step by step, and put your final answer within \\boxed{}."
+_TRANSITION = (
+    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind each step "
+    "\u2014 do not copy or paraphrase it. Now, using your own words and independent reasoning, derive the same final "
+    "answer to the problem above. Think step by step, explore different approaches, and don't be afraid to backtrack "
+    "or reconsider if something doesn't work out:\n"
+)
+OPSD_STUDENT = "Problem: {problem}\n\n" + _BOXED_SENTENCE
+OPSD_TEACHER = (
+    "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution Begin ===\n{hint}\n"
+    "=== Reference Solution End ===\n" + _TRANSITION + "\n" + _BOXED_SENTENCE
+)
+
+
+class PromptConfig(Config):
+    """Prompt templates of both roles, one user turn each. Defaults are OPSD v3's texts.
+
+    `{problem}`, `{hint}` and `{answer}` are filled literally and in one pass; all other braces are plain text.
+    """
+
+    student: str = OPSD_STUDENT
+    """The student's prompt; must contain `{problem}`."""
+    teacher: str = OPSD_TEACHER
+    """The teacher's prompt; must contain `{problem}` and `{hint}`."""
+    answer: str = "\n\nFinal answer: \\boxed{{answer}}"
+    """What follows the revealed part at ratios below 1; must contain `{answer}`, or be empty to leave it out."""
+    hint: Literal["solution", "none", "wrong_problem"] = "solution"
+    """What the teacher is told: the solution, nothing (reference-free control), or another problem's solution and
+    answer (control)."""
+    hint_none: str | None = None
+    """The teacher's prompt with `hint = "none"`; unset, it is the student's."""
+    enable_thinking_student: bool | None = None
+    """Passed to the chat template of the student where set. OPSD v3: false."""
+    enable_thinking_teacher: bool | None = None
+    """Passed to the chat template of the teacher where set. OPSD v3: true."""
+    teacher_prefill: str = ""
+    """Text after the teacher's assistant header, for instance an opening think tag."""
+
+    @model_validator(mode="after")
+    def _check_placeholders(self) -> Self:
+        needed = {"student": ("problem",), "teacher": ("problem", "hint"), "hint_none": ("problem",)}
+        if self.answer:
+            needed["answer"] = ("answer",)
+        for field, names in needed.items():
+            template = getattr(self, field)
+            if template is None:
+                continue
+            for name in names:
+                if f"{{{name}}}" not in template:
+                    raise ValueError(f"template {field!r} lacks the placeholder {{{name}}}; add it where it belongs")
+        for field in ("student", "hint_none"):
+            if "{hint}" in (getattr(self, field) or ""):
+                raise ValueError(f"template {field!r} contains {{hint}}, which only the teacher may see; remove it")
+        return self
+
+
+def student_messages(problem: Problem, config: PromptConfig) -> list[Message]:
+    """Return the student's prompt: the problem and no hint."""
+    return _user(_fill(config.student, problem=problem.problem))
+
+
+def teacher_messages(
+    problem: Problem, ratio: float, prompt: PromptConfig, reveal: RevealConfig, *, donor: Problem | None = None
+) -> list[Message]:
+    """Return the teacher's prompt: the problem and its hint at an exposure ratio. Errors as `hint_text`."""
+    if prompt.hint == "none":
+        check_ratio(ratio)
+        template = prompt.student if prompt.hint_none is None else prompt.hint_none
+        return _user(_fill(template, problem=problem.problem))
+    hint = hint_text(problem, ratio, prompt, reveal, donor=donor)
+    return _user(_fill(prompt.teacher, problem=problem.problem, hint=hint))
+
+
+def hint_text(
+    problem: Problem, ratio: float, prompt: PromptConfig, reveal: RevealConfig, *, donor: Problem | None = None
+) -> str:
+    """Return what `{hint}` stands for: the revealed part and the final answer, joined as the module text says.
+
+    `donor` is the problem whose solution and answer are shown with `hint = "wrong_problem"`; otherwise it is unused.
+    A problem without an answer gets the revealed part alone. UserError if the ratio leaves [0, 1], the solution is
+    empty, or the donor is missing or the problem itself.
+    """
+    if prompt.hint == "none":
+        return ""
+    source = problem
+    if prompt.hint == "wrong_problem":
+        if donor is None or donor.id == problem.id:
+            raise UserError(f"hint 'wrong_problem' needs a donor other than problem {problem.id!r}; see `donors`")
+        source = donor
+    revealed = reveal_solution(source.solution, ratio, reveal, seed_key=source.id)
+    if revealed.complete:
+        return source.solution
+    visible = revealed.text.rstrip()
+    if not source.answer or not prompt.answer:
+        return visible
+    answer = _fill(prompt.answer, answer=source.answer)
+    if states_answer(visible, answer, source.answer):
+        return visible
+    return visible + answer if visible else answer.lstrip()
+
+
+def states_answer(visible: str, answer_text: str, answer: str) -> bool:
+    r"""Tell whether the revealed part already states the answer.
+
+    Sought is `\boxed{answer}` if the answer text contains that box, else the answer text itself, white space at the
+    ends and inside the box aside. Digits and letters must stand alone: `#7` is in `so #7.`, not in `#72`, `#7.5` or
+    `#7/2`; a box is exact by itself.
+    """
+    stated = answer_text.strip()
+    if f"\\boxed{{{answer}}}" in answer_text:
+        return re.search(rf"\\boxed\s*\{{\s*{re.escape(answer.strip())}\s*\}}", visible) is not None
+    before = r"(?<!\w)(?<!\d[.,])" if stated[0].isalnum() or stated[0] in "+-." else ""
+    after = r"(?!\w)(?![.,/]\d)" if stated[-1].isalnum() else ""
+    return re.search(before + re.escape(stated) + after, visible) is not None
+
+
+def donors(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
+    """Give every problem another one's solution: a derangement, one random cycle through all problems, by seed.
+
+    UserError with fewer than two problems or with repeated ids.
+    """
+    if len({problem.id for problem in problems}) != len(problems):
+        raise UserError("hint 'wrong_problem' needs problems with different ids; make the ids unique")
+    if len(problems) < 2:
+        raise UserError("hint 'wrong_problem' needs at least 2 problems, so that each can show another's solution")
+    cycle = sorted(problems, key=lambda problem: problem.id)
+    random.Random(seed).shuffle(cycle)
+    return {problem.id: cycle[index - 1] for index, problem in enumerate(cycle)}
+
+
+def _user(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+def _fill(template: str, **values: str) -> str:
+    """Replace the named placeholders in one pass, so that braces inside the values are never looked at."""
+    names: Mapping[str, str] = values
+    return re.sub(r"\{(" + "|".join(names) + r")\}", lambda match: names[match[1]], template)

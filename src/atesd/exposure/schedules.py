@@ -1,0 +1,161 @@
+"""Exposure that is not learned: fixed, scheduled, or drawn at random.
+
+`Fixed` at 1 is OPSD. `random` is the control of the learned controller: the same hold windows, no learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import cos, pi
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from atesd.exposure.controller import Controller
+from atesd.exposure.window import HoldClock
+from atesd.types import Config, Observation, Stateless
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Fixed(Config):
+    """The same exposure at every step. OPSD shows the whole solution: ratio 1."""
+
+    kind: Literal["fixed"] = "fixed"
+    ratio: Ratio = 1.0
+    """Exposure ratio: 0 shows the answer only, 1 the whole solution."""
+
+    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        return Schedule(lambda step: self.ratio)  # noqa: ARG005
+
+
+class Linear(Config):
+    """A straight line from `start` at update 0 to `end` at update `steps` - 1, then constant. Our choice of ends."""
+
+    kind: Literal["linear"] = "linear"
+    start: Ratio = 1.0
+    """Exposure ratio of the first update."""
+    end: Ratio = 0.0
+    """Exposure ratio of the last update."""
+    steps: int | None = Field(default=None, ge=1)
+    """Updates that the change takes; unset, the whole run."""
+
+    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        steps = self.steps or total_steps
+        return Schedule(lambda step: self.start + (self.end - self.start) * share_done(step, steps))
+
+
+class Cosine(Config):
+    """Half a cosine from `start` at update 0 to `end` at update `steps` - 1, then constant. Our choice of ends."""
+
+    kind: Literal["cosine"] = "cosine"
+    start: Ratio = 1.0
+    """Exposure ratio of the first update."""
+    end: Ratio = 0.0
+    """Exposure ratio of the last update."""
+    steps: int | None = Field(default=None, ge=1)
+    """Updates that the change takes; unset, the whole run."""
+
+    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        steps = self.steps or total_steps
+        rise = self.end - self.start
+        return Schedule(lambda step: self.start + rise * (1.0 - cos(pi * share_done(step, steps))) / 2.0)
+
+
+class Steps(Config):
+    """Piecewise constant exposure: values[i] from update boundaries[i-1] on."""
+
+    kind: Literal["steps"] = "steps"
+    values: tuple[Ratio, ...] = Field(min_length=1)
+    """Exposure ratios, in order."""
+    boundaries: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Updates at which the next value begins, rising; one fewer than `values`."""
+
+    @model_validator(mode="after")
+    def _check_boundaries(self) -> Self:
+        if len(self.boundaries) != len(self.values) - 1:
+            raise ValueError(
+                f"{len(self.values)} values with {len(self.boundaries)} boundaries; give one boundary fewer than values"
+            )
+        if any(later <= earlier for earlier, later in pairwise(self.boundaries)):
+            raise ValueError(f"boundaries {self.boundaries} do not rise; list them in order, each once")
+        return self
+
+    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        return Schedule(lambda step: self.values[sum(1 for boundary in self.boundaries if boundary <= step)])
+
+
+class Uniform(Config):
+    """One uniform draw per hold window, for all problems. The paper's `random` arm; its range is our choice."""
+
+    kind: Literal["random"] = "random"
+    low: Ratio = 0.0
+    """Smallest exposure ratio."""
+    high: Ratio = 1.0
+    """Largest exposure ratio."""
+    hold: int = Field(default=5, ge=1)
+    """Updates that share one draw; a step without a distilled group does not count."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
+        return self
+
+    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        return UniformController(self, seed)
+
+
+def share_done(step: int, steps: int) -> float:
+    """Return how much of a change is done at an update: 0 at the first, 1 from update `steps` - 1 on."""
+    return min(1.0, step / max(1, steps - 1))
+
+
+class Schedule(Stateless):
+    """A controller whose exposure depends on the step alone."""
+
+    def __init__(self, ratio_at: Callable[[int], float]) -> None:
+        self._ratio_at = ratio_at
+
+    def propose(self, step: int, problem_ids: Sequence[str]) -> Sequence[float]:
+        """Return the step's ratio for every problem."""
+        return [self._ratio_at(step)] * len(problem_ids)
+
+
+class UniformController(Stateless):
+    """A controller that draws anew at every window boundary and learns nothing."""
+
+    def __init__(self, config: Uniform, seed: int) -> None:
+        self._config = config
+        self._random = np.random.default_rng([seed, 2])
+        self._clock = HoldClock(config.hold)
+        self._ratio = config.low
+
+    def propose(self, step: int, problem_ids: Sequence[str]) -> Sequence[float]:  # noqa: ARG002
+        """Return the held ratio, drawn anew if the window has ended."""
+        if self._clock.ended:
+            self._ratio = float(self._random.uniform(self._config.low, self._config.high))
+            self._clock.start()
+        return [self._ratio] * len(problem_ids)
+
+    def observe(self, observation: Observation) -> None:
+        """Count the update unless nothing was distilled in it."""
+        if observation.stats.get("route/distil_groups", 1.0) > 0:
+            self._clock.tick()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the generator's state and the open window."""
+        return {"random": self._random.bit_generator.state, "held": self._clock.held, "ratio": self._ratio}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._random.bit_generator.state = state["random"]
+        self._clock.held = state["held"]
+        self._ratio = state["ratio"]

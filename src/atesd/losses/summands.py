@@ -1,0 +1,110 @@
+"""Summands of the divergences between a teacher p and a student q = softmax(z), entry by entry, with their gradients.
+
+Shapes: n tokens, v entries (of a vocabulary tile or of a top-k support). Logs are natural, values in nats.
+
+With l_i the summands, D = sum_i l_i, and u_i = q_i dD/dq_i, every divergence has dD/dz_j = u_j - q_j sum_i u_i. Adding
+a multiple of q_i to u_i changes nothing, as q sums to 1; `slope` is u_i shifted so that it vanishes at p = q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp(80) fits float32, and an entry whose p is exp(-80) of its q adds nothing that float64 could hold.
+MAX_GAP = 80.0
+
+
+class Entries(NamedTuple):
+    """Summands of one divergence: `value` l_i, `slope` u_i + shift q_i, `shift` one of 1, -1, 0.
+
+    `shift * sum(q - p)` is zero but for rounding; added to the sum of values it cancels, to first order, the rounding
+    of both normalisers, which would otherwise make small divergences negative.
+    """
+
+    value: Tensor
+    slope: Tensor
+    shift: float
+
+
+Summand = Callable[[Tensor, Tensor, Tensor, Tensor], Entries]
+"""(log_p, p, log_q, q) -> Entries, all [n, v]."""
+
+
+def forward_kl(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:
+    """Summands of KL(teacher || student): l = p log(p/q), u = -p."""
+    return Entries(p * (log_p - log_q), q - p, 1.0)
+
+
+def reverse_kl(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:  # noqa: ARG001 (one signature for all)
+    """Summands of KL(student || teacher): l = q log(q/p), u = l + q."""
+    value = q * (log_q - log_p)
+    return Entries(value, value, -1.0)
+
+
+def jsd(beta: float) -> Summand:
+    """Summands of b KL(p||m) + (1-b) KL(q||m), m = b p + (1-b) q: the two terms added per entry, u = (1-b) q log(q/m).
+
+    log(p/m) = -log(1 + (1-b) (q/p - 1)), which is exact near p = q.
+    """
+
+    def summand(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:
+        gap = (log_q - log_p).clamp(max=MAX_GAP)
+        log_p_over_m = gap.expm1().mul_(1 - beta).log1p_().neg_()
+        slope = gap.add_(log_p_over_m).mul_(q).mul_(1 - beta)
+        return Entries(log_p_over_m.mul_(p).mul_(beta).add_(slope), slope, 0.0)
+
+    return summand
+
+
+class PairSums(NamedTuple):
+    """Sums over the entries of one pair, each [n]; those of several tiles add up."""
+
+    divergence: Tensor
+    """D, unclipped."""
+    loss: Tensor
+    """sum_i min(l_i, tau), or D without a clip."""
+    slope: Tensor
+    """sum_i u_i of the loss, shifted."""
+    held: Tensor
+    """Number of entries with l_i >= tau."""
+    held_mass: Tensor
+    """Teacher probability on them."""
+    log_p_mean: Tensor
+    """sum_i p_i log p_i."""
+    log_q_mean: Tensor
+
+
+def pair_sums(summand: Summand, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, tau: float | None) -> PairSums:
+    """Sum one tile of a pair. With `tau` the loss is the pointwise clip of METHOD 1.4: an entry acts while l_i < tau."""
+    value, slope, shift = summand(log_p, p, log_q, q)
+    divergence = value.sum(-1)
+    if shift:
+        divergence += shift * (q - p).sum(-1)
+    log_p_mean, log_q_mean = (p * log_p).sum(-1), (q * log_q).sum(-1)
+    if tau is None:
+        none = torch.zeros_like(divergence)
+        return PairSums(divergence, divergence, slope.sum(-1), none, none, log_p_mean, log_q_mean)
+    held = value >= tau
+    return PairSums(
+        divergence=divergence,
+        loss=value.clamp(max=tau).sum(-1),
+        slope=torch.where(held, shift * q, slope).sum(-1),
+        held=held.sum(-1).to(p.dtype),
+        held_mass=(p * held).sum(-1),
+        log_p_mean=log_p_mean,
+        log_q_mean=log_q_mean,
+    )
+
+
+def logit_gradient(
+    summand: Summand, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, tau: float | None, slope_sum_n: Tensor
+) -> Tensor:
+    """Gradient of the loss to the student's tempered logits, [n, v], given the sum of slopes over all entries."""
+    value, slope, shift = summand(log_p, p, log_q, q)
+    if tau is not None:
+        slope = torch.where(value >= tau, shift * q, slope)
+    return slope - q * slope_sum_n[:, None]

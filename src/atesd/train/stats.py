@@ -1,0 +1,106 @@
+"""Numbers for the log from the detached statistics of every scored token of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from atesd.train.batch import Row
+from atesd.types import TokenStats
+
+_BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RowStats:
+    """The tokens of one row: statistics [T] and the weight that each token had in the loss."""
+
+    stats: TokenStats
+    weight_T: Tensor
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step leaves behind: numbers for the log, and the token statistics of the rows by their index."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: dict[int, RowStats] = field(default_factory=dict)
+
+
+def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> list[RowStats]:
+    """Cut the statistics of a micro-batch back into its rows."""
+    pieces = [getattr(stats, name.name).split(list(lengths)) for name in fields(TokenStats)]
+    return [
+        RowStats(TokenStats(*(piece[index] for piece in pieces)), weight_T)
+        for index, weight_T in enumerate(weight_N.split(list(lengths)))
+    ]
+
+
+def join(rows: Sequence[RowStats]) -> TokenStats:
+    """Concatenate rows into statistics of all their tokens."""
+    return TokenStats(*(torch.cat([getattr(row.stats, name.name) for row in rows]) for name in fields(TokenStats)))
+
+
+def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
+    """Summarise divergence, mismatch and confidence over the distilled tokens, in all and per exposure bin."""
+    distilled = [index for index in sorted(scored) if rows[index].component == "distil"]
+    if not distilled:
+        return {}
+    stats = join([scored[index] for index in distilled])
+    first = torch.stack([scored[index].stats.divergence[0] for index in distilled])
+    metrics = {
+        "loss/clip_frac": _mean(stats.clip_frac),
+        "loss/clipped_mass": _mean(stats.clipped_mass),
+        "loss/reversed_frac": _mean(stats.reversed),
+        "loss/first_token": _mean(first),
+        "divergence/mean": _mean(stats.divergence),
+        "divergence/p99": _upper_tail(stats.divergence),
+        "mismatch/top1": 1.0 - _mean(stats.top1_agree),
+        "student/entropy": _mean(stats.student_entropy),
+        "student/confidence": _mean(stats.student_max_prob),
+        "teacher/entropy": _mean(stats.teacher_entropy),
+    }
+    return metrics | _bin_metrics(rows, scored, distilled)
+
+
+def logprob_gap(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
+    """Compare the sampler's log-probabilities with the trainer's: about 0 unless they use different weights."""
+    gaps = [
+        (torch.tensor(rows[index].sampler_logprobs) - row.stats.student_logprob).abs()
+        for index, row in scored.items()
+        if rows[index].sampler_logprobs
+    ]
+    return {"rollout/logprob_gap": _mean(torch.cat(gaps))} if gaps else {}
+
+
+def _bin_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats], distilled: Sequence[int]) -> dict[str, float]:
+    bins: dict[str, list[RowStats]] = {}
+    for index in distilled:
+        bins.setdefault(ratio_bin(rows[index].ratio), []).append(scored[index])
+    metrics = {}
+    for name, members in sorted(bins.items()):
+        stats = join(members)
+        metrics[f"bin/{name}/divergence"] = _mean(stats.divergence)
+        metrics[f"bin/{name}/p99"] = _upper_tail(stats.divergence)
+        metrics[f"bin/{name}/mismatch"] = 1.0 - _mean(stats.top1_agree)
+        metrics[f"bin/{name}/clip_frac"] = _mean(stats.clip_frac)
+    return metrics
+
+
+def ratio_bin(ratio: float) -> str:
+    """Name the quarter that a ratio lies in: `0.25-0.50` holds .25 <= ratio < .5, the last one 1 as well."""
+    low = min(int(ratio * 4), 3)
+    return f"{_BIN_EDGES[low]:.2f}-{_BIN_EDGES[low + 1]:.2f}"
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _upper_tail(values: Tensor) -> float:
+    """Return the 99th percentile, as the smallest value that at least 99 % of the tokens do not exceed."""
+    rank = max(1, -(-99 * values.numel() // 100))
+    return float(values.kthvalue(rank).values)

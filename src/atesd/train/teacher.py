@@ -1,0 +1,78 @@
+"""The teacher's weights: frozen at step 0, live, or an exponential moving average of the student's.
+
+Only weights that train can differ between the roles, so a teacher is a set of values for those weights, put in place
+for the duration of its forward pass. With LoRA the frozen teacher is the adapter switched off: no second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from atesd.config import TeacherConfig
+
+
+class Teacher:
+    """Puts the teacher's weights in place and keeps them up to date.
+
+    EMA: theta_T <- d theta_T + (1 - d) theta_S after every optimizer step, from the student on (2601.18734, code).
+    """
+
+    def __init__(self, config: TeacherConfig, model: nn.Module) -> None:
+        self._kind = config.weights
+        self._decay = 0.999 if config.ema_decay is None else config.ema_decay
+        self._model = model
+        self._adapter_off = config.weights == "frozen" and hasattr(model, "peft_config")
+        self._weights: dict[str, Tensor] = {}
+        if config.weights != "live" and not self._adapter_off:
+            self._weights = {name: weight.detach().clone() for name, weight in _trainable(model)}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the teacher's answers depend on the hint alone for the whole run."""
+        return self._kind == "frozen"
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Score with the teacher's weights inside the block; no gradient flows there."""
+        with torch.no_grad():
+            if self._adapter_off:
+                with cast("Any", self._model).disable_adapter():
+                    yield
+                return
+            own = {name: weight.data for name, weight in _trainable(self._model)} if self._weights else {}
+            try:
+                self._put(self._weights)
+                yield
+            finally:
+                self._put(own)
+
+    def update(self) -> None:
+        """Follow the student after an optimizer step."""
+        if self._kind != "ema":
+            return
+        with torch.no_grad():
+            for name, weight in _trainable(self._model):
+                self._weights[name].lerp_(weight.detach(), 1 - self._decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold: the average; the frozen weights come from the model's source."""
+        return self._weights if self._kind == "ema" else {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore `tensors`."""
+        for name, value in tensors.items():
+            self._weights[name].copy_(value)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in _trainable(self._model):
+            if name in weights:
+                weight.data = weights[name]
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)

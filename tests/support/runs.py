@@ -1,0 +1,244 @@
+"""Synthetic run directories, written through `RunDir` as `train` and `compare` write them.
+
+The numbers are made up, but shaped like a real comparison: arms differ, evaluations are sampled per problem, the learned
+arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Everything follows from
+the seed, so two calls write the same files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atesd.runlog import RunDir, dump_json, write_atomic
+
+LEVELS = ("5 steps", "7 steps", "9 steps")
+START = 0.36
+END = {"full": 0.53, "half": 0.74, "random": 0.58, "learned": 0.69}
+OVERRIDES = {
+    "full": ['exposure={kind="fixed", ratio=1.0}'],
+    "half": ['exposure={kind="fixed", ratio=0.5}'],
+    "random": ['exposure={kind="random"}'],
+    "learned": ['exposure={kind="beta"}'],
+}
+EXPOSURE: dict[str, dict[str, Any]] = {
+    "full": {"kind": "fixed", "ratio": 1.0},
+    "half": {"kind": "fixed", "ratio": 0.5},
+    "random": {"kind": "random", "low": 0.0, "high": 1.0},
+    "learned": {"kind": "beta", "hold": 5, "lookahead": 10, "update_every": 4, "lambda_gt": 0.25},
+}
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def write_compare(
+    path: Path, *, arms: Sequence[str] = tuple(END), seeds: Sequence[int] = (1, 2), steps: int = 60, **options: Any
+) -> Path:
+    """Write a comparison: `compare.json` and one run for each arm and seed."""
+    path.mkdir(parents=True, exist_ok=True)
+    comparison = {
+        "recipe": "recipes/pico.toml",
+        "arms": {arm: OVERRIDES.get(arm, []) for arm in arms},
+        "seeds": list(seeds),
+        "k": options.get("k", 4),
+        "task": "pico",
+        "seconds": 75.5 * len(arms) * len(seeds),
+    }
+    write_atomic(path / "compare.json", dump_json(comparison))
+    for arm in arms:
+        for seed in seeds:
+            write_run(path / arm / f"seed_{seed}", arm=arm, seed=seed, steps=steps, **options)
+    return path
+
+
+def write_run(
+    path: Path,
+    *,
+    arm: str = "learned",
+    seed: int = 1,
+    steps: int = 60,
+    problems: int = 48,
+    k: int = 4,
+    hostile: bool = False,
+    finished: bool = True,
+) -> RunDir:
+    """Write one run. `hostile` plants markup in a problem, a hint and a completion."""
+    run = RunDir.create(path, run_config(arm, seed, steps))
+    rng = np.random.default_rng([seed, *arm.encode()])
+    ratios = exposure_ratios(arm, steps, rng)
+    for step in range(steps + 1):
+        metrics = step_metrics(arm, step, steps, ratios, rng) if step else {}
+        if step % max(1, steps // 6) == 0:
+            rows = evaluation_rows(arm, seed, step, steps, problems, k)
+            run.write_rows("eval", step, rows)
+            metrics |= evaluation_metrics(rows, k)
+        run.log(step, metrics)
+        if step and (step % max(1, steps // 4) == 0 or step == 1):
+            run.write_rows("rollouts", step, rollout_rows(step, ratios[step - 1], rng, hostile=hostile))
+    if finished:
+        final = evaluation_metrics(evaluation_rows(arm, seed, steps, steps, problems, k), k)
+        run.finish({"step": steps, "seconds": 70.0 + 3.0 * seed, "final": final, "best": {"step": steps, **final}})
+    return run
+
+
+def run_config(arm: str, seed: int, steps: int) -> dict[str, Any]:
+    """Return a resolved recipe of the shape that `train` writes."""
+    return {
+        "seed": seed,
+        "model": {"name": "pico"},
+        "task": {"kind": "pico", "train": 4096, "evaluation": 256},
+        "teacher": {"weights": "frozen"},
+        "exposure": EXPOSURE.get(arm, {"kind": "fixed", "ratio": 0.25}),
+        "loss": {"divergence": {"kind": "forward_kl"}, "clip": "none"},
+        "cadence": {"num_steps": steps, "problems_per_step": 32},
+        "optim": {"lr": 1e-3, "schedule": "linear"},
+        "sampling": {"temperature": 1.0, "max_new_tokens": 96},
+    }
+
+
+def exposure_ratios(arm: str, steps: int, rng: np.random.Generator) -> list[float]:
+    """One ratio a step, held for five."""
+    ratios: list[float] = []
+    while len(ratios) < steps:
+        centre = 0.5 - 0.12 * len(ratios) / steps
+        drawn = {"full": 1.0, "half": 0.5, "random": rng.uniform(), "learned": rng.beta(8 * centre, 8 * (1 - centre))}
+        ratios += [float(drawn.get(arm, 0.25))] * 5
+    return ratios[:steps]
+
+
+def step_metrics(
+    arm: str, step: int, steps: int, ratios: Sequence[float], rng: np.random.Generator
+) -> dict[str, float]:
+    """Metrics of one update: mismatch and divergence rise with the ratio and fall with time."""
+    ratio, progress = ratios[step - 1], step / steps
+    mismatch = (0.05 + 0.2 * ratio**1.5) * (1 - 0.5 * progress) + 0.01 * rng.normal()
+    metrics = {
+        "loss/total": 0.3 * mismatch,
+        "loss/distil": 0.3 * mismatch,
+        "divergence/mean": 0.3 * mismatch,
+        "divergence/p99": 9.0 * abs(mismatch) * (1 + ratio),
+        "mismatch/top1": abs(mismatch),
+        "student/entropy": 0.45 - 0.2 * progress,
+        "exposure/ratio": ratio,
+        "exposure/ratio_min": ratio,
+        "exposure/ratio_max": ratio,
+        "rollout/length_mean": 30.0 - 6 * ratio * progress,
+        "reward/mean": START + (END.get(arm, 0.5) - START) * progress,
+        "optim/grad_norm": 1.0 + 0.1 * rng.normal(),
+        "time/sample_s": 0.5 + 0.05 * rng.uniform(),
+        "time/step_s": 0.3 + 0.05 * rng.uniform(),
+    }
+    if arm == "learned":
+        metrics |= controller_metrics(step, progress, rng)
+    return metrics
+
+
+def controller_metrics(step: int, progress: float, rng: np.random.Generator) -> dict[str, float]:
+    """What the Beta policy logs; a reward appears only at steps at which a decision matures."""
+    concentration, mean = 6 + 8 * progress, 0.5 - 0.12 * progress
+    metrics = {
+        "exposure/ka": mean * concentration,
+        "exposure/kb": (1 - mean) * concentration,
+        "exposure/mean": mean,
+        "exposure/entropy": -0.27 - 0.3 * progress,
+        "exposure/open": 2.0,
+        "exposure/matured": float(max(0, step // 5 - 2)),
+        "exposure/updates": float(max(0, step // 20)),
+    }
+    if step % 5 == 0 and step > 10:
+        lp, gt = 0.03 * math.exp(-2 * progress) + 0.005 * rng.normal(), -0.4 - 0.1 * rng.uniform()
+        metrics |= {"exposure/reward_lp": lp, "exposure/reward_gt": gt, "exposure/reward": lp + 0.25 * gt}
+    return metrics
+
+
+def evaluation_rows(arm: str, seed: int, step: int, steps: int, problems: int, k: int) -> list[dict[str, Any]]:
+    """K graded samples a problem; the problems and the answers at step 0 depend on the run's seed alone."""
+    rng = np.random.default_rng([seed, step, *(arm.encode() if step else b"")])
+    ease = np.random.default_rng(seed).normal(size=problems)
+    accuracy = START + (END.get(arm, 0.5) - START) * (1 - math.exp(-3 * step / steps)) / (1 - math.exp(-3))
+    rows = []
+    for number in range(problems):
+        level = number % len(LEVELS)
+        logit = math.log(accuracy / (1 - accuracy)) + 0.8 * ease[number] + 0.5 * (1 - level)
+        for sample in range(k):
+            right = bool(rng.uniform() < 1 / (1 + math.exp(-logit)))
+            early = bool(rng.uniform() < {"full": 0.45, "half": 0.16}.get(arm, 0.2) * step / steps)
+            rows.append(
+                {
+                    "problem_id": f"held-out-{seed}-{number}",
+                    "level": LEVELS[level],
+                    "sample": sample,
+                    "completion": "3*4=7;\n7+5=2;\n#2." if right else "3*4=1;\n#1.",
+                    "answer": "2" if right else str(rng.integers(3, 9)),
+                    "reward": float(right),
+                    "stop": "eos" if rng.uniform() > 0.02 else "length",
+                    "length": int(rng.integers(14, 40)),
+                    "traits": {"answers_early": early, "cites_hint": False},
+                }
+            )
+    return rows
+
+
+def evaluation_metrics(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, float]:
+    """The aggregate that the loop logs beside the rows."""
+    mean = float(np.mean([row["reward"] for row in rows]))
+    return {
+        f"eval/pico/avg@{k}": mean,
+        f"eval/pico/avg@{k}_low": max(0.0, mean - 0.07),
+        f"eval/pico/avg@{k}_high": min(1.0, mean + 0.07),
+        "eval/pico/length_mean": float(np.mean([row["length"] for row in rows])),
+    }
+
+
+def rollout_rows(step: int, ratio: float, rng: np.random.Generator, *, hostile: bool) -> list[dict[str, Any]]:
+    """Eight completions of one update with their per-token streams."""
+    return [_rollout(step, number, ratio, rng, hostile=hostile and number == 0) for number in range(8)]
+
+
+def _rollout(step: int, number: int, ratio: float, rng: np.random.Generator, *, hostile: bool) -> dict[str, Any]:
+    lines, value = [], int(rng.integers(1, 10))
+    problem = str(value)
+    for index in range(int(rng.integers(5, 10))):
+        sign, digit = ("*" if index < 2 else str(rng.choice(["+", "-"]))), int(rng.integers(1, 10))
+        following = {"*": value * digit, "+": value + digit, "-": value - digit}[sign] % 10
+        lines.append(f"{value}{sign}{digit}={following};\n")
+        problem, value = f"{problem}{sign}{digit}", following
+    completion = "".join(lines) + f"#{value}."
+    shown = "".join(lines[: int(ratio * len(lines) + 1e-9)])
+    hint = f"{shown}\nFinal answer: \\boxed{{{value}}}"
+    if hostile:
+        problem, hint, completion = HOSTILE + problem, hint + HOSTILE, completion[:6] + HOSTILE + completion[6:]
+    tokens = [*_pieces(completion, HOSTILE), "<|im_end|>"]
+    hard = np.array([token.isdigit() and index > 3 for index, token in enumerate(tokens)])
+    divergence = rng.exponential(np.where(hard, 0.25 + 0.9 * ratio, 0.004))
+    student = -rng.exponential(np.where(hard, 0.9, 0.03))
+    teacher = np.minimum(-1e-4, student + rng.normal(0, np.where(hard, 0.9, 0.02)))
+    return {
+        "step": step,
+        "problem_id": f"train-{step}-{number}",
+        "problem": f"Compute {problem} from left to right.",
+        "level": LEVELS[number % len(LEVELS)],
+        "route": "distil",
+        "ratio": ratio,
+        "hint": hint,
+        "student_prompt": f"Compute {problem} from left to right.",
+        "teacher_prompt": f"Compute {problem} from left to right.\n{hint}\nNow solve it yourself:",
+        "completion": completion,
+        "stop": "eos",
+        "reward": float(rng.uniform() < 0.5),
+        "tokens": tokens,
+        "divergence": divergence.round(5).tolist(),
+        "student_logprob": student.round(5).tolist(),
+        "teacher_logprob": teacher.round(5).tolist(),
+        "student_entropy": rng.exponential(np.where(hard, 0.8, 0.05)).round(5).tolist(),
+        "gate": [1.0] * len(tokens),
+    }
+
+
+def _pieces(text: str, whole: str) -> list[str]:
+    """Cut a text into characters, keeping `whole` as one token."""
+    before, found, after = text.partition(whole)
+    return [*before, *([whole] if found else []), *after]
