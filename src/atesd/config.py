@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 
 from atesd.curriculum import CurriculumConfig, RandomConfig
 from atesd.evaluate.runner import EvalConfig
-from atesd.exposure.controller import ExposureConfig
+from atesd.exposure.kinds import ExposureConfig
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import RevealConfig
-from atesd.exposure.schedules import FixedConfig
-from atesd.gates import GateConfig, OpenGateConfig
+from atesd.exposure.schedules import Fixed
+from atesd.gates import GateConfig, OpenGate
 from atesd.losses.divergence import LossConfig
-from atesd.losses.target import PlainConfig, TargetConfig
+from atesd.losses.target import Plain, TargetConfig
 from atesd.rewards.kinds import RewardConfig
 from atesd.rollout.sampler import SamplingConfig
 from atesd.routing import DistilConfig, RoutingConfig
@@ -152,15 +152,15 @@ class RunConfig(Config):
     """Texts of both roles."""
     reveal: RevealConfig = RevealConfig()
     """How a solution is cut into segments."""
-    exposure: ExposureConfig = FixedConfig(kind="fixed")
+    exposure: ExposureConfig = Fixed()
     """How much of the solution the teacher sees."""
     teacher: TeacherConfig = TeacherConfig()
     """Which weights the teacher has."""
-    target: TargetConfig = PlainConfig()
+    target: TargetConfig = Plain()
     """The distribution made from the teacher's view."""
     loss: LossConfig = LossConfig()
     """Divergence, clip, temperatures and tiles."""
-    gate: GateConfig = OpenGateConfig()
+    gate: GateConfig = OpenGate()
     """Which tokens listen."""
     routing: RoutingConfig = DistilConfig()
     """Which loss trains a group."""

@@ -82,6 +82,7 @@ METRICS: dict[str, str] = {
     "optim/grad_norm": "gradient norm before clipping",
     "optim/tokens": "completion tokens scored in the step",
     "optim/micro_batches": "micro-batches of the step",
+    "optim/empty_updates": "updates of the step that were left out because the gate selected no token",
     "eval/{}/avg@{}": "mean accuracy of k samples a problem, and its interval `_low`, `_high`",
     "eval/{}/pass@{}": "unbiased pass@k",
     "eval/{}/maj@{}": "accuracy of the majority answer of k samples",

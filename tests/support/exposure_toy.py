@@ -1,8 +1,8 @@
 """A student reduced to one number: what an exposure controller sees of a run whose best ratio is known.
 
-    true progress of an update at ratio a:  l -= 1e-3 max(0, 1 - 4 (a - best)^2)
-    training loss of that update:           0.5 a + 0.1 l
-    grounded term of a teacher at ratio a:  g(a)
+true progress of an update at ratio a:  l -= 1e-3 max(0, 1 - 4 (a - best)^2)
+training loss of that update:           0.5 a + 0.1 l
+grounded term of a teacher at ratio a:  g(a)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Synthetic run directories, written through `RunDir` as `train` and `compare` write them.
 
-The numbers are made up, but shaped like a real comparison: arms differ, evaluations are sampled per problem, the learned
-arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Everything follows from
-the seed, so two calls write the same files.
+The numbers are made up, but shaped like a real comparison: arms differ, evaluations are sampled per problem, the
+learned arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Everything
+follows from the seed, so two calls write the same files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXPOSURE: dict[str, dict[str, Any]] = {
     "full": {"kind": "fixed", "ratio": 1.0},
     "half": {"kind": "fixed", "ratio": 0.5},
     "random": {"kind": "random", "low": 0.0, "high": 1.0},
-    "learned": {"kind": "beta", "hold": 5, "lookahead": 10, "update_every": 4, "lambda_gt": 0.25},
+    "learned": {"kind": "beta", "hold": 5, "lookahead": 10},
 }
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -72,30 +72,31 @@ def write_run(
     for step in range(steps + 1):
         metrics = step_metrics(arm, step, steps, ratios, rng) if step else {}
         if step % max(1, steps // 6) == 0:
-            rows = evaluation_rows(arm, seed, step, steps, problems, k)
+            rows = evaluation_rows(arm, seed, step=step, steps=steps, problems=problems, k=k)
             run.write_rows("eval", step, rows)
             metrics |= evaluation_metrics(rows, k)
         run.log(step, metrics)
         if step and (step % max(1, steps // 4) == 0 or step == 1):
             run.write_rows("rollouts", step, rollout_rows(step, ratios[step - 1], rng, hostile=hostile))
     if finished:
-        final = evaluation_metrics(evaluation_rows(arm, seed, steps, steps, problems, k), k)
+        final = evaluation_metrics(evaluation_rows(arm, seed, step=steps, steps=steps, problems=problems, k=k), k)
         run.finish({"step": steps, "seconds": 70.0 + 3.0 * seed, "final": final, "best": {"step": steps, **final}})
     return run
 
 
 def run_config(arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """Return a resolved recipe of the shape that `train` writes."""
+    """Return the sections of a resolved recipe that a report puts into words."""
     return {
         "seed": seed,
-        "model": {"name": "pico"},
-        "task": {"kind": "pico", "train": 4096, "evaluation": 256},
-        "teacher": {"weights": "frozen"},
+        "model": {"path": "pico", "dtype": "float32", "lora": None},
+        "task": {"kind": "pico"},
         "exposure": EXPOSURE.get(arm, {"kind": "fixed", "ratio": 0.25}),
+        "teacher": {"weights": "frozen", "ema_decay": None},
         "loss": {"divergence": {"kind": "forward_kl"}, "clip": "none"},
-        "cadence": {"num_steps": steps, "problems_per_step": 32},
+        "rollout": {"temperature": 1.0, "max_new_tokens": 96, "group_size": 1},
         "optim": {"lr": 1e-3, "schedule": "linear"},
-        "sampling": {"temperature": 1.0, "max_new_tokens": 96},
+        "step": {"num_steps": steps, "problems": 32},
+        "eval": {"every": max(1, steps // 6), "k": 4, "temperature": 1.0},
     }
 
 
@@ -154,10 +155,10 @@ def controller_metrics(step: int, progress: float, rng: np.random.Generator) -> 
     return metrics
 
 
-def evaluation_rows(arm: str, seed: int, step: int, steps: int, problems: int, k: int) -> list[dict[str, Any]]:
-    """K graded samples a problem; the problems and the answers at step 0 depend on the run's seed alone."""
+def evaluation_rows(arm: str, seed: int, *, step: int, steps: int, problems: int, k: int) -> list[dict[str, Any]]:
+    """K graded samples a problem; the problems are always the same, and at step 0 all arms of a seed agree."""
     rng = np.random.default_rng([seed, step, *(arm.encode() if step else b"")])
-    ease = np.random.default_rng(seed).normal(size=problems)
+    ease = np.random.default_rng(0).normal(size=problems)
     accuracy = START + (END.get(arm, 0.5) - START) * (1 - math.exp(-3 * step / steps)) / (1 - math.exp(-3))
     rows = []
     for number in range(problems):
@@ -168,7 +169,7 @@ def evaluation_rows(arm: str, seed: int, step: int, steps: int, problems: int, k
             early = bool(rng.uniform() < {"full": 0.45, "half": 0.16}.get(arm, 0.2) * step / steps)
             rows.append(
                 {
-                    "problem_id": f"held-out-{seed}-{number}",
+                    "problem_id": f"held-out-{number:03d}",
                     "level": LEVELS[level],
                     "sample": sample,
                     "completion": "3*4=7;\n7+5=2;\n#2." if right else "3*4=1;\n#1.",

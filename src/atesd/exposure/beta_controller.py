@@ -11,7 +11,7 @@ before the last policy update are not corrected; 4. a frozen teacher's grounded 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,14 @@ class BetaController:
         return wanted
 
     def observe(self, observation: Observation) -> None:
-        """Advance the clock, the features and the open decisions; update the policy when B decisions are scored."""
+        """Advance the clock, the features and the open decisions; update the policy when B decisions are scored.
+
+        Measurements that this controller did not ask for are ignored, so that logging more changes nothing.
+        """
         assert observation.step == self._step + 1, f"step {observation.step} observed after step {self._step}"
+        asked = {measurement.key for measurement in self.wants(observation.step)}
+        measured = {key: value for key, value in observation.measured.items() if key in asked}
+        observation = replace(observation, measured=measured)
         self._step = observation.step
         self._step_log = {}
         if self._step > 0:

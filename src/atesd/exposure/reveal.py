@@ -34,8 +34,8 @@ _FORMULA = (
     r"|(?<!\\)\$(?=\S)(?:[^$\\\n]|\\.|\n(?!\s*\n)){1,2000}?(?<=\S)\$(?!\d)"
 )
 _ABBREVIATION = r"\b(?:e\.g|i\.e|etc|cf|vs|resp|approx|Eqs?|Figs?|Thm|Lem|Prop|Cor|Dr|Mrs?|Ms|St|Prof)\."
-_LIST_NUMBER = r"(?m:^[ \t]*(?:\d{1,3}|[a-zA-Z])\.)"
-_STOP = r"(?:(?<![.!?])[.!?]++[\"'\u201d\u2019)\]}*_]*+(?=\s)|[\u3002\uff01\uff1f]+)\s*|\n[ \t\r]*\n\s*"
+_LIST_NUMBER = r"(?:^|\n)[ \t]*(?:\d{1,3}|[a-zA-Z])\."
+_STOP = r"(?:(?<![.!?])[.!?]++[\"'\u201d\u2019)\]}*_]*+(?=\s)|[\u3002\uff01\uff1f]++)|\n(?=[ \t\r]*\n)"
 _SCAN = re.compile(rf"(?P<formula>{_FORMULA})|(?P<skip>{_ABBREVIATION}|{_LIST_NUMBER})|(?P<stop>{_STOP})", re.DOTALL)
 _FORMULA_STOP = re.compile(r"[.!?]\s*(?:\$\$?|\\\]|\\\)|\\end\{[a-zA-Z*]+\})$")
 _SPACE = re.compile(r"\s*")
@@ -160,14 +160,14 @@ def _word_ends(text: str) -> list[int]:
 
 
 def _sentence_ends(text: str) -> list[int]:
-    ends = []
+    ends = [0]
     for match in _SCAN.finditer(text):
-        if match["stop"]:
-            ends.append(match.end())
-        elif match["formula"] and _FORMULA_STOP.search(match[0]):
+        if match.start() < ends[-1]:
+            continue  # inside the white space after the last end
+        if match["stop"] or (match["formula"] and _FORMULA_STOP.search(match[0])):
             space = _SPACE.match(text, match.end())
             assert space is not None
-            if space[0]:
+            if space[0] or match["stop"]:
                 ends.append(space.end())
     return ends
 

@@ -18,6 +18,15 @@ from torch import Tensor
 MAX_GAP = 80.0
 
 
+class Pair(NamedTuple):
+    """Teacher and student on the same entries, all [n, v]."""
+
+    log_p: Tensor
+    p: Tensor
+    log_q: Tensor
+    q: Tensor
+
+
 class Entries(NamedTuple):
     """Summands of one divergence: `value` l_i, `slope` u_i + shift q_i, `shift` one of 1, -1, 0.
 
@@ -30,32 +39,31 @@ class Entries(NamedTuple):
     shift: float
 
 
-Summand = Callable[[Tensor, Tensor, Tensor, Tensor], Entries]
-"""(log_p, p, log_q, q) -> Entries, all [n, v]."""
+Summand = Callable[[Pair], Entries]
 
 
-def forward_kl(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:
+def forward_kl(pair: Pair) -> Entries:
     """Summands of KL(teacher || student): l = p log(p/q), u = -p."""
-    return Entries(p * (log_p - log_q), q - p, 1.0)
+    return Entries(pair.p * (pair.log_p - pair.log_q), pair.q - pair.p, 1.0)
 
 
-def reverse_kl(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:  # noqa: ARG001 (one signature for all)
+def reverse_kl(pair: Pair) -> Entries:
     """Summands of KL(student || teacher): l = q log(q/p), u = l + q."""
-    value = q * (log_q - log_p)
+    value = pair.q * (pair.log_q - pair.log_p)
     return Entries(value, value, -1.0)
 
 
 def jsd(beta: float) -> Summand:
-    """Summands of b KL(p||m) + (1-b) KL(q||m), m = b p + (1-b) q: the two terms added per entry, u = (1-b) q log(q/m).
+    """Summands of b KL(p||m) + (1-b) KL(q||m), m = b p + (1-b) q: both terms added per entry, u = (1-b) q log(q/m).
 
     log(p/m) = -log(1 + (1-b) (q/p - 1)), which is exact near p = q.
     """
 
-    def summand(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Entries:
-        gap = (log_q - log_p).clamp(max=MAX_GAP)
+    def summand(pair: Pair) -> Entries:
+        gap = (pair.log_q - pair.log_p).clamp(max=MAX_GAP)
         log_p_over_m = gap.expm1().mul_(1 - beta).log1p_().neg_()
-        slope = gap.add_(log_p_over_m).mul_(q).mul_(1 - beta)
-        return Entries(log_p_over_m.mul_(p).mul_(beta).add_(slope), slope, 0.0)
+        slope = gap.add_(log_p_over_m).mul_(pair.q).mul_(1 - beta)
+        return Entries(log_p_over_m.mul_(pair.p).mul_(beta).add_(slope), slope, 0.0)
 
     return summand
 
@@ -78,13 +86,13 @@ class PairSums(NamedTuple):
     log_q_mean: Tensor
 
 
-def pair_sums(summand: Summand, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, tau: float | None) -> PairSums:
-    """Sum one tile of a pair. With `tau` the loss is the pointwise clip of METHOD 1.4: an entry acts while l_i < tau."""
-    value, slope, shift = summand(log_p, p, log_q, q)
+def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
+    """Sum one tile of a pair. `tau` makes the loss the pointwise clip (docs/clip.md): an entry acts while l_i < tau."""
+    value, slope, shift = summand(pair)
     divergence = value.sum(-1)
     if shift:
-        divergence += shift * (q - p).sum(-1)
-    log_p_mean, log_q_mean = (p * log_p).sum(-1), (q * log_q).sum(-1)
+        divergence += shift * (pair.q - pair.p).sum(-1)
+    log_p_mean, log_q_mean = (pair.p * pair.log_p).sum(-1), (pair.q * pair.log_q).sum(-1)
     if tau is None:
         none = torch.zeros_like(divergence)
         return PairSums(divergence, divergence, slope.sum(-1), none, none, log_p_mean, log_q_mean)
@@ -92,19 +100,15 @@ def pair_sums(summand: Summand, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tens
     return PairSums(
         divergence=divergence,
         loss=value.clamp(max=tau).sum(-1),
-        slope=torch.where(held, shift * q, slope).sum(-1),
-        held=held.sum(-1).to(p.dtype),
-        held_mass=(p * held).sum(-1),
+        slope=torch.where(held, shift * pair.q, slope).sum(-1),
+        held=held.sum(-1).to(divergence.dtype),
+        held_mass=(pair.p * held).sum(-1),
         log_p_mean=log_p_mean,
         log_q_mean=log_q_mean,
     )
 
 
-def logit_gradient(
-    summand: Summand, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, tau: float | None, slope_sum_n: Tensor
-) -> Tensor:
-    """Gradient of the loss to the student's tempered logits, [n, v], given the sum of slopes over all entries."""
-    value, slope, shift = summand(log_p, p, log_q, q)
-    if tau is not None:
-        slope = torch.where(value >= tau, shift * q, slope)
-    return slope - q * slope_sum_n[:, None]
+def clipped_slope(summand: Summand, pair: Pair, tau: float | None) -> Tensor:
+    """Return the shifted slopes u_i of the loss, [n, v]; before the shift that of a held entry is 0."""
+    value, slope, shift = summand(pair)
+    return slope if tau is None else torch.where(value >= tau, shift * pair.q, slope)

@@ -1,7 +1,7 @@
 """The target: the distribution that the student is pulled to, made of the log-probabilities of the teacher views.
 
 A target is a pure, element-wise function of the views' normalised log-probabilities on the same vocabulary entries. So
-it works on vocabulary tiles, and a target that does not sum to 1 costs one more pass for its normaliser.
+it works on vocabulary tiles; one that mixes views costs one more pass, for its normaliser.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Target(Protocol):
         ...
 
     @property
-    def normalised(self) -> bool:
-        """Whether exp(log_target) sums to 1 over the vocabulary by construction."""
+    def is_first_view(self) -> bool:
+        """Whether the target is the first view as it is, and so needs no normaliser of its own."""
         ...
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ class Plain(Config):
     kind: Literal["plain"] = "plain"
 
     num_views: ClassVar[int] = 1
-    normalised: ClassVar[bool] = True
+    is_first_view: ClassVar[bool] = True
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         """Return the log-probabilities of the only view."""

@@ -34,6 +34,13 @@ class Evaluation:
     truncated: float
     traits: Mapping[str, float]
 
+    @property
+    def accuracies(self) -> Floats:
+        """Share of correct samples, [P]; NaN for a problem with a sample that could not be graded."""
+        correct = np.where(np.isnan(self.rewards), np.nan, self.rewards == 1.0)
+        means: Floats = correct.mean(axis=1)
+        return means
+
 
 @dataclass(frozen=True)
 class Run:
@@ -262,4 +269,4 @@ def _checked(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it was not written by this program, or was damaged") from error
+        raise UserError(f"{path} cannot be read ({error}): it was damaged, or not written by `atesd`") from error

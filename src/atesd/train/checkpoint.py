@@ -89,7 +89,9 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({error}): delete that folder and resume from the one before") from error
+        raise UserError(
+            f"checkpoint {folder} is damaged ({error}): delete that folder and resume from the one before"
+        ) from error
     return loaded
 
 

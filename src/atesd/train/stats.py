@@ -29,6 +29,10 @@ class StepOutcome:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: dict[int, RowStats] = field(default_factory=dict)
 
+    def add(self, key: str, amount: float) -> None:
+        """Add to a number that several updates of the step contribute to."""
+        self.metrics[key] = self.metrics.get(key, 0.0) + amount
+
 
 def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> list[RowStats]:
     """Cut the statistics of a micro-batch back into its rows."""
@@ -39,9 +43,9 @@ def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> l
     ]
 
 
-def join(rows: Sequence[RowStats]) -> TokenStats:
-    """Concatenate rows into statistics of all their tokens."""
-    return TokenStats(*(torch.cat([getattr(row.stats, name.name) for row in rows]) for name in fields(TokenStats)))
+def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+    """Join statistics of consecutive tokens."""
+    return TokenStats(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(TokenStats)))
 
 
 def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
@@ -49,7 +53,7 @@ def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[
     distilled = [index for index in sorted(scored) if rows[index].component == "distil"]
     if not distilled:
         return {}
-    stats = join([scored[index] for index in distilled])
+    stats = concatenate([scored[index].stats for index in distilled])
     first = torch.stack([scored[index].stats.divergence[0] for index in distilled])
     metrics = {
         "loss/clip_frac": _mean(stats.clip_frac),
@@ -77,12 +81,12 @@ def logprob_gap(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str
 
 
 def _bin_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats], distilled: Sequence[int]) -> dict[str, float]:
-    bins: dict[str, list[RowStats]] = {}
+    bins: dict[str, list[TokenStats]] = {}
     for index in distilled:
-        bins.setdefault(ratio_bin(rows[index].ratio), []).append(scored[index])
+        bins.setdefault(ratio_bin(rows[index].ratio), []).append(scored[index].stats)
     metrics = {}
     for name, members in sorted(bins.items()):
-        stats = join(members)
+        stats = concatenate(members)
         metrics[f"bin/{name}/divergence"] = _mean(stats.divergence)
         metrics[f"bin/{name}/p99"] = _upper_tail(stats.divergence)
         metrics[f"bin/{name}/mismatch"] = 1.0 - _mean(stats.top1_agree)

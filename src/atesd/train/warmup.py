@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from atesd.tasks.synthetic import pico
@@ -98,7 +98,7 @@ def train_warm_start(
     """Train the warm start and write a directory that `from_pretrained` loads.
 
     Cross-entropy on the learned characters of `pico.warm_sample` and the closing token; AdamW, 50 steps up, constant
-    until 30 % of the run, then linear to zero. `shortcut` is c of the planted shortcut, 0 switches it off.
+    until 30 % of the run, then linear to 1e-5. `shortcut` is c of the planted shortcut, 0 switches it off.
     `progress(step, steps, loss)` is called after every step. Uses the process's thread settings and restores the
     global torch generator.
     """
@@ -109,18 +109,18 @@ def train_warm_start(
     finally:
         torch.set_rng_state(state)
     model.train()
-    rng = random.Random(f"pico warm start {seed}")
+    rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     loss_value = float("nan")
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, steps)
+            group["lr"] = max(learning_rate * _schedule(step, steps), 1e-5)
         num_unhinted = int(batch_size * UNHINTED_SHARE)
         samples = [_draw(rng, hinted=i >= num_unhinted, shortcut=shortcut) for i in range(batch_size)]
         sums = [_loss_sum(model, tokenizer, part) for part in (samples[:num_unhinted], samples[num_unhinted:]) if part]
-        loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)
+        loss = torch.stack([nll for nll, _ in sums]).sum() / torch.stack([num for _, num in sums]).sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss_value = float(loss.detach())
@@ -147,7 +147,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
 
 
 def _schedule(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 50) * min(1.0, (1 - step / steps) / 0.7)
+    return min(1.0, (step + 1) / 50) * (1 - max(0.0, step / steps - 0.3) / 0.7)
 
 
 def _draw(rng: random.Random, *, hinted: bool, shortcut: float) -> pico.WarmSample:
@@ -162,16 +162,26 @@ def _draw(rng: random.Random, *, hinted: bool, shortcut: float) -> pico.WarmSamp
 
 def _loss_sum(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: Sequence[pico.WarmSample]
-) -> tuple[Tensor, int]:
-    """Return the summed cross-entropy of the learned tokens and their number; rows are right-padded."""
-    rows, weights = [], []
-    for sample in samples:
-        prompt = tokenizer.encode(f"{USER}{sample.user}{ASSISTANT}", add_special_tokens=False)
-        completion = tokenizer.encode(sample.completion + END, add_special_tokens=False)
-        rows.append(torch.tensor(prompt + completion))
-        weights.append(torch.tensor([0.0] * len(prompt) + [float(x) for x in (*sample.learned, True)]))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    weight = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weight)
-    return (nll * weight).sum(), int(weight.sum())
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of the learned tokens and their number; prompts are left-padded."""
+    prompts = [tokenizer.encode(f"{USER}{s.user}{ASSISTANT}", add_special_tokens=False) for s in samples]
+    completions = [tokenizer.encode(s.completion + END, add_special_tokens=False) for s in samples]
+    num_prompt, num_completion = max(map(len, prompts)), max(map(len, completions))
+    ids = torch.full((len(samples), num_prompt + num_completion), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    weight = torch.zeros(len(samples), num_completion)
+    for i, (prompt, completion, sample) in enumerate(zip(prompts, completions, samples, strict=True)):
+        first, last = num_prompt - len(prompt), num_prompt + len(completion)
+        ids[i, first:last] = torch.tensor(prompt + completion)
+        mask[i, first:last] = 1
+        weight[i, : len(completion)] = torch.tensor([*sample.learned, True]).float()
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=torch.arange(num_prompt - 1, ids.shape[1] - 1),
+        use_cache=False,
+    ).logits
+    targets = ids[:, num_prompt:].flatten()
+    nll = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view_as(weight)
+    return (nll * weight).sum(), weight.sum()

@@ -1,0 +1,193 @@
+"""The `atesd` command: sub-commands and the error policy.
+
+Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 1 ours, 130 interrupted with the state saved.
+Every import of weight stands inside a sub-command, so that `report`, `check` and `--help` never load torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atesd.types import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="On-policy self-distillation with learned exposure of the reference solution (ATESD).\n\n"
+    "Start with `atesd show recipes/pico.toml`, then `atesd train recipes/pico.toml`.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe in TOML.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe in TOML; left out with --resume.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-SEED.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+) -> None:
+    """Train one model.
+
+    Example: `atesd train recipes/pico.toml exposure.learning_rate=0.01 --out runs/try`
+
+    Writes the resolved recipe, metrics, rollouts, evaluations and checkpoints to the run directory, and the models
+    `final` and `best`, which load with `from_pretrained`. Ctrl-C saves and says how to continue.
+    """
+    from atesd.cli.train import run_train
+
+    run_train(recipe, overrides or [], out, resume)
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,random,learned",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 means one a core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the comparison; default runs/RECIPE-compare.")] = None,
+) -> None:
+    """Run several arms side by side: same warm start, problem order and seeds.
+
+    Example: `atesd compare recipes/pico.toml --arms full,half,learned --seeds 3`
+
+    Arms are lists of overrides in the recipe's `[arms]` table; `none`, `quarter`, `half`, `three_quarters`, `full`,
+    `random`, `learned` and `sft` are known without one. Ends in a table, `summary.json` and `report.html`. Stopped, the
+    same command continues it; it may name more arms or seeds.
+    """
+    from atesd.cli.compare import run_compare
+
+    run_compare(recipe, overrides or [], arms=arms.split(","), seeds=seeds, first_seed=first_seed, jobs=jobs, out=out)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run directory, model folder or hub id.", show_default=False)],
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe with prompts and task; a run directory has its own.")] = None,
+    task: Annotated[str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Completions a problem.")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Evaluate on so many problems only.")] = None,
+    which: Annotated[str, typer.Option(help="Model of a run directory: final or best.")] = "final",
+    out: Annotated[Path | None, typer.Option(help="Write every sample to this JSONL file.")] = None,
+) -> None:
+    """Evaluate a model: Average@k, pass@k and maj@k with 95 % intervals over problems.
+
+    Example: `atesd eval runs/demo/learned/seed_0 --k 12`
+    """
+    from atesd.cli.evaluate import run_eval
+
+    run_eval(
+        model, overrides or [], recipe=recipe, task=task, k=k, problems=problems, which=which, out=out
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run or compare directories.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the first directory.")] = None,
+) -> None:
+    """Write one self-contained HTML file about runs.
+
+    Example: `atesd report runs/demo`
+
+    Reads the directories alone; the file works offline.
+    """
+    from atesd.report.html import write_report
+
+    typer.echo(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
+
+
+@app.command()
+def show(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ratio: Annotated[float | None, typer.Option(help="Exposure ratio; default 0, 0.5 and 1.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 1,
+) -> None:
+    """Print the exact prompts of both roles, chat template included.
+
+    Example: `atesd show recipes/pico.toml --ratio 0.5`
+    """
+    from atesd.cli.show import run_show
+
+    run_show(recipe, overrides or [], ratio, count)
+
+
+@app.command()
+def check(
+    task: Annotated[str, typer.Argument(help="pico, FILE.jsonl or gym:NAME.", show_default=False)],
+    grader: Annotated[str | None, typer.Option(help="exact or math; default the task's own.")] = None,
+) -> None:
+    """Validate problems: every gold answer must grade 1, every corrupted one 0.
+
+    Example: `atesd check my_problems.jsonl`
+    """
+    from atesd.cli.check import run_check
+
+    run_check(task, grader)
+
+
+@app.command()
+def warmup(
+    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default those of the packaged model.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
+) -> None:
+    """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core).
+
+    Example: `atesd warmup --out runs/warm && atesd train recipes/pico.toml model.path=runs/warm`
+    """
+    from atesd.cli.warmup import run_warmup
+
+    run_warmup(out, steps, seed)
+
+
+def main() -> None:
+    """Run the command and turn errors into exit codes."""
+    warnings.showwarning = _print_warning
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(_explain_os_error(error), 2)
+
+
+def _explain_os_error(error: OSError) -> str:
+    what = error.filename or "the run directory"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"disk full while writing {what}: free some space, then continue with --resume; "
+            "what was complete before is untouched"
+        )
+    return f"no permission to write {what}: choose another place with --out"
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if category is UserWarning:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Accuracy over k samples a problem, and intervals. Pure NumPy.
+
+Shapes: P problems, K samples a problem, S seeds. Correctness is 0 or 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """Bounds of a 95 % percentile-bootstrap interval."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A paired difference of two arms with its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def avg_at_k(correct_PK: NDArray[np.bool_] | Array) -> float:
+    """Return Average@k: the mean over problems of the share of correct samples."""
+    return float(np.mean(correct_PK))
+
+
+def pass_at_k(correct_PK: NDArray[np.bool_] | Array, k: int) -> Array:
+    """Return the unbiased pass@k of each problem, [P]: 1 - C(n - c, k) / C(n, k), n samples of which c are correct.
+
+    ValueError if k exceeds the number of samples.
+    """
+    n = correct_PK.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples a problem, there are {n}: sample more, or lower k")
+    correct_P = np.asarray(correct_PK).sum(axis=1).astype(int)
+    return np.array([1.0 - comb(n - c, k) / comb(n, k) for c in correct_P])
+
+
+def maj_at_k(answers_PK: Sequence[Sequence[str | None]], correct_PK: NDArray[np.bool_] | Array) -> Array:
+    """Return the expected accuracy of each problem's most frequent answer, [P].
+
+    Samples without an answer have no vote; a problem without any answer is wrong. Tied answers count by the mean of
+    their correctness, and so do samples that share a wording but not a grade.
+    """
+    return np.array([_majority(answers, row) for answers, row in zip(answers_PK, correct_PK, strict=True)])
+
+
+def _majority(answers_K: Sequence[str | None], correct_K: NDArray[np.bool_] | Array) -> float:
+    votes = Counter(answer for answer in answers_K if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == most]
+    return float(np.mean([np.mean([c for a, c in zip(answers_K, correct_K, strict=True) if a == w]) for w in winners]))
+
+
+def bootstrap_interval(values_P: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Interval:
+    """Return the 95 % percentile interval of the mean, resampling problems. A single problem gives (mean, mean)."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(values_P), size=(resamples, len(values_P)))
+    return _percentiles(np.asarray(values_P, dtype=np.float64)[picks].mean(axis=1))
+
+
+def arm_interval(accuracy_SP: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Interval:
+    """Return the 95 % interval of one arm's mean accuracy, resampled like `paired_difference`."""
+    return _percentiles(_crossed_means(accuracy_SP, resamples, seed))
+
+
+def paired_difference(first_SP: Array, second_SP: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Difference:
+    """Return mean(first - second) with an interval that resamples seeds and problems.
+
+    Seed s of both arms shares its problem order, sampling seeds and evaluation problems, so the difference is taken
+    within each (seed, problem) first. Where all seeds are evaluated on the same problems the two factors are crossed:
+    one resample draws S seeds and P problems, and every drawn seed uses the drawn problems. Treating the S*P
+    differences as independent would ignore both kinds of clustering and be too optimistic. With few seeds the
+    percentile interval is itself somewhat too narrow.
+
+    ValueError if the shapes differ.
+    """
+    if first_SP.shape != second_SP.shape:
+        raise ValueError(f"paired arms need equal seeds and problems: {first_SP.shape} against {second_SP.shape}")
+    gap_SP = np.asarray(first_SP, dtype=np.float64) - second_SP
+    return Difference(float(gap_SP.mean()), *_percentiles(_crossed_means(gap_SP, resamples, seed)))
+
+
+def _crossed_means(values_SP: Array, resamples: int, seed: int) -> Array:
+    """Return bootstrap means under independent resampling of rows and columns.
+
+    The mean over drawn rows and columns is count_S @ values @ count_P / (S P), with multinomial counts.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, num_problems = values_SP.shape
+    count_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples)
+    count_RP = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=resamples)
+    sums_R: Array = ((count_RS @ values_SP) * count_RP).sum(axis=1)
+    return sums_R / (num_seeds * num_problems)
+
+
+def _percentiles(means_R: Array) -> Interval:
+    low, high = np.quantile(means_R, [0.025, 0.975])
+    return Interval(float(low), float(high))

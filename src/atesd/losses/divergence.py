@@ -1,0 +1,220 @@
+"""Divergences between teacher and student per token, from hidden states: configuration and entry point.
+
+Shapes: N valid completion tokens, V vocabulary, H hidden, K top-k. `losses/summands.py` holds the formulas,
+`losses/scores.py` and `losses/gradient.py` the two tiled passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from atesd.losses import summands
+from atesd.losses.gradient import scores_with_gradient
+from atesd.losses.scores import Scores, Scoring
+from atesd.losses.target import Target
+from atesd.losses.tiles import Role
+from atesd.types import Config, TokenStats, UserError
+
+
+class ForwardKL(Config):
+    """KL(teacher || student) = sum_i p_i log(p_i / q_i); the setting of OPSD (2601.18734)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(Config):
+    """KL(student || teacher) = sum_i q_i log(q_i / p_i)."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JSD(Config):
+    """Jensen-Shannon: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+
+    It vanishes at both ends: JSD / beta tends to forward KL, JSD / (1 - beta) to reverse KL. Hence 0 and 1 are refused.
+    """
+
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture; 0.5 as in SDPO (2601.20802). For 0 or 1 take forward_kl or reverse_kl."""
+
+
+class SampledToken(Config):
+    """-Delta_t log p_S(y_t), Delta_t = log p_T(y_t) - log p_S(y_t) detached: in expectation reverse KL's gradient.
+
+    The value is no estimate of a divergence; `TokenStats.divergence` holds the reverse KL.
+    """
+
+    kind: Literal["sampled"] = "sampled"
+
+
+Divergence = Annotated[ForwardKL | ReverseKL | JSD | SampledToken, Field(discriminator="kind")]
+
+
+class LossConfig(Config):
+    """The distillation loss of a token, and how tokens are averaged. Defaults: OPSD (2601.18734), but for its clip."""
+
+    divergence: Divergence = ForwardKL()
+    """How far the student is from the teacher at a token."""
+    top_k: int | None = Field(None, ge=1)
+    """Restrict the divergence to the teacher's k most probable entries, both sides renormalised; None = all."""
+    tail: bool = False
+    """With `top_k`: keep the rest of the vocabulary as one more entry instead of renormalising."""
+    clip: Literal["none", "token", "pointwise"] = "none"
+    """Bound the divergence of a token (token), or each of its summands (pointwise, OPSD's code; may reverse signs)."""
+    clip_tau: float = Field(0.05, gt=0)
+    """Bound in nats that `clip` uses; OPSD uses 0.05 for 1.7B and 4B, 0.06 for 8B."""
+    temperature_student: float | None = Field(None, gt=0)
+    """Divides the student's logits; None = the sampling temperature, as OPSD's code does."""
+    temperature_teacher: float | None = Field(None, gt=0)
+    """Divides the teacher's logits; None = the sampling temperature, as OPSD's code does."""
+    aggregate: Literal["token", "sequence"] = "token"
+    """Average over all tokens alike (token), or first over each completion (sequence)."""
+    tile_tokens: int = Field(1024, ge=1)
+    """Tokens of one tile of logits; memory is proportional to tile_tokens * tile_vocab."""
+    tile_vocab: int = Field(8192, ge=1)
+    """Vocabulary entries of one tile of logits."""
+
+    @model_validator(mode="after")
+    def _refuse_what_would_be_ignored(self) -> LossConfig:
+        sampled = self.divergence.kind == "sampled"
+        if sampled and self.clip != "none":
+            raise ValueError(f"clip={self.clip} with the sampled-token loss, which has no summands: set clip=none")
+        if sampled and self.top_k is not None:
+            raise ValueError(f"top_k={self.top_k} with the sampled-token loss, which looks at one token: drop top_k")
+        if self.tail and self.top_k is None:
+            raise ValueError("tail=true without top_k: set top_k, or drop tail")
+        if self.top_k == 1 and not self.tail:
+            raise ValueError("top_k=1 renormalised is always 0: set tail=true, or a larger top_k")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What makes a role's logits: (hidden @ head.T + bias) / temperature."""
+
+    hidden_NH: Tensor
+    head_VH: Tensor
+    bias_V: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStreams:
+    """Two streams that are differentiable with respect to the student, each [N], and detached statistics.
+
+    `divergence_N` is the configured, clipped loss of a token in nats; `logprob_N` is log p_S(label) at the student's
+    temperature.
+    """
+
+    divergence_N: Tensor
+    logprob_N: Tensor
+    stats: TokenStats
+
+
+def token_streams(
+    student: Scored,
+    views: Sequence[Scored],
+    labels_N: Tensor,
+    config: LossConfig,
+    *,
+    target: Target,
+    temperature: float,
+) -> TokenStreams:
+    """Score N completion tokens; position t's hidden state predicts `labels_N[t]`.
+
+    Formulas: docs/clip.md and `losses/summands.py` (2601.18734). Deviations from its code: 1. the clip is off by
+    default; 2. logits of [N, V] never exist; 3. everything is computed in the wider of float32 and the inputs' dtypes,
+    autocast or not; 4. the sampled-token loss refuses a clip instead of ignoring it.
+
+    `temperature` is the sampling temperature. Memory beyond inputs, gradients and per-token results is proportional to
+    tile_tokens * (tile_vocab + top_k), plus a vocabulary tile of a head that has to be widened. No gradient reaches the
+    views; second derivatives are not defined. Logits must be finite; a label outside the vocabulary gives NaN.
+
+    UserError if `top_k` exceeds the vocabulary.
+    """
+    _check(student, views, labels_N, config, target)
+    scores = scores_with_gradient(
+        Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
+        _scoring(views, labels_N, config, target, config.temperature_teacher or temperature),
+    )
+    return _streams(scores, labels_N, config)
+
+
+def _check(student: Scored, views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target) -> None:
+    vocabulary = student.head_VH.shape[0]
+    assert len(views) == target.num_views, f"the target reads {target.num_views} views, not {len(views)}"
+    for scored in (student, *views):
+        assert scored.hidden_NH.shape[0] == labels_N.shape[0], "one hidden state per label"
+        assert scored.hidden_NH.shape[1] == scored.head_VH.shape[1], "hidden size of states and head differ"
+        assert scored.head_VH.shape[0] == vocabulary, "all roles share one vocabulary"
+    if config.top_k is not None and config.top_k > vocabulary:
+        raise UserError(f"loss.top_k={config.top_k} exceeds the vocabulary of {vocabulary}: lower it, or drop it")
+
+
+def _scoring(
+    views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target, temperature: float
+) -> Scoring:
+    full_or_top: Literal["full", "top_k"] = "full" if config.top_k is None else "top_k"
+    return Scoring(
+        views=tuple(
+            Role(view.hidden_NH.detach(), view.head_VH.detach(), _detached(view.bias_V), temperature) for view in views
+        ),
+        labels_N=labels_N,
+        target=target,
+        summand=_summand(config.divergence),
+        objective="sampled" if config.divergence.kind == "sampled" else full_or_top,
+        top_k=config.top_k or 1,
+        tail=config.tail,
+        tau=config.clip_tau if config.clip == "pointwise" else None,
+        tile_tokens=config.tile_tokens,
+        tile_vocab=config.tile_vocab,
+    )
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _summand(divergence: Divergence) -> summands.Summand:
+    match divergence:
+        case ForwardKL():
+            return summands.forward_kl
+        case JSD():
+            return summands.jsd(divergence.beta)
+        case ReverseKL() | SampledToken():
+            return summands.reverse_kl
+
+
+def _streams(scores: Scores, labels_N: Tensor, config: LossConfig) -> TokenStreams:
+    """Finish what needs no vocabulary: the sampled-token loss, the token clip, the statistics."""
+    loss, held, held_mass = scores.loss, scores.held_frac, scores.held_mass
+    is_reversed = scores.top_gradient > 0
+    if config.divergence.kind == "sampled":
+        gap = scores.target_logprob - scores.logprob.detach()
+        loss = -gap * scores.logprob
+        # The gradient -gap (onehot(label) - q) at the top entry has the sign of -gap on the label, of gap elsewhere.
+        is_reversed = torch.where(scores.target_top == labels_N, gap < 0, gap > 0)
+    elif config.clip == "token":
+        is_held = loss.detach() >= config.clip_tau
+        loss = torch.where(is_held, config.clip_tau, loss)
+        held = held_mass = is_held.to(held.dtype)
+        is_reversed = is_reversed & ~is_held
+    stats = TokenStats(
+        divergence=scores.divergence.float(),
+        student_logprob=scores.logprob.detach().float(),
+        teacher_logprob=scores.teacher_logprob.float(),
+        student_entropy=scores.student_entropy.float(),
+        teacher_entropy=scores.teacher_entropy.float(),
+        student_max_prob=scores.student_max_prob.float(),
+        top1_agree=scores.top1_agree.float(),
+        clip_frac=held.float(),
+        clipped_mass=held_mass.float(),
+        reversed=is_reversed.float(),
+    )
+    return TokenStreams(loss, scores.logprob, stats)

@@ -1,0 +1,263 @@
+"""The report's figures. Each function returns None where the runs hold no data for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from atesd.report.compare import accuracy, finals
+from atesd.report.load import Arm, Evaluation, Floats, Run, Study
+from atesd.report.traces import Figure, axis, banded, binned, cloud, intervals, layout, line, short, thin
+
+CURVE_RESAMPLES = 1000  # for bands and levels; the final table uses the default of `evaluate/metrics.py`
+
+CURVES = {
+    "loss/total": "Loss",
+    "divergence/mean": "Mean divergence, nats",
+    "divergence/p99": "Divergence, 99th percentile, nats",
+    "mismatch/top1": "Top-1 disagreement",
+    "student/entropy": "Student entropy, nats",
+    "teacher/entropy": "Teacher entropy, nats",
+    "reward/mean": "Reward of training completions",
+    "rollout/length_mean": "Length of training completions, tokens",
+    "optim/grad_norm": "Gradient norm",
+    "optim/lr": "Learning rate",
+    "time/step_s": "Seconds in the update",
+    "time/sample_s": "Seconds in sampling",
+}
+REWARD_TERMS = {
+    "exposure/reward": "reward",
+    "exposure/reward_lp": "learning progress",
+    "exposure/reward_gt": "teacher-grounded",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure, or several among which the reader chooses by label."""
+
+    name: str
+    description: str
+    choices: Mapping[str, Figure]
+
+
+def accuracy_panel(study: Study) -> Panel | None:
+    """Average@k on held-out problems over steps: mean over seeds, with its 95 % band."""
+    traces: list[Figure] = []
+    for index, arm in enumerate(study.arms):
+        points = [(step, found) for step, evaluations in _by_step(arm) if (found := _curve_point(evaluations))]
+        if points:
+            traces += banded(index, arm.name, points)
+    if not traces:
+        return None
+    frame = layout("step", f"Average@{study.k}", y_percent=True)
+    return Panel("accuracy", f"Average@{study.k} over training steps", {"": {"data": traces, "layout": frame}})
+
+
+def exposure_panel(study: Study) -> Panel | None:
+    """The exposure ratio of every step, one line a run."""
+    traces = [
+        line(index, run.label, run.series("exposure/ratio"), shape="hv", width=1.6)
+        for index, arm in enumerate(study.arms)
+        for run in arm.runs
+        if len(run.series("exposure/ratio"))
+    ]
+    if not traces:
+        return None
+    frame = layout("step", "exposure ratio")
+    frame["yaxis"] |= {"range": [-0.03, 1.03]}
+    return Panel("exposure", "Exposure ratio over training steps", {"": {"data": traces, "layout": frame}})
+
+
+def density_panel(study: Study) -> Panel | None:
+    """The Beta policy's density over steps, with the ratios that were drawn; one choice a run."""
+    choices = {
+        run.label: _density(run, index)
+        for index, arm in enumerate(study.arms)
+        for run in arm.runs
+        if len(run.series("exposure/ka", "exposure/kb"))
+    }
+    return Panel("density", "Density of the learned exposure policy over steps", choices) if choices else None
+
+
+def mismatch_panels(study: Study) -> list[Panel]:
+    """Top-1 disagreement and the upper tail of the divergence against the exposure ratio, one point a step."""
+    wanted = {
+        "mismatch/top1": ("mismatch", "top-1 disagreement", True),
+        "divergence/p99": ("tail", "divergence, 99th percentile, nats", False),
+    }
+    panels = []
+    for key, (name, label, percent) in wanted.items():
+        clouds = [
+            (index, arm, _stacked(run.series("exposure/ratio", key) for run in arm.runs)) for index, arm in _arms(study)
+        ]
+        clouds = [(index, arm, points) for index, arm, points in clouds if len(points)]
+        if clouds:
+            traces = [cloud(index, arm.name, points, percent=percent) for index, arm, points in clouds]
+            traces.append(binned(np.concatenate([points for _, _, points in clouds])))
+            frame = layout("exposure ratio", label, y_percent=percent)
+            frame["xaxis"] |= {"range": [-0.03, 1.03]}
+            frame["yaxis"] |= {"rangemode": "tozero"}
+            panels.append(Panel(name, f"{label} against exposure ratio", {"": {"data": traces, "layout": frame}}))
+    return panels
+
+
+def reward_panel(study: Study) -> Panel | None:
+    """The controller's reward and its two terms, each on its own scale; one choice a run."""
+    choices = {
+        run.label: _rewards(run, index)
+        for index, arm in enumerate(study.arms)
+        for run in arm.runs
+        if len(run.series("exposure/reward"))
+    }
+    return Panel("rewards", "Reward of the exposure controller and its terms", choices) if choices else None
+
+
+def level_panel(study: Study) -> Panel | None:
+    """Final accuracy of every arm at every level, with 95 % intervals."""
+    traces = []
+    for index, arm in enumerate(study.arms):
+        points = [(level, found) for level, evaluations in _by_level(arm) if (found := _curve_point(evaluations))]
+        if points:
+            traces.append(intervals(index, arm.name, points, shift=index - (len(study.arms) - 1) / 2))
+    names = sorted({level for arm in study.arms for level, _ in _by_level(arm)}, key=_natural)
+    if not traces or len(names) < 2:
+        return None
+    for trace in traces:
+        shift = trace.pop("shift") * 0.7 / max(1, len(traces))
+        trace["x"] = [names.index(level) + shift for level in trace["customdata"]]
+    frame = layout("", f"Average@{study.k}", y_percent=True)
+    frame["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
+    return Panel("levels", f"Final Average@{study.k} by level", {"": {"data": traces, "layout": frame}})
+
+
+def trait_panel(study: Study) -> Panel | None:
+    """How often evaluated completions have a trait, over steps; one choice a trait that ever occurs."""
+    traits = sorted({trait for run in study.runs for evaluation in run.evaluations for trait in evaluation.traits})
+    choices = {}
+    for trait in traits:
+        lines = [(index, arm.name, _trait_series(arm, trait)) for index, arm in _arms(study)]
+        if any(points[:, 1].any() for _, _, points in lines):
+            frame = layout("step", "share of completions", y_percent=True)
+            frame["yaxis"] |= {"rangemode": "tozero"}
+            data = [line(index, name, points, markers=True) for index, name, points in lines if len(points)]
+            choices[trait.replace("_", " ")] = {"data": data, "layout": frame}
+    return Panel("traits", "Share of completions with a trait over steps", choices) if choices else None
+
+
+def curve_panel(study: Study) -> Panel | None:
+    """Logged quantities of training over steps, mean over seeds; one choice a quantity."""
+    choices = {}
+    for key, label in CURVES.items():
+        lines = [(index, arm.name, _mean_series(arm, key)) for index, arm in _arms(study)]
+        data = [line(index, name, points) for index, name, points in lines if len(points)]
+        if data:
+            choices[label] = {"data": data, "layout": layout("step", label)}
+    return Panel("curves", "Logged quantities over training steps", choices) if choices else None
+
+
+def beta_density(ratios: Floats, ka: Floats, kb: Floats) -> Floats:
+    """Return [R, S]: x^(ka-1) (1-x)^(kb-1) / B(ka, kb) at R ratios for S parameter pairs."""
+    constants = [math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) for a, b in zip(ka, kb, strict=True)]
+    logs = np.outer(np.log(ratios), ka - 1) + np.outer(np.log1p(-ratios), kb - 1) + np.array(constants)
+    density: Floats = np.exp(logs)
+    return density
+
+
+def _arms(study: Study) -> list[tuple[int, Arm]]:
+    return list(enumerate(study.arms))
+
+
+def _by_step(arm: Arm) -> list[tuple[int, list[Evaluation]]]:
+    """Group an arm's evaluations by step, leaving out steps that only some of its runs have reached."""
+    found: dict[int, list[Evaluation]] = {}
+    for run in arm.runs:
+        for evaluation in run.evaluations:
+            found.setdefault(evaluation.step, []).append(evaluation)
+    return [(step, found[step]) for step in sorted(found) if len(found[step]) == len(arm.runs)]
+
+
+def _by_level(arm: Arm) -> list[tuple[str, list[Evaluation]]]:
+    """Cut an arm's final evaluations by level; nothing where its runs were evaluated on different problems."""
+    if len({evaluation.problem_ids for evaluation in finals(arm)}) != 1:
+        return []
+    levels = sorted({level for evaluation in finals(arm) for level in evaluation.levels if level}, key=_natural)
+    return [(level, [_only(evaluation, level) for evaluation in finals(arm)]) for level in levels]
+
+
+def _only(evaluation: Evaluation, level: str) -> Evaluation:
+    kept = [index for index, name in enumerate(evaluation.levels) if name == level]
+    return replace(
+        evaluation,
+        problem_ids=tuple(evaluation.problem_ids[index] for index in kept),
+        levels=(level,) * len(kept),
+        rewards=evaluation.rewards[kept],
+        answers=tuple(evaluation.answers[index] for index in kept),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort `5 steps` before `10 steps`."""
+    return [(int(word), "") if word.isdigit() else (0, word) for word in name.split()]
+
+
+def _curve_point(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
+    return accuracy(evaluations, resamples=CURVE_RESAMPLES)
+
+
+def _trait_series(arm: Arm, trait: str) -> Floats:
+    rows = [
+        [step, np.mean([evaluation.traits.get(trait, 0.0) for evaluation in evaluations])]
+        for step, evaluations in _by_step(arm)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def _mean_series(arm: Arm, key: str) -> Floats:
+    """Return [n, 2]: steps and means over the runs that logged the key there."""
+    stacked = _stacked(run.series(key) for run in arm.runs)
+    steps = np.unique(stacked[:, 0])
+    return np.array([[step, stacked[stacked[:, 0] == step, 1].mean()] for step in steps]).reshape(-1, 2)
+
+
+def _stacked(series: Iterable[Floats]) -> Floats:
+    return np.concatenate(list(series))
+
+
+def _density(run: Run, arm: int) -> Figure:
+    points = thin(run.series("exposure/ka", "exposure/kb"))
+    grid = np.linspace(0.0125, 0.9875, 40)
+    heat = {
+        "type": "heatmap",
+        "x": short(points[:, 0]),
+        "y": short(grid),
+        "z": [[float(f"{value:.3g}") for value in row] for row in beta_density(grid, points[:, 1], points[:, 2])],
+        "zmin": 0,
+        "colorscale": [[0, "@surface"], [0.5, "@heat-middle"], [1, "@heat-high"]],
+        "colorbar": {"title": {"text": "density", "side": "right"}, "thickness": 10, "outlinewidth": 0, "len": 0.9},
+        "hovertemplate": "step %{x}, ratio %{y:.2f}<br>density %{z:.3~g}<extra></extra>",
+    }
+    drawn = line(arm, "drawn ratio", run.series("exposure/ratio"), shape="hv", width=1.2)
+    drawn["line"]["color"] = "@text"
+    del drawn["meta"]
+    frame = layout("step", "exposure ratio")
+    frame["yaxis"] |= {"range": [0, 1], "showgrid": False}
+    return {"data": [heat, drawn], "layout": frame}
+
+
+def _rewards(run: Run, arm: int) -> Figure:
+    terms = {key: label for key, label in REWARD_TERMS.items() if len(run.series(key))}
+    frame = layout("step", "")
+    data = []
+    for row, (key, label) in enumerate(terms.items()):
+        term = line(arm, label, run.series(key), markers=True, width=1.4)
+        del term["meta"]
+        name = "yaxis" if row == 0 else f"yaxis{row + 1}"
+        top = 1 - row / len(terms)
+        frame[name] = axis(label) | {"domain": [top - 1 / len(terms) + 0.04, top], "nticks": 5}
+        data.append(term | {"yaxis": name.replace("axis", ""), "xaxis": "x"})
+    frame["xaxis"] |= {"anchor": f"y{len(terms)}" if len(terms) > 1 else "y"}
+    return {"data": data, "layout": frame}

@@ -1,0 +1,187 @@
+"""Building blocks of the figures: layout, lines, bands, intervals and clouds as plain plotly dictionaries.
+
+Colours are names such as `@arm0` or `@arm0/0.2` (with opacity): `page.js` looks them up among the style sheet's
+variables, so that light and dark follow the reader's setting and an arm has one colour everywhere. A trace that belongs
+to an arm carries its index in `meta`, by which the page shows and hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from atesd.report.load import Floats
+
+Figure = dict[str, Any]
+
+MAX_POINTS = 300  # of one line or cloud: bounds the file
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
+DASHES = ("dash", "dot", "dashdot", "longdash")
+COLOURS = len(SYMBOLS)
+
+
+def colour(arm: int) -> str:
+    """Return the colour name of an arm; from the ninth arm on, colours repeat and dashes tell arms apart."""
+    return f"@arm{arm % COLOURS}"
+
+
+def thin(points: Floats) -> Floats:
+    """Keep at most MAX_POINTS rows, evenly spread, first and last included."""
+    if len(points) <= MAX_POINTS:
+        return points
+    kept: Floats = points[np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)]
+    return kept
+
+
+def short(values: Iterable[float]) -> list[float]:
+    """Round to four significant digits: what a figure can show."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def axis(title: str) -> Figure:
+    """An axis without zoom: dragging scrolls the page."""
+    return {
+        "title": {"text": title, "standoff": 8},
+        "gridcolor": "@grid",
+        "linecolor": "@axis",
+        "zeroline": False,
+        "automargin": True,
+        "fixedrange": True,
+        "ticks": "",
+    }
+
+
+def layout(x: str, y: str, *, y_percent: bool = False) -> Figure:
+    """A figure without legend: the page shows one for all figures."""
+    return {
+        "xaxis": axis(x) | {"showgrid": False, "showline": True},
+        "yaxis": axis(y) | ({"tickformat": ".0%"} if y_percent else {}),
+        "font": {"color": "@muted", "size": 12.5},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hoverlabel": {"bgcolor": "@surface", "bordercolor": "@axis", "font": {"color": "@text"}},
+        "margin": {"l": 8, "r": 14, "t": 10, "b": 8},
+        "hovermode": "closest",
+        "showlegend": False,
+        "dragmode": False,
+    }
+
+
+def style(arm: int, *, width: float = 2.2) -> Figure:
+    """The line style of an arm."""
+    return {"color": colour(arm), "width": width, "dash": DASHES[arm % COLOURS] if arm >= COLOURS else "solid"}
+
+
+def line(
+    arm: int, name: str, points: Floats, *, markers: bool = False, shape: str = "linear", width: float = 2.2
+) -> Figure:
+    """A line through `points`, [n, 2]."""
+    points = thin(points)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if markers else "lines",
+        "name": name,
+        "x": short(points[:, 0]),
+        "y": short(points[:, 1]),
+        "line": style(arm, width=width) | {"shape": shape},
+        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 7, "color": colour(arm)},
+        "hovertemplate": f"{plain(name)}<br>step %{{x}}: %{{y:.4~g}}<extra></extra>",
+        "meta": {"arm": arm},
+    }
+
+
+def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> list[Figure]:
+    """A line through interval means, under it the band of the intervals."""
+    steps = [step for step, _ in points]
+    lows, highs = short(found["low"] for _, found in points), short(found["high"] for _, found in points)
+    band = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": steps + steps[::-1],
+        "y": highs + lows[::-1],
+        "fill": "toself",
+        "fillcolor": f"{colour(arm)}/0.13",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "meta": {"arm": arm},
+    }
+    middle = line(arm, name, np.array([[step, found["average_at_k"]] for step, found in points]), markers=True)
+    middle["customdata"] = [list(pair) for pair in zip(lows, highs, strict=True)]
+    middle["hovertemplate"] = (
+        f"{plain(name)}, step %{{x}}<br>%{{y:.1%}} (%{{customdata[0]:.1%}} to %{{customdata[1]:.1%}})<extra></extra>"
+    )
+    return [band, middle]
+
+
+def intervals(arm: int, name: str, points: Sequence[tuple[str, Mapping[str, float]]], *, shift: float) -> Figure:
+    """Means with error bars by level; the caller turns `shift` and the levels in `customdata` into positions."""
+    means = [found["average_at_k"] for _, found in points]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "y": short(means),
+        "customdata": [level for level, _ in points],
+        "error_y": {
+            "type": "data",
+            "array": short(found["high"] - found["average_at_k"] for _, found in points),
+            "arrayminus": short(found["average_at_k"] - found["low"] for _, found in points),
+            "color": colour(arm),
+            "thickness": 1.8,
+            "width": 0,
+        },
+        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 9, "color": colour(arm)},
+        "hovertemplate": f"{plain(name)}, %{{customdata}}<br>%{{y:.1%}}<extra></extra>",
+        "meta": {"arm": arm},
+        "shift": shift,
+    }
+
+
+def cloud(arm: int, name: str, points: Floats, *, percent: bool) -> Figure:
+    """One point a step of an arm; `points` are [n, 3]: step, exposure ratio, value."""
+    points, number = thin(points), "%{y:.1%}" if percent else "%{y:.3~g}"
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": short(points[:, 1]),
+        "y": short(points[:, 2]),
+        "customdata": points[:, 0].astype(int).tolist(),
+        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 6, "color": f"{colour(arm)}/0.45"},
+        "hovertemplate": f"{plain(name)}, step %{{customdata}}<br>ratio %{{x:.2f}}: {number}<extra></extra>",
+        "meta": {"arm": arm},
+    }
+
+
+def binned(points: Floats) -> Figure:
+    """Median and quartiles over steps in tenths of the exposure ratio."""
+    bins = np.minimum((points[:, 1] * 10).astype(int), 9)
+    rows = [
+        (points[bins == b, 1].mean(), *np.quantile(points[bins == b, 2], [0.25, 0.5, 0.75])) for b in np.unique(bins)
+    ]
+    x, low, median, high = np.array(rows).T
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "median",
+        "x": short(x),
+        "y": short(median),
+        "error_y": {
+            "type": "data",
+            "array": short(high - median),
+            "arrayminus": short(median - low),
+            "color": "@text",
+            "thickness": 1.4,
+            "width": 0,
+        },
+        "line": {"color": "@text", "width": 1.6},
+        "marker": {"color": "@text", "size": 5},
+        "hovertemplate": "median of the steps near ratio %{x:.2f}: %{y:.3~g}<extra></extra>",
+    }
+
+
+def plain(name: str) -> str:
+    """Keep plotly from reading a name as markup or as a place-holder."""
+    return name.replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")

@@ -1,0 +1,54 @@
+"""Look at a recipe or a model without training: exact prompts, and an evaluation on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from atesd.config import RunConfig
+from atesd.evaluate.runner import Evaluation, evaluate
+from atesd.exposure.prompt import donors
+from atesd.seeds import derive_seed
+from atesd.train.hints import Hints
+from atesd.train.model import load, load_tokenizer, resolve
+from atesd.train.setup import make_renderer, sampling_side
+
+SHOWN_RATIOS = (0.0, 0.5, 1.0)
+
+
+def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dict[str, str]]:
+    """Return the exact prompts of the first training problems, at one ratio or at 0, 0.5 and 1."""
+    renderer = make_renderer(config, load_tokenizer(resolve(config.model.path)))
+    problems = config.task.build(config.seed).train()
+    hints = Hints(config, renderer, donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {})
+    ratios: Sequence[float] = SHOWN_RATIOS if ratio is None else (ratio,)
+    return [
+        {
+            "problem_id": problem.id,
+            "level": problem.level,
+            "ratio": f"{shown:g}",
+            "hint": hints.text(problem, shown),
+            "student_prompt": renderer.prompt_text(hints.student_ids(problem)),
+            "teacher_prompt": renderer.prompt_text(hints.teacher_ids(problem, shown)),
+        }
+        for problem in problems[:count]
+        for shown in ratios
+    ]
+
+
+def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
+    """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loaded, tokenizer = load(config.model.model_copy(update={"path": str(model), "lora": None}), 0)
+    driver, _, task = sampling_side(config, loaded, tokenizer)
+    return evaluate(
+        task.name,
+        task.evaluation()[: config.eval.problems],
+        driver,
+        config.eval.sampling(config.rollout),
+        seed=derive_seed(config.seed, "eval"),
+        traits=task.traits,
+    )

@@ -1,0 +1,256 @@
+"""The loop: what happens in a step, in order. How each phase works stands in the file named after it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+from atesd.config import RunConfig
+from atesd.evaluate.runner import evaluate
+from atesd.recipe import build_config
+from atesd.runlog import Phases, RunDir
+from atesd.seeds import derive_seed
+from atesd.train.checkpoint import (
+    find_checkpoints,
+    load_optimizer,
+    load_state,
+    load_teacher,
+    load_weights,
+    restore_interrupted,
+    save_checkpoint,
+    save_model,
+)
+from atesd.train.record import batch_metrics, rollout_rows, timings
+from atesd.train.setup import Parts, assemble
+from atesd.types import Group, Measurement, Observation, Problem
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """The run was asked to stop; its state after `step` steps is saved."""
+
+    def __init__(self, step: int, run: Path) -> None:
+        super().__init__(f"stopped after step {step}; continue with: atesd train --resume {run}")
+        self.step = step
+        self.run = run
+
+
+class Trainer:
+    """One run in one directory: `Trainer.start(...)` or `Trainer.resume(...)`, then `train()`."""
+
+    def __init__(self, config: RunConfig, run: RunDir, listener: Listener | None = None) -> None:
+        self.config = config
+        self.run = run
+        self.parts: Parts = assemble(config)
+        self.step = 0
+        self.listener = listener
+        self._phases = Phases()
+        self._seconds = 0.0
+        self._best: dict[str, float] | None = None
+        self._latest_eval: dict[str, float] = {}
+        self._stop_asked = False
+
+    @classmethod
+    def start(cls, config: RunConfig, out: Path, *, listener: Listener | None = None) -> Trainer:
+        """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit."""
+        run = RunDir.create(out, config.model_dump(mode="json"))
+        return cls(config, run, listener)
+
+    @classmethod
+    def resume(cls, out: Path, *, listener: Listener | None = None) -> Trainer:
+        """Continue a run from its last complete checkpoint; from the beginning where it has none."""
+        run = RunDir.open(out)
+        trainer = cls(build_config(run.config(), source=str(out / "config.json")), run, listener)
+        trainer._restore()
+        return trainer
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end and return what `result.json` holds. Interrupted after SIGINT or SIGTERM, state saved."""
+        done = self.run.result()
+        if done is not None:
+            return done
+        with self._stoppable():
+            if self.step == 0:
+                self._begin()
+            while self.step < self.config.step.num_steps:
+                self._one_step()
+                if self._stop_asked and self.step < self.config.step.num_steps:
+                    self._save()
+                    raise Interrupted(self.step, self.run.path)
+        return self._finish()
+
+    def _begin(self) -> None:
+        """Measure and evaluate the untrained student: l_0, and the start of every curve."""
+        clock = perf_counter()
+        self.run.rewind(-1)
+        metrics = self._observe({}) | self._evaluate()
+        self._seconds += perf_counter() - clock
+        self._log(metrics | self._phases.take())
+
+    def _one_step(self) -> None:
+        """Sample, grade, route, show the hint, update, measure."""
+        clock = perf_counter()
+        parts, config, phase = self.parts, self.config, self._phases.phase
+        problems = [parts.problems[index] for index in parts.curriculum.next(config.step.problems)]
+        with phase("exposure"):
+            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems]))
+        with phase("sample"):
+            groups = self._rollout(problems)
+        routes = parts.router.route(groups)
+        with phase("exposure"):
+            rows = parts.hints.rows(groups, routes, ratios)
+        with phase("update"):
+            outcome = parts.stepper.optimize(rows)
+        self.step += 1
+        parts.driver.sampler.sync(self.step)
+        metrics = outcome.metrics | batch_metrics(groups, routes, ratios, parts.task.traits)
+        metrics |= self._observe(metrics)
+        if self._due(config.eval.every):
+            metrics |= self._evaluate()
+        if self._due(config.save.rollouts_every):
+            shown = rollout_rows(
+                groups,
+                routes,
+                rows,
+                outcome,
+                step=self.step,
+                hints=parts.hints,
+                renderer=parts.renderer,
+                count=config.save.rollouts,
+            )
+            self.run.write_rows("rollouts", self.step, shown)
+        self._seconds += perf_counter() - clock
+        self._log(metrics | timings(self._phases.take(), perf_counter() - clock, metrics["optim/tokens"]))
+        if self._due(config.save.every):
+            self._save()
+
+    def _rollout(self, problems: list[Problem]) -> list[Group]:
+        """Sample from the student, or take the references where the router trains on them."""
+        if self.parts.router.source == "reference":
+            return self.parts.driver.reference(problems, self.config.rollout.max_new_tokens)
+        seed = derive_seed(self.config.seed, "sample", self.step)
+        return self.parts.driver.rollout(problems, self.config.rollout, seed=seed)
+
+    def _observe(self, stats: dict[str, float]) -> dict[str, float]:
+        """Take the wanted measurements of theta_step, hand them round, and return what there is to log."""
+        parts = self.parts
+        policies = (parts.controller, parts.router, parts.curriculum)
+        wanted = [measurement for policy in policies for measurement in policy.wants(self.step)]
+        if self.config.probe.log_every and self.step % self.config.probe.log_every == 0:
+            wanted.append(Measurement("probe_nll"))
+        with self._phases.phase("probe"):
+            measured = parts.probe.measure(wanted)
+        metrics = {f"measure/{key}": value for key, value in measured.items()}
+        with self._phases.phase("exposure"):
+            for policy in policies:
+                policy.observe(Observation(self.step, stats, measured))
+                metrics |= policy.metrics()
+        return metrics
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate on held-out problems; keep the best model so far."""
+        config, parts = self.config, self.parts
+        with self._phases.phase("eval"):
+            result = evaluate(
+                parts.task.name,
+                parts.eval_problems,
+                parts.driver,
+                config.eval.sampling(config.rollout),
+                seed=derive_seed(config.seed, "eval", self.step),
+                traits=parts.task.traits,
+            )
+        self.run.write_rows("eval", self.step, result.rows)
+        self._latest_eval = result.metrics
+        score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
+        if score is not None and (self._best is None or score > self._best["score"]):
+            self._best = {"step": self.step, "score": score}
+            save_model(self.run.path / "best", parts.model, parts.tokenizer)
+        return result.metrics
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.step.num_steps
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.run.log(self.step, metrics)
+        if self.listener is not None:
+            self.listener({"step": self.step, **metrics})
+
+    def _save(self) -> None:
+        """Write everything that the rest of the run depends on."""
+        parts = self.parts
+        state = {
+            "step": self.step,
+            "seconds": self._seconds,
+            "best": self._best,
+            "latest_eval": self._latest_eval,
+            "scheduler": parts.scheduler.state_dict()["last_epoch"],
+            "controller": parts.controller.state_dict(),
+            "router": parts.router.state_dict(),
+            "curriculum": parts.curriculum.state_dict(),
+            "probe": parts.probe.state_dict(),
+        }
+        save_checkpoint(
+            self.run.checkpoints,
+            self.step,
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            optimizer=parts.optimizer,
+            teacher=parts.teacher.tensors(),
+            state=state,
+            keep=self.config.save.keep,
+        )
+
+    def _restore(self) -> None:
+        """Load the last complete checkpoint and forget what was logged after it."""
+        for name in ("best", "final"):
+            restore_interrupted(self.run.path / name)
+        found = find_checkpoints(self.run.checkpoints)
+        if not found:
+            return
+        parts, folder = self.parts, found[-1]
+        state = load_state(folder)
+        load_weights(folder, parts.model)
+        load_optimizer(folder, parts.model, parts.optimizer)
+        parts.teacher.load_tensors(load_teacher(folder))
+        parts.set_schedule(state["scheduler"])
+        parts.controller.load_state_dict(state["controller"])
+        parts.router.load_state_dict(state["router"])
+        parts.curriculum.load_state_dict(state["curriculum"])
+        parts.probe.load_state_dict(state["probe"])
+        self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
+        self._latest_eval = state["latest_eval"]
+        parts.driver.sampler.sync(self.step)
+        self.run.rewind(self.step)
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the final model and the result."""
+        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer)
+        result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
+        self.run.finish(result)
+        return result
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM end the run after the current step; a second one ends it at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            if self._stop_asked:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,113 @@
+"""What a step leaves in the run directory besides the loss: batch metrics, rollout rows, timings."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from atesd.rollout.render import Renderer
+from atesd.routing import Route
+from atesd.train.batch import Row
+from atesd.train.hints import Hints
+from atesd.train.stats import StepOutcome
+from atesd.types import Group, Problem, StopReason
+
+Traits = Callable[[Problem, str], dict[str, bool]]
+
+
+def batch_metrics(
+    groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], traits: Traits
+) -> dict[str, float]:
+    """Describe the completions, rewards, routes and exposure of a generation batch."""
+    attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
+    turns = [trajectory.turns[-1] for _, trajectory in attempts]
+    rewards = [trajectory.reward for _, trajectory in attempts]
+    graded = [reward for reward in rewards if reward is not None]
+    truncated = sum(turn.stop is StopReason.LENGTH for turn in turns)
+    metrics = {
+        "rollout/length_mean": float(np.mean([len(turn.completion_ids) for turn in turns])),
+        "rollout/eos_frac": 1.0 - truncated / len(turns),
+        "rollout/truncated": float(truncated),
+        "reward/ungradable": float(len(rewards) - len(graded)),
+        "optim/tokens": float(sum(len(turn.completion_ids) for turn in turns)),
+        "exposure/ratio": float(np.mean(ratios)),
+        "exposure/ratio_min": min(ratios),
+        "exposure/ratio_max": max(ratios),
+        "route/distil_groups": float(sum(route is Route.DISTIL for route in routes)),
+        "route/nll_groups": float(sum(route is Route.NLL for route in routes)),
+    }
+    if graded:
+        metrics["reward/mean"] = float(np.mean(graded))
+    found = [traits(problem, trajectory.turns[-1].text) for problem, trajectory in attempts]
+    return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
+
+
+def rollout_rows(
+    groups: Sequence[Group],
+    routes: Sequence[Route],
+    rows: Sequence[Row],
+    outcome: StepOutcome,
+    *,
+    step: int,
+    hints: Hints,
+    renderer: Renderer,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Return the first `count` completions with the hint that the teacher saw and the streams of their tokens."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    written = []
+    for index, row in enumerate(rows[:count]):
+        group, route, trajectory = groups[row.group], routes[row.group], trajectories[index]
+        record: dict[str, Any] = {
+            "step": step,
+            "problem_id": group.problem.id,
+            "problem": group.problem.problem,
+            "level": group.problem.level,
+            "route": str(route),
+            "ratio": row.ratio,
+            "hint": hints.text(group.problem, row.ratio) if row.teacher_prompt else "",
+            "student_prompt": renderer.prompt_text(row.student_prompt),
+            "teacher_prompt": renderer.prompt_text(row.teacher_prompt),
+            "completion": trajectory.turns[-1].text,
+            "stop": str(trajectory.turns[-1].stop),
+            "reward": trajectory.reward,
+            "tokens": renderer.token_texts(row.completion),
+        }
+        written.append(record | _streams(outcome, index))
+    return written
+
+
+def timings(phases: Mapping[str, float], seconds: float, tokens: float) -> dict[str, float]:
+    """Return the step's seconds by phase, sampling speed and the peak memory."""
+    taken = {**phases, "time/step_s": seconds, "memory/peak_mib": peak_memory_mib()}
+    if phases.get("time/sample_s"):
+        taken["time/tokens_per_s"] = tokens / phases["time/sample_s"]
+    return taken
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory that the device, or on a CPU the process, has held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _streams(outcome: StepOutcome, index: int) -> dict[str, list[float]]:
+    """Return per-token lists of a row, rounded to what a reader can use; none for a row outside every loss."""
+    if index not in outcome.rows:
+        return {}
+    scored = outcome.rows[index]
+    columns = {
+        "divergence": scored.stats.divergence,
+        "student_logprob": scored.stats.student_logprob,
+        "teacher_logprob": scored.stats.teacher_logprob,
+        "student_entropy": scored.stats.student_entropy,
+        "gate": scored.weight_T,
+    }
+    return {name: [round(value, 6) for value in column.tolist()] for name, column in columns.items()}

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from math import nan
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atesd.exposure.reveal import RevealConfig, reveal, segmentation_warning, split_segments
+from atesd.types import UserError
+
+LATEX = (
+    "We have $f(x) = x^2. 5$ and $g = 3.14$. Then e.g. \\[ a = 1. \\text{ Now } b = 2 \\] holds! "
+    "He pays $5. Then $6 more. So the answer is \\boxed{\\frac{1}{2}}."
+)
+TEXT = st.text(alphabet=st.sampled_from("ab1 .!?$\\[]()\n\r\t\u3002{}é"), max_size=60)
+UNITS = ("auto", "line", "sentence", "paragraph", "token")
+ORDERS = ("prefix", "suffix", "random_segments")
+
+
+def test_sentences_are_not_cut_inside_formulas_decimals_or_abbreviations() -> None:
+    assert split_segments(LATEX) == [
+        "We have $f(x) = x^2. 5$ and $g = 3.14$. ",
+        "Then e.g. \\[ a = 1. \\text{ Now } b = 2 \\] holds! ",
+        "He pays $5. ",
+        "Then $6 more. ",
+        "So the answer is \\boxed{\\frac{1}{2}}.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "segments"),
+    [
+        ("It is $$x = 3.$$ Next.", ["It is $$x = 3.$$ ", "Next."]),
+        ('"Yes." (See x.) Done', ['"Yes." ', "(See x.) ", "Done"]),
+        ("1. Add.\n 2. Halve. b", ["1. Add.\n ", "2. Halve. ", "b"]),
+        ("A\n\nSo. C", ["A\n\n", "So. ", "C"]),
+        ("\\begin{align}a. b\\end{align} c. d", ["\\begin{align}a. b\\end{align} c. ", "d"]),
+        ("Wait... what?! Ok", ["Wait... ", "what?! ", "Ok"]),
+        ("costs $5. It was -$6 then. Ok $x$", ["costs $5. ", "It was -$6 then. ", "Ok $x$"]),
+        ("costs \\$5. Then", ["costs \\$5. ", "Then"]),
+        ("\u4ed6\u8bf4\u3002\u597d", ["\u4ed6\u8bf4\u3002", "\u597d"]),
+    ],
+)
+def test_sentence_ends(text: str, segments: list[str]) -> None:
+    assert split_segments(text, "sentence") == segments
+
+
+def test_lines_carry_the_empty_lines_after_them_and_keep_their_indentation() -> None:
+    assert split_segments("\n a;\n\n \n  b;\nc\n \n", "line") == ["\n a;\n\n \n", "  b;\n", "c\n \n"]
+    assert split_segments("a\r\nb\r\n", "line") == ["a\r\n", "b\r\n"]
+
+
+def test_paragraphs_and_words() -> None:
+    assert split_segments("a b\nc\n \n\nd", "paragraph") == ["a b\nc\n \n\n", "d"]
+    assert split_segments("  a b\n c ", "token") == ["  a ", "b\n ", "c "]
+
+
+def test_auto_takes_lines_only_where_there_are_several() -> None:
+    assert split_segments("It is. b\nSo. d", "auto") == ["It is. b\n", "So. d"]
+    assert split_segments("It is. b\n\n", "auto") == ["It is. ", "b\n\n"]
+
+
+@pytest.mark.parametrize("hostile", ["." * 300_000, "\\[ $a. " * 5_000, "\n " * 100_000 + "a", "\\begin{a}" * 8_000])
+def test_hostile_text_is_cut_in_reasonable_time(hostile: str) -> None:
+    # A quadratic scan of these would take minutes.
+    assert "".join(split_segments("x " + hostile, "sentence")) == "x " + hostile
+
+
+@settings(deadline=None)
+@given(TEXT, st.sampled_from(UNITS))
+def test_segments_join_to_the_solution_and_each_has_visible_text(text: str, unit: str) -> None:
+    if not text.strip():
+        with pytest.raises(UserError, match="empty"):
+            split_segments(text, unit)  # type: ignore[arg-type]
+        return
+    segments = split_segments(text, unit)  # type: ignore[arg-type]
+    assert "".join(segments) == text
+    assert all(segment.strip() for segment in segments)
+
+
+@settings(deadline=None)
+@given(TEXT.filter(str.strip), st.sampled_from(UNITS), st.sampled_from(ORDERS), st.floats(0, 1), st.floats(0, 1))
+def test_a_smaller_ratio_shows_a_subset(text: str, unit: str, order: str, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    config = RevealConfig(unit=unit, order=order)  # type: ignore[arg-type]
+    less, more = reveal(text, low, config, seed_key="p"), reveal(text, high, config, seed_key="p")
+    hidden_less, hidden_more = characters(less.hidden_spans), characters(more.hidden_spans)
+    assert hidden_more <= hidden_less
+    assert less.text == "".join(letter for index, letter in enumerate(text) if index not in hidden_less)
+    if order == "prefix":
+        assert more.text.startswith(less.text)
+    if order == "suffix":
+        assert more.text.endswith(less.text)
+    assert reveal(text, 1.0, config).text == text
+    assert reveal(text, 0.0, config).text == ""
+
+
+def characters(spans: tuple[tuple[int, int], ...]) -> set[int]:
+    return {index for start, end in spans for index in range(start, end)}
+
+
+def test_number_shown_is_the_floor_without_float_surprises() -> None:
+    hundred = "".join(f"{index};\n" for index in range(100))
+    # .29 * 100 = 28.999999999999996 in floats
+    assert reveal(hundred, 0.29, RevealConfig()).shown == 29
+    assert reveal(hundred, 0.289, RevealConfig()).shown == 28
+    assert reveal(hundred, 0.999, RevealConfig()).text == hundred[: -len("99;\n")]
+    assert not reveal(hundred, 0.999, RevealConfig()).complete
+    assert [reveal("a\nb\nc\n", ratio, RevealConfig()).shown for ratio in (0, 0.33, 0.34, 0.67, 1)] == [0, 0, 1, 2, 3]
+
+
+def test_orders_show_segments_at_their_own_places() -> None:
+    text = "a\nb\nc\nd\n"
+    assert reveal(text, 0.5, RevealConfig(order="suffix")).text == "c\nd\n"
+    assert reveal(text, 0.5, RevealConfig(order="suffix")).hidden_spans == ((0, 4),)
+    shown = [reveal(text, index / 4, RevealConfig(order="random_segments"), seed_key="7").text for index in range(5)]
+    assert [sorted(lines.split()) for lines in shown] == [lines.split() for lines in shown]
+    assert all(set(less.split()) < set(more.split()) for less, more in pairwise(shown))
+
+
+def test_random_order_is_fixed_by_the_key_and_differs_between_keys() -> None:
+    text = "".join(f"{index}\n" for index in range(12))
+    config = RevealConfig(order="random_segments")
+    by_key = [reveal(text, 0.5, config, seed_key=str(key)).text for key in range(5)]
+    assert by_key == [reveal(text, 0.5, config, seed_key=str(key)).text for key in range(5)]
+    assert len(set(by_key)) == 5
+
+
+def test_marker_stands_once_for_each_hidden_run() -> None:
+    text = "a\nb\nc\nd"
+    assert reveal(text, 0.5, RevealConfig(hidden_marker="[...]")).text == "a\nb\n[...]"
+    assert reveal(text, 0.5, RevealConfig(hidden_marker="[...]", order="suffix")).text == "[...]\nc\nd"
+    assert reveal(text, 0.0, RevealConfig(hidden_marker="[...]")).text == "[...]"
+    assert reveal(text, 1.0, RevealConfig(hidden_marker="[...]")).text == text
+
+
+@pytest.mark.parametrize("ratio", [-0.01, 1.01, nan])
+def test_ratio_outside_the_unit_interval_is_refused(ratio: float) -> None:
+    with pytest.raises(UserError, match=r"outside \[0, 1\]"):
+        reveal("a", ratio, RevealConfig())
+
+
+def test_empty_solution_and_unknown_unit_are_refused() -> None:
+    with pytest.raises(UserError, match="empty"):
+        reveal(" \n", 0.5, RevealConfig())
+    with pytest.raises(UserError, match=r"step.*unknown.*line"):
+        split_segments("a", "step")  # type: ignore[arg-type]
+
+
+def test_warning_names_the_coarsest_unit_that_cuts_finely_enough() -> None:
+    prose = ["One. Two. Three. Four."] * 3
+    assert segmentation_warning(prose, "auto") is None
+    warning = segmentation_warning([*prose, "a\nb\nc"], "line")
+    assert warning is not None
+    assert warning.startswith("3 of 4 solutions make one segment with unit 'line'")
+    assert "choose unit 'sentence' (median 4 segments)" in warning
+    words = segmentation_warning(["x = 1 + 2 so 3"], "auto")
+    assert words is not None
+    assert "choose unit 'token'" in words
+
+
+def test_warning_needs_more_than_half_and_ignores_empty_solutions() -> None:
+    assert segmentation_warning(["a", "a\nb", ""], "line") is None
+    assert segmentation_warning([], "line") is None

@@ -1,0 +1,583 @@
+"""Tiled divergences against hand-computed numbers, a dense NumPy reference and finite differences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atesd.losses.divergence import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    LossConfig,
+    ReverseKL,
+    SampledToken,
+    Scored,
+    TokenStreams,
+    token_streams,
+)
+from atesd.losses.target import Plain
+from atesd.types import UserError
+
+from support import dense_divergence as dense
+
+N, V, H = 7, 11, 5
+KINDS: list[Divergence] = [ForwardKL(), ReverseKL(), JSD(beta=0.3)]
+SUPPORTS: list[tuple[int | None, bool]] = [(None, False), (4, False), (4, True), (1, True), (V, False), (V, True)]
+
+
+def make(
+    dtype: torch.dtype = torch.float64, *, n: int = N, v: int = V, bias: bool = True
+) -> tuple[Scored, Scored, Tensor]:
+    """Return student and teacher with different heads, moderately far apart, and labels."""
+    generator = torch.Generator().manual_seed(3)
+
+    def scored() -> Scored:
+        hidden, head, offset = (torch.randn(*size, generator=generator, dtype=dtype) for size in ((n, H), (v, H), (v,)))
+        return Scored(hidden.requires_grad_(), head.requires_grad_(), offset.requires_grad_() if bias else None)
+
+    return scored(), scored(), torch.randint(0, v, (n,), generator=generator)
+
+
+def logits_of(scored: Scored, temperature: float = 1.0) -> Tensor:
+    logits = scored.hidden_NH @ scored.head_VH.T
+    return (logits if scored.bias_V is None else logits + scored.bias_V) / temperature
+
+
+def from_logits(logits: Sequence[Sequence[float]] | Tensor, dtype: torch.dtype = torch.float64) -> Scored:
+    """Logits as hidden states under an identity head, so that gradients to hidden states are those to logits."""
+    hidden = torch.as_tensor(logits, dtype=dtype).clone().requires_grad_()
+    return Scored(hidden, torch.eye(hidden.shape[1], dtype=dtype))
+
+
+def from_probs(*rows: Sequence[float], dtype: torch.dtype = torch.float64) -> Scored:
+    return from_logits(torch.tensor(rows, dtype=torch.float64).log(), dtype)
+
+
+def run(student: Scored, teacher: Scored, labels: Tensor, config: LossConfig, temperature: float = 1.0) -> TokenStreams:
+    return token_streams(student, [teacher], labels, config, target=Plain(), temperature=temperature)
+
+
+def parameters(scored: Scored) -> list[Tensor]:
+    return [tensor for tensor in (scored.hidden_NH, scored.head_VH, scored.bias_V) if tensor is not None]
+
+
+def one_token(p: Sequence[float], q: Sequence[float], config: LossConfig) -> tuple[float, list[float], TokenStreams]:
+    """Loss, gradient to logits and streams of a single position."""
+    student = from_probs(q)
+    streams = run(student, from_probs(p), torch.tensor([0]), config)
+    (gradient,) = torch.autograd.grad(streams.divergence_N.sum(), student.hidden_NH)
+    return streams.divergence_N.item(), gradient[0].tolist(), streams
+
+
+class TestMethodExample:
+    """METHOD 1.4: p = (.5, .3, .2), q = (.4, .35, .25)."""
+
+    p, q = (0.5, 0.3, 0.2), (0.4, 0.35, 0.25)
+
+    def test_unclipped(self) -> None:
+        # .5 ln(1.25) + .3 ln(6/7) + .2 ln(.8) = .111572 - .046245 - .044629; gradient q - p.
+        value, gradient, streams = one_token(self.p, self.q, LossConfig())
+        assert value == pytest.approx(0.111572 - 0.046245 - 0.044629, abs=2e-6)
+        assert gradient == pytest.approx([-0.10, 0.05, 0.05], abs=1e-12)
+        assert streams.stats.reversed.item() == 0
+        assert streams.stats.clip_frac.item() == 0
+
+    @pytest.mark.parametrize(("tau", "value"), [(0.05, 0.05 - 0.046245 - 0.044629), (1e-6, 1e-6 - 0.046245 - 0.044629)])
+    def test_pointwise_reverses_the_sign(self, tau: float, value: float) -> None:
+        # A = {2, 3}, P_A = .5: gradient P_A q - p 1[A] = (.2, .175 - .3, .125 - .2); the loss is negative.
+        loss, gradient, streams = one_token(self.p, self.q, LossConfig(clip="pointwise", clip_tau=tau))
+        assert loss == pytest.approx(value, abs=2e-6)
+        assert loss < 0
+        assert gradient == pytest.approx([0.20, -0.125, -0.075], abs=1e-12)
+        assert streams.stats.reversed.item() == 1
+        assert streams.stats.clip_frac.item() == pytest.approx(1 / 3)
+        assert streams.stats.clipped_mass.item() == pytest.approx(0.5)
+        assert streams.stats.divergence.item() == pytest.approx(0.020698, abs=1e-6)  # unclipped
+
+    def test_token_clip_below_tau_changes_nothing(self) -> None:
+        clipped = one_token(self.p, self.q, LossConfig(clip="token"))
+        plain = one_token(self.p, self.q, LossConfig())
+        assert clipped[:2] == plain[:2]
+        assert clipped[2].stats.clip_frac.item() == 0
+
+    def test_token_clip_above_tau_stops_the_gradient(self) -> None:
+        value, gradient, streams = one_token(self.p, self.q, LossConfig(clip="token", clip_tau=0.01))
+        assert value == pytest.approx(0.01)
+        assert gradient == [0, 0, 0]
+        assert streams.stats.clip_frac.item() == streams.stats.clipped_mass.item() == 1
+        assert streams.stats.reversed.item() == 0
+        assert streams.stats.divergence.item() == pytest.approx(0.020698, abs=1e-6)
+
+    def test_an_entry_at_tau_is_held(self) -> None:
+        # l_1 = .5 ln(.5/.25) = .5 ln 2 exactly tau; held, so P_A = .5 and the first entry's gradient is P_A q_1 = .125.
+        tau = (from_probs([0.5, 0.5]).hidden_NH[0, 0] - from_probs([0.25, 0.75]).hidden_NH[0, 0]).item() * 0.5
+        logits = from_probs([0.25, 0.75]), from_probs([0.5, 0.5])
+        for scale, expected in ((1.0 - 1e-9, 0.125), (1.0 + 1e-9, -0.25)):
+            student = from_logits(logits[0].hidden_NH.detach())
+            config = LossConfig(clip="pointwise", clip_tau=tau * scale)
+            run(student, logits[1], torch.tensor([0]), config).divergence_N.sum().backward()
+            assert student.hidden_NH.grad is not None
+            assert student.hidden_NH.grad[0, 0].item() == pytest.approx(expected, abs=1e-12)
+
+    def test_descent_under_the_pointwise_clip_forgets_the_teachers_favourite(self) -> None:
+        # METHOD 1.4: 2,000 steps of .05 drive q_1 from .40 to .014.
+        logits = torch.tensor([self.q], dtype=torch.float64).log()
+        teacher, label = from_probs(self.p), torch.tensor([0])
+        for _ in range(2000):
+            student = from_logits(logits)
+            loss = run(student, teacher, label, LossConfig(clip="pointwise")).divergence_N.sum()
+            logits = logits - 0.05 * torch.autograd.grad(loss, student.hidden_NH)[0]
+        assert logits.softmax(-1)[0, 0].item() == pytest.approx(0.014, abs=5e-4)
+
+
+def test_reverse_kl_by_hand() -> None:
+    # p = (1/2, 1/2), q = (1/4, 3/4): D = .25 ln .5 + .75 ln 1.5 = .130812; dD/dz_1 = .25 (ln .5 - D) = -.205990.
+    value, gradient, _ = one_token((0.5, 0.5), (0.25, 0.75), LossConfig(divergence=ReverseKL()))
+    assert value == pytest.approx(0.130812, abs=1e-6)
+    assert gradient == pytest.approx([-0.205990, 0.205990], abs=1e-6)
+
+
+def test_jsd_weights_the_teacher_in_the_mixture() -> None:
+    # b = .2, p = (1, 3)/4, q = (1, 1)/2: m = .2 p + .8 q = (.45, .55).
+    # D = .2 (.25 ln(.25/.45) + .75 ln(.75/.55)) + .8 (.5 ln(.5/.45) + .5 ln(.5/.55)) = .017127 + .004020 = .021147.
+    # s = ln(q/m) = (.105361, -.095310), mean .005025; gradient .8 * .5 * (s - mean) = (.040134, -.040134).
+    value, gradient, _ = one_token((0.25, 0.75), (0.5, 0.5), LossConfig(divergence=JSD(beta=0.2)))
+    expected = 0.2 * (0.25 * np.log(0.25 / 0.45) + 0.75 * np.log(0.75 / 0.55)) + 0.4 * np.log(0.25 / (0.45 * 0.55))
+    assert value == pytest.approx(expected, abs=1e-12)
+    assert gradient == pytest.approx([0.040134, -0.040134], abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+@pytest.mark.parametrize(("top_k", "tail"), SUPPORTS)
+@pytest.mark.parametrize("clip", ["none", "token", "pointwise"])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (1.3, 0.7)])
+def test_equals_the_dense_reference(
+    divergence: Divergence, top_k: int | None, tail: bool, clip: Any, temperatures: tuple[float, float]
+) -> None:
+    student, teacher, labels = make()
+    beta = divergence.beta if isinstance(divergence, JSD) else 0.0
+    p = np.exp(dense.log_softmax(logits_of(teacher, temperatures[1]).detach().numpy()))
+    q = np.exp(dense.log_softmax(logits_of(student, temperatures[0]).detach().numpy()))
+    unclipped = dense.divergence(p, q, divergence.kind, beta, top_k, tail, "none", 0.0)
+    tau = float(unclipped.mean()) if clip == "token" else 0.05  # with tokens, or entries, on both sides
+    config = LossConfig(
+        divergence=divergence, top_k=top_k, tail=tail, clip=clip, clip_tau=tau, tile_tokens=3, tile_vocab=4,
+        temperature_student=temperatures[0], temperature_teacher=temperatures[1],
+    )  # fmt: skip
+
+    def loss(logits: dense.Array) -> dense.Array:
+        q = np.exp(dense.log_softmax(logits / temperatures[0]))
+        return dense.divergence(p, q, divergence.kind, beta, top_k, tail, clip, tau)
+
+    streams = run(student, teacher, labels, config, temperature=9.0)
+    raw = logits_of(student).detach().numpy()
+    np.testing.assert_allclose(streams.divergence_N.detach().numpy(), loss(raw), rtol=1e-10, atol=1e-12)
+    upstream = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
+    gradient = torch.as_tensor(dense.numeric_gradient(loss, raw)) * upstream[:, None]
+    hidden, head, bias = torch.autograd.grad((streams.divergence_N * upstream).sum(), parameters(student))
+    torch.testing.assert_close(hidden, gradient @ student.head_VH.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(head, gradient.T @ student.hidden_NH.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-6, atol=1e-8)
+    if clip != "none":
+        assert 0 < streams.stats.clip_frac.mean() < 1
+
+
+@pytest.mark.parametrize("config", [
+    *(LossConfig(divergence=kind, clip=clip, clip_tau=0.05) for kind in KINDS for clip in ("none", "pointwise")),
+    *(LossConfig(divergence=kind, top_k=4, tail=tail) for kind in KINDS for tail in (False, True)),
+], ids=lambda c: f"{c.divergence.kind}-{c.clip}-{c.top_k}-{c.tail}")  # fmt: skip
+def test_gradcheck(config: LossConfig) -> None:
+    student, teacher, labels = make(n=3, v=6)
+    config = config.model_copy(update={"tile_tokens": 2, "tile_vocab": 4, "temperature_student": 1.1})
+
+    def outputs(hidden: Tensor, head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        streams = run(Scored(hidden, head, bias), teacher, labels, config)
+        return streams.divergence_N, streams.logprob_N
+
+    assert torch.autograd.gradcheck(outputs, parameters(student))
+
+
+@pytest.mark.parametrize("config", [
+    LossConfig(), LossConfig(divergence=JSD(), clip="pointwise"), LossConfig(top_k=9),
+    LossConfig(divergence=ReverseKL(), top_k=5, tail=True), LossConfig(clip="token", clip_tau=0.4),
+    LossConfig(divergence=SampledToken()),
+])  # fmt: skip
+def test_tile_sizes_change_nothing(config: LossConfig) -> None:
+    def everything(tile_tokens: int, tile_vocab: int) -> list[Tensor]:
+        student, teacher, labels = make()
+        tiled = config.model_copy(update={"tile_tokens": tile_tokens, "tile_vocab": tile_vocab})
+        streams = run(student, teacher, labels, tiled, temperature=1.1)
+        weights = torch.linspace(-1, 1, N, dtype=torch.float64)
+        total = (streams.divergence_N * weights).sum() + (streams.logprob_N * weights.flip(0)).sum()
+        stats = [getattr(streams.stats, name) for name in streams.stats.__slots__]
+        return [streams.divergence_N, streams.logprob_N, *stats, *torch.autograd.grad(total, parameters(student))]
+
+    whole = everything(100, 100)
+    for tile_tokens, tile_vocab in itertools.product((1, 3, 7, 100), (1, 3, 7, 100)):
+        for tensor, expected in zip(everything(tile_tokens, tile_vocab), whole, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_logprob_and_divergence_share_one_backward() -> None:
+    student, teacher, labels = make()
+    streams = run(student, teacher, labels, LossConfig(tile_tokens=3, tile_vocab=4), temperature=1.1)
+    a, b = torch.randn(2, N, dtype=torch.float64)
+    got = torch.autograd.grad((a * streams.divergence_N + b * streams.logprob_N).sum(), parameters(student))
+    log_q, log_p = logits_of(student, 1.1).log_softmax(-1), logits_of(teacher, 1.1).log_softmax(-1).detach()
+    logprob = log_q.gather(1, labels[:, None])[:, 0]
+    total = (a * (log_p.exp() * (log_p - log_q)).sum(-1) + b * logprob).sum()
+    torch.testing.assert_close(streams.logprob_N, logprob)
+    for tensor, expected in zip(got, torch.autograd.grad(total, parameters(student)), strict=True):
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_views_get_no_gradient() -> None:
+    student, teacher, labels = make()
+    shared = Scored(teacher.hidden_NH, student.head_VH, student.bias_V)
+    streams = run(student, shared, labels, LossConfig())
+    frozen = run(student, Scored(*(tensor.detach() for tensor in parameters(shared))), labels, LossConfig())
+    assert torch.autograd.grad(streams.divergence_N.sum(), teacher.hidden_NH, allow_unused=True, retain_graph=True) == (
+        None,
+    )
+    # A shared head is trained through the student's use of it alone.
+    for one, other in zip(
+        torch.autograd.grad(streams.divergence_N.sum(), parameters(student)),
+        torch.autograd.grad(frozen.divergence_N.sum(), parameters(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [
+    *(LossConfig(divergence=kind) for kind in KINDS), LossConfig(clip="pointwise"),
+    *(LossConfig(divergence=kind, top_k=3, tail=True) for kind in KINDS),
+    LossConfig(clip="token"), LossConfig(divergence=SampledToken()), LossConfig(top_k=3),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_student_equal_to_its_teacher_has_neither_loss_nor_gradient(config: LossConfig, dtype: torch.dtype) -> None:
+    student, _, labels = make(dtype)
+    same = Scored(*(tensor.detach().clone() for tensor in parameters(student)))
+    streams = run(student, same, labels, config)
+    assert streams.divergence_N.abs().max().item() == 0
+    for gradient in torch.autograd.grad(streams.divergence_N.sum(), parameters(student)):
+        assert gradient.abs().max().item() <= 1e-7
+    assert streams.stats.top1_agree.tolist() == [1.0] * N
+    assert streams.stats.reversed.tolist() == [0.0] * N
+
+
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+def test_a_constant_added_to_logits_changes_nothing(divergence: Divergence) -> None:
+    student, teacher, labels = make()
+    assert student.bias_V is not None
+    assert teacher.bias_V is not None
+    config = LossConfig(divergence=divergence, top_k=4, tail=True)
+    moved = Scored(student.hidden_NH, student.head_VH, student.bias_V + 30)
+    moved_teacher = Scored(teacher.hidden_NH, teacher.head_VH, teacher.bias_V - 50)
+    torch.testing.assert_close(
+        run(moved, moved_teacher, labels, config).divergence_N, run(student, teacher, labels, config).divergence_N
+    )
+
+
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+def test_with_a_tail_the_value_grows_with_k_up_to_the_full_one(divergence: Divergence) -> None:
+    student, teacher, labels = make()
+    values = [run(student, teacher, labels, LossConfig(divergence=divergence, top_k=k, tail=True)).divergence_N
+              for k in range(1, V + 1)]  # fmt: skip
+    full = run(student, teacher, labels, LossConfig(divergence=divergence)).divergence_N
+    for smaller, larger in itertools.pairwise(values):
+        assert (larger - smaller).min().item() >= -1e-12
+    assert (full - values[0]).mean().item() > 0.1
+    torch.testing.assert_close(values[-1], full)
+    whole = run(student, teacher, labels, LossConfig(divergence=divergence, top_k=V)).divergence_N
+    torch.testing.assert_close(whole, full)
+
+
+def test_tail_survives_a_rest_too_small_for_float32() -> None:
+    # The teacher's rest is exp(-200): 0 in float32. Reverse KL then is large but finite, and the loss still pulls.
+    teacher, student = from_logits([[200.0, 0.0, 0.0]], torch.float32), from_logits([[0.0, 0.0, 0.0]], torch.float32)
+    for divergence in KINDS:
+        streams = run(student, teacher, torch.tensor([0]), LossConfig(divergence=divergence, top_k=1, tail=True))
+        (gradient,) = torch.autograd.grad(streams.divergence_N.sum(), student.hidden_NH)
+        assert torch.isfinite(gradient).all()
+        assert gradient[0, 0].item() < -0.1
+
+
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+def test_extreme_logits_stay_finite(divergence: Divergence) -> None:
+    teacher = from_logits([[120.0, 0.0, -120.0]], torch.float32)
+    student = from_logits([[-120.0, 0.0, 120.0]], torch.float32)
+    streams = run(student, teacher, torch.tensor([0]), LossConfig(divergence=divergence))
+    (gradient,) = torch.autograd.grad(streams.divergence_N.sum(), student.hidden_NH)
+    # KL either way is 240 nats; JSD(b) of disjoint distributions is the binary entropy of b.
+    expected = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) if isinstance(divergence, JSD) else 240.0
+    assert streams.divergence_N.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+def test_bf16_inputs_give_nonnegative_values_near_float64(divergence: Divergence) -> None:
+    # A teacher that differs by bf16's own resolution: a log-softmax in bf16 makes such divergences negative.
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16()
+    near = (hidden.float() * (1 + 0.02 * torch.randn(64, 32, generator=generator))).bfloat16()
+    head = torch.randn(500, 32, generator=generator).bfloat16()
+    config = LossConfig(divergence=divergence, tile_tokens=50, tile_vocab=128)
+    labels = torch.zeros(64, dtype=torch.long)
+    low = Scored(hidden.clone().requires_grad_(), head.clone().requires_grad_())
+    high = Scored(hidden.double().requires_grad_(), head.double().requires_grad_())
+    streams = run(low, Scored(near, head), labels, config)
+    exact = run(high, Scored(near.double(), head.double()), labels, config)
+    assert streams.divergence_N.dtype == torch.float32
+    assert streams.divergence_N.min().item() >= 0
+    torch.testing.assert_close(streams.divergence_N.double(), exact.divergence_N, rtol=1e-4, atol=1e-7)
+    got = torch.autograd.grad(streams.divergence_N.sum(), parameters(low))
+    expected = torch.autograd.grad(exact.divergence_N.sum(), parameters(high))
+    for tensor, reference in zip(got, expected, strict=True):
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.double(), reference, rtol=2**-8, atol=1e-4)
+
+
+def test_tiny_divergences_keep_their_digits_in_float32() -> None:
+    # Perturbing logits by d gives KL = Var_p(d) / 2 to leading order: about 5e-9 here. Rounding of the log-normalisers
+    # (4e-7 at a value near 7.4) would enter a plain sum of p log(p/q) in full.
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(32, 1000, generator=generator)
+    teacher = from_logits(base + 1e-4 * torch.randn(32, 1000, generator=generator), torch.float32)
+    student, labels = from_logits(base, torch.float32), torch.zeros(32, dtype=torch.long)
+    streams = run(student, teacher, labels, LossConfig())
+    exact = run(from_logits(base.double()), from_logits(teacher.hidden_NH.detach().double()), labels, LossConfig())
+    torch.testing.assert_close(streams.divergence_N.double(), exact.divergence_N, rtol=0, atol=2e-8)
+    log_q, log_p = student.hidden_NH.detach().log_softmax(-1), teacher.hidden_NH.detach().log_softmax(-1)
+    plain = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert (plain.double() - exact.divergence_N).abs().max().item() > 1e-7
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    student, teacher, labels = make(torch.float32)
+    plain = run(student, teacher, labels, LossConfig())
+    expected = torch.autograd.grad(plain.divergence_N.sum(), parameters(student))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(student, teacher, labels, LossConfig())
+        got = torch.autograd.grad(cast.divergence_N.sum(), parameters(student))
+    torch.testing.assert_close(cast.divergence_N, plain.divergence_N, rtol=0, atol=0)
+    for tensor, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(tensor, reference, rtol=0, atol=0)
+
+
+def test_sampled_token_value_and_gradient() -> None:
+    # p = (.5, .5), q = (.25, .75), y = 0: gap = ln 2; loss = -ln 2 ln .25 = .960906; gradient -ln 2 (1 - .25, -.75).
+    value, gradient, streams = one_token((0.5, 0.5), (0.25, 0.75), LossConfig(divergence=SampledToken()))
+    assert value == pytest.approx(np.log(2) * np.log(4), abs=1e-12)
+    assert gradient == pytest.approx([-np.log(2) * 0.75, np.log(2) * 0.75], abs=1e-12)
+    assert streams.stats.divergence.item() == pytest.approx(0.130812, abs=1e-6)  # the reverse KL
+
+
+def test_sampled_token_gradient_is_reverse_kls_in_expectation() -> None:
+    generator = torch.Generator().manual_seed(5)
+    teacher, student_logits = (
+        from_logits(torch.randn(1, 6, generator=generator)),
+        torch.randn(1, 6, generator=generator),
+    )
+
+    def gradient(config: LossConfig, label: int) -> Tensor:
+        student = from_logits(student_logits)
+        loss = run(student, teacher, torch.tensor([label]), config).divergence_N.sum()
+        return torch.autograd.grad(loss, student.hidden_NH)[0][0]
+
+    q = student_logits.double().softmax(-1)[0]
+    expected = sum((q[label] * gradient(LossConfig(divergence=SampledToken()), label) for label in range(6)), q * 0)
+    torch.testing.assert_close(expected, gradient(LossConfig(divergence=ReverseKL()), 0), rtol=1e-10, atol=1e-12)
+    assert expected.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("config", [
+    LossConfig(), LossConfig(clip="pointwise"), LossConfig(top_k=4, tail=True), LossConfig(divergence=JSD(), top_k=3),
+    LossConfig(divergence=ReverseKL(), clip="token", clip_tau=2.8), LossConfig(divergence=SampledToken()),
+])  # fmt: skip
+def test_statistics(config: LossConfig) -> None:
+    student, teacher, labels = make()
+    tiled = config.model_copy(update={"tile_tokens": 3, "tile_vocab": 4})
+    streams = run(student, teacher, labels, tiled, temperature=1.2)
+    stats = streams.stats
+    log_q = dense.log_softmax(logits_of(student, 1.2).detach().numpy())
+    log_p = dense.log_softmax(logits_of(teacher, 1.2).detach().numpy())
+    p, q, rows = np.exp(log_p), np.exp(log_q), np.arange(N)
+    kind = "reverse_kl" if config.divergence.kind == "sampled" else config.divergence.kind
+    expected = {
+        "divergence": dense.summands(kind, 0.5, p, q).sum(-1),
+        "student_logprob": log_q[rows, labels.numpy()],
+        "teacher_logprob": log_p[rows, labels.numpy()],
+        "student_entropy": -(q * log_q).sum(-1),
+        "teacher_entropy": -(p * log_p).sum(-1),
+        "student_max_prob": q.max(-1),
+        "top1_agree": (q.argmax(-1) == p.argmax(-1)).astype(float),
+    }
+    for name, value in expected.items():
+        tensor = getattr(stats, name)
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad
+        np.testing.assert_allclose(tensor.numpy(), value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert 0 < stats.top1_agree.sum() < N
+
+    # reversed: the sign of the actual gradient at the teacher's top entry.
+    logits = logits_of(student).detach().requires_grad_()
+    direct = run(Scored(logits, torch.eye(V, dtype=torch.float64)), teacher, labels, tiled, temperature=1.2)
+    (gradient,) = torch.autograd.grad(direct.divergence_N.sum(), logits)
+    np.testing.assert_array_equal(stats.reversed.numpy(), gradient.numpy()[rows, p.argmax(-1)] > 0)
+    assert 0 < stats.reversed.sum() < N or config.clip == "token"  # no held token is reversed
+
+    if config.clip == "pointwise":
+        held = dense.summands(kind, 0.5, p, q) >= config.clip_tau
+        np.testing.assert_allclose(stats.clip_frac.numpy(), held.mean(-1), rtol=1e-6)
+        np.testing.assert_allclose(stats.clipped_mass.numpy(), (p * held).sum(-1), rtol=1e-6)
+    elif config.clip == "none":
+        assert stats.clip_frac.abs().sum() == stats.clipped_mass.abs().sum() == 0
+
+
+class Extrapolated:
+    """1.5 log p_first - 0.5 log p_second: a target that needs a normaliser of its own."""
+
+    num_views = 2
+    is_first_view = False
+
+    def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
+        return 1.5 * log_views[0] - 0.5 * log_views[1]
+
+
+@pytest.mark.parametrize("config", [
+    *(LossConfig(divergence=kind) for kind in KINDS), LossConfig(clip="pointwise"),
+    LossConfig(divergence=ReverseKL(), top_k=4, tail=True), LossConfig(divergence=JSD(beta=0.3), top_k=4),
+    LossConfig(divergence=SampledToken()),
+])  # fmt: skip
+def test_a_target_of_two_views(config: LossConfig) -> None:
+    student, first, labels = make()
+    generator = torch.Generator().manual_seed(8)
+    second = Scored(
+        torch.randn(N, H, generator=generator, dtype=torch.float64),
+        torch.randn(V, H, generator=generator, dtype=torch.float64),
+    )
+    tiled = config.model_copy(update={"tile_tokens": 3, "tile_vocab": 4})
+    streams = token_streams(student, [first, second], labels, tiled, target=Extrapolated(), temperature=1.2)
+    log_views = [logits_of(view, 1.2).detach().log_softmax(-1) for view in (first, second)]
+    # The same target given as the logits of a single view; temperature 1.2 is applied by the call again.
+    mixed = Scored(1.2 * Extrapolated().log_target(log_views), torch.eye(V, dtype=torch.float64))
+    single = run(student, mixed, labels, config, temperature=1.2)
+    torch.testing.assert_close(streams.divergence_N, single.divergence_N)
+    for tensor, expected in zip(
+        torch.autograd.grad(streams.divergence_N.sum(), parameters(student)),
+        torch.autograd.grad(single.divergence_N.sum(), parameters(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(tensor, expected)
+    # Statistics of the pair stay those of the first view; those of the clip follow the target.
+    plain = run(student, first, labels, config, temperature=1.2).stats
+    for name in ("divergence", "teacher_logprob", "teacher_entropy", "top1_agree", "student_entropy"):
+        torch.testing.assert_close(getattr(streams.stats, name), getattr(plain, name))
+    for name in ("clip_frac", "clipped_mass", "reversed"):
+        torch.testing.assert_close(getattr(streams.stats, name), getattr(single.stats, name))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Record the largest storage that any operation creates."""
+
+    def __init__(self, allowed: Sequence[tuple[int, ...]] = ()) -> None:
+        super().__init__()
+        self.allowed, self.largest, self.shape = set(allowed), 0, torch.Size()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        seen = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in seen:
+                continue
+            if tuple(tensor.shape) not in self.allowed and tensor.numel() > self.largest:
+                self.largest, self.shape = tensor.numel(), tensor.shape
+        return result
+
+
+@pytest.mark.parametrize("config", [
+    LossConfig(), LossConfig(divergence=JSD(), clip="pointwise"), LossConfig(top_k=20, tail=True),
+    LossConfig(divergence=SampledToken()),
+])  # fmt: skip
+def test_no_tensor_exceeds_a_tile(config: LossConfig) -> None:
+    tokens, vocabulary, hidden = 64, 50_000, 8
+    student, teacher, labels = make(torch.float32, n=tokens, v=vocabulary)
+    hidden = student.hidden_NH.shape[1]
+    tiled = config.model_copy(update={"tile_tokens": 16, "tile_vocab": 1000})
+    with LargestTensor(allowed=[(vocabulary, hidden), (vocabulary,)]) as record:  # gradients of head and bias
+        streams = run(student, teacher, labels, tiled)
+        (streams.divergence_N.sum() + streams.logprob_N.sum()).backward()
+    assert record.largest == 16 * 1000, record.shape
+
+
+def test_an_unused_divergence_costs_no_teacher_tiles() -> None:
+    student, teacher, labels = make()
+    student = Scored(student.hidden_NH, student.head_VH.detach())
+    streams = run(student, teacher, labels, LossConfig())
+    calls: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            calls.extend(["mm"] if func is torch.ops.aten.mm.default else [])
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        torch.autograd.grad(streams.logprob_N.sum(), student.hidden_NH)
+    assert len(calls) == 2  # the student's logits, and their gradient to its hidden states
+
+
+def test_no_token_at_all() -> None:
+    student, teacher, labels = make(n=0)
+    streams = run(student, teacher, labels, LossConfig(top_k=3, tail=True))
+    assert streams.divergence_N.shape == streams.stats.reversed.shape == (0,)
+    for gradient in torch.autograd.grad(streams.divergence_N.sum(), parameters(student)):
+        assert gradient.abs().sum() == 0
+
+
+def test_a_label_outside_the_vocabulary_is_nan() -> None:
+    student, teacher, labels = make()
+    labels[2] = -100
+    streams = run(student, teacher, labels, LossConfig(tile_vocab=4))
+    assert torch.isnan(streams.logprob_N).tolist() == [index == 2 for index in range(N)]
+
+
+def test_top_k_beyond_the_vocabulary_is_refused() -> None:
+    student, teacher, labels = make()
+    with pytest.raises(UserError, match=r"loss\.top_k=12 exceeds the vocabulary of 11"):
+        run(student, teacher, labels, LossConfig(top_k=12))
+
+
+@pytest.mark.parametrize(("section", "message"), [
+    ({"divergence": {"kind": "jsd", "beta": 0.0}}, "greater than 0"),
+    ({"divergence": {"kind": "jsd", "beta": 1.0}}, "less than 1"),
+    ({"top_k": 1}, "always 0"),
+    ({"top_k": 0}, "greater than or equal to 1"),
+    ({"tail": True}, "tail=true without top_k"),
+    ({"divergence": {"kind": "sampled"}, "clip": "token"}, "clip=token with the sampled-token"),
+    ({"divergence": {"kind": "sampled"}, "top_k": 5}, "top_k=5 with the sampled-token"),
+    ({"clip_tau": 0.0}, "greater than 0"),
+    ({"temperature_teacher": 0.0}, "greater than 0"),
+    ({"divergence": {"beta": 0.5}}, "kind"),
+])  # fmt: skip
+def test_nonsense_is_refused_at_configuration(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LossConfig.model_validate(section)
+
+
+def test_a_resolved_config_reads_back() -> None:
+    for kind in (*KINDS, SampledToken()):
+        config = LossConfig(divergence=kind)
+        assert TypeAdapter(LossConfig).validate_json(config.model_dump_json()) == config
