@@ -12,7 +12,7 @@ SampleTurns = Callable[[Sequence[Problem]], list[Turn]]
 
 
 class Environment(Protocol):
-    """Turns problems into groups. A multi-turn environment calls `sample` once a turn."""
+    """Turns problems into groups, in one readable routine: what is asked, how often, and what is kept."""
 
     def play(self, problems: Sequence[Problem], group_size: int, sample: SampleTurns) -> list[Group]:
         """Return one group of `group_size` trajectories a problem, in order, without rewards."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _RESAMPLES = 10_000
+_RESAMPLES_NESTED = 4_000
 
 
 class Interval(NamedTuple):
@@ -75,39 +76,45 @@ def bootstrap_interval(values_P: Array, *, resamples: int = _RESAMPLES, seed: in
     return _percentiles(np.asarray(values_P, dtype=np.float64)[picks].mean(axis=1))
 
 
-def arm_interval(accuracy_SP: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Interval:
+def arm_interval(
+    accuracy_SP: Array, *, shared: bool = False, resamples: int = _RESAMPLES_NESTED, seed: int = 0
+) -> Interval:
     """Return the 95 % interval of one arm's mean accuracy, resampled like `paired_difference`."""
-    return _percentiles(_crossed_means(accuracy_SP, resamples, seed))
+    return _percentiles(_resampled_means(np.asarray(accuracy_SP, dtype=np.float64), shared, resamples, seed))
 
 
-def paired_difference(first_SP: Array, second_SP: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Difference:
-    """Return mean(first - second) with an interval that resamples seeds and problems.
+def paired_difference(
+    first_SP: Array, second_SP: Array, *, shared: bool = False, resamples: int = _RESAMPLES_NESTED, seed: int = 0
+) -> Difference:
+    """Return mean(first - second) with a 95 % interval that resamples seeds and, within them, problems.
 
-    Seed s of both arms shares its problem order, sampling seeds and evaluation problems, so the difference is taken
-    within each (seed, problem) first. Where all seeds are evaluated on the same problems the two factors are crossed:
-    one resample draws S seeds and P problems, and every drawn seed uses the drawn problems. Treating the S*P
-    differences as independent would ignore both kinds of clustering and be too optimistic. With few seeds the
-    percentile interval is itself somewhat too narrow.
+    Seed s of both arms shares its training problems, their order, the sampling seeds and the evaluation problems, so
+    the difference is taken within each (seed, problem) first. One resample draws S seeds, and P problems for each
+    drawn seed. Treating the S P differences as independent would ignore that those of one seed move together, and
+    be too optimistic. `shared` says that all seeds were evaluated on the same problems: then one drawn set of problems
+    serves every drawn seed, since their differences move together as well. With few seeds a percentile interval is
+    itself somewhat too narrow.
 
     ValueError if the shapes differ.
     """
     if first_SP.shape != second_SP.shape:
         raise ValueError(f"paired arms need equal seeds and problems: {first_SP.shape} against {second_SP.shape}")
     gap_SP = np.asarray(first_SP, dtype=np.float64) - second_SP
-    return Difference(float(gap_SP.mean()), *_percentiles(_crossed_means(gap_SP, resamples, seed)))
+    return Difference(float(gap_SP.mean()), *_percentiles(_resampled_means(gap_SP, shared, resamples, seed)))
 
 
-def _crossed_means(values_SP: Array, resamples: int, seed: int) -> Array:
-    """Return bootstrap means under independent resampling of rows and columns.
-
-    The mean over drawn rows and columns is count_S @ values @ count_P / (S P), with multinomial counts.
-    """
+def _resampled_means(values_SP: Array, shared: bool, resamples: int, seed: int) -> Array:
+    """Return bootstrap means; one drawn seed after another, to hold one [resamples, P] array at a time."""
     rng = np.random.default_rng(seed)
     num_seeds, num_problems = values_SP.shape
-    count_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples)
-    count_RP = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=resamples)
-    sums_R: Array = ((count_RS @ values_SP) * count_RP).sum(axis=1)
-    return sums_R / (num_seeds * num_problems)
+    seeds_RS = rng.integers(0, num_seeds, size=(resamples, num_seeds))
+    problems_RP = rng.integers(0, num_problems, size=(resamples, num_problems))
+    total_R = np.zeros(resamples)
+    for drawn_R in seeds_RS.T:
+        if not shared:
+            problems_RP = rng.integers(0, num_problems, size=(resamples, num_problems))
+        total_R += values_SP[drawn_R[:, None], problems_RP].mean(axis=1)
+    return total_R / num_seeds
 
 
 def _percentiles(means_R: Array) -> Interval:

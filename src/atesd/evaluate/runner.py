@@ -13,7 +13,7 @@ from atesd.evaluate.metrics import avg_at_k, bootstrap_interval, maj_at_k, pass_
 from atesd.rewards.answer import extract_answer
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
-from atesd.types import Config, Group, Problem, StopReason
+from atesd.types import Config, Group, Problem, StopReason, UserError
 
 Traits = Callable[[Problem, str], dict[str, bool]]
 
@@ -59,10 +59,20 @@ class Evaluation:
 def evaluate(
     task: str, problems: Sequence[Problem], driver: Driver, sampling: SamplingConfig, *, seed: int, traits: Traits
 ) -> Evaluation:
-    """Evaluate on problems; `sampling.group_size` is k. Ungradable completions are counted and left out."""
+    """Evaluate on problems, all samples in one request; `sampling.group_size` is k.
+
+    A completion without a reward is counted, and its problem is left out of every accuracy. UserError without problems.
+    """
+    if not problems:
+        raise UserError(f"task {task!r} has no evaluation problem: raise task.eval_size, or name a file with task.eval_path")
     groups = driver.rollout(problems, sampling, seed=seed)
-    rows = [row for group in groups for row in _rows(group, traits)]
-    return Evaluation({f"eval/{task}/{key}": value for key, value in _summarise(groups, rows).items()}, rows)
+    tables = [_rows(group, traits) for group in groups]
+    rows = [row for table in tables for row in table]
+    metrics = _describe(rows)
+    graded = [table for table in tables if all(row["reward"] is not None for row in table)]
+    if graded:
+        metrics |= _accuracy(graded)
+    return Evaluation({f"eval/{task}/{key}": value for key, value in metrics.items()}, rows)
 
 
 def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
@@ -71,18 +81,19 @@ def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
             "problem_id": group.problem.id,
             "level": group.problem.level,
             "sample": sample,
-            "completion": trajectory.turns[-1].text,
-            "answer": extract_answer(trajectory.turns[-1].text),
+            "completion": turn.text,
+            "answer": extract_answer(turn.text),
             "reward": trajectory.reward,
-            "stop": str(trajectory.turns[-1].stop),
-            "length": len(trajectory.turns[-1].completion_ids),
-            "traits": traits(group.problem, trajectory.turns[-1].text),
+            "stop": str(turn.stop),
+            "length": len(turn.completion_ids),
+            "traits": traits(group.problem, turn.text),
         }
         for sample, trajectory in enumerate(group.trajectories)
+        for turn in trajectory.turns[-1:]
     ]
 
 
-def _summarise(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics = {
         "length_mean": float(np.mean([row["length"] for row in rows])),
         "truncated_frac": float(np.mean([row["stop"] == StopReason.LENGTH for row in rows])),
@@ -90,24 +101,20 @@ def _summarise(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[
     }
     for name in rows[0]["traits"]:
         metrics[f"trait/{name}"] = float(np.mean([row["traits"][name] for row in rows]))
-    gradable = [group for group in groups if all(t.reward is not None for t in group.trajectories)]
-    if gradable:
-        metrics |= _accuracy(gradable)
     return metrics
 
 
-def _accuracy(groups: Sequence[Group]) -> dict[str, float]:
-    """Return Average@k, pass@j for powers of two, and maj@k over groups of k graded completions."""
-    correct_PG = np.array([[trajectory.reward == 1.0 for trajectory in group.trajectories] for group in groups])
-    k = correct_PG.shape[1]
-    average = avg_at_k(correct_PG)
-    low, high = bootstrap_interval(correct_PG.mean(axis=1))
-    metrics = {f"avg@{k}": average, f"avg@{k}_low": low, f"avg@{k}_high": high}
+def _accuracy(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """Return Average@k, pass@j for powers of two and k, maj@k and Average@k by level. A reward of 1 is correct."""
+    correct_PK = np.array([[row["reward"] == 1.0 for row in table] for table in tables])
+    k = correct_PK.shape[1]
+    low, high = bootstrap_interval(correct_PK.mean(axis=1))
+    metrics = {f"avg@{k}": avg_at_k(correct_PK), f"avg@{k}_low": low, f"avg@{k}_high": high}
     for j in sorted({min(2**power, k) for power in range(k.bit_length() + 1)}):
-        metrics[f"pass@{j}"] = float(np.mean(pass_at_k(correct_PG, j)))
-    answers = [[extract_answer(t.turns[-1].text) for t in group.trajectories] for group in groups]
-    metrics[f"maj@{k}"] = float(np.mean(maj_at_k(answers, correct_PG)))
-    levels = [group.problem.level for group in groups]
-    for level in sorted({name for name in levels if name}):
-        metrics[f"level/{level}"] = float(correct_PG[[name == level for name in levels]].mean())
+        metrics[f"pass@{j}"] = float(np.mean(pass_at_k(correct_PK, j)))
+    answers = [[row["answer"] for row in table] for table in tables]
+    metrics[f"maj@{k}"] = float(np.mean(maj_at_k(answers, correct_PK)))
+    levels = [table[0]["level"] for table in tables]
+    for level in sorted(set(levels) - {""}):
+        metrics[f"level/{level}"] = avg_at_k(correct_PK[[name == level for name in levels]])
     return metrics

@@ -41,6 +41,18 @@ class Evaluation:
         means: Floats = correct.mean(axis=1)
         return means
 
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Correctness [P', k] over the problems whose samples could all be graded."""
+        kept: NDArray[np.bool_] = self.rewards[~np.isnan(self.accuracies)] == 1.0
+        return kept
+
+    @property
+    def graded_answers(self) -> list[tuple[str | None, ...]]:
+        """The answers of the same problems."""
+        known = ~np.isnan(self.accuracies)
+        return [answers for answers, kept in zip(self.answers, known, strict=True) if kept]
+
 
 @dataclass(frozen=True)
 class Run:

@@ -25,8 +25,20 @@ CURVES = {
     "rollout/length_mean": "Length of training completions, tokens",
     "optim/grad_norm": "Gradient norm",
     "optim/lr": "Learning rate",
-    "time/step_s": "Seconds in the update",
-    "time/sample_s": "Seconds in sampling",
+    "time/step_s": "Seconds a step",
+    "time/sample_s": "Seconds a step spent in sampling",
+}
+CAPTIONS = {
+    "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. Step 0 is the model before training.",
+    "exposure": "The share of the solution that the teacher saw in every step, one line a run. A decision is held for some steps before the next.",
+    "density": "Where the learned policy puts its next draw: dark is likely. The line is the ratio that was drawn.",
+    "levels": "Final accuracy with 95 % intervals.",
+    "traits": "Share of held-out completions with the trait, mean over seeds.",
+    "curves": "Mean over seeds of what every step logged.",
+    "rewards": "A decision is scored after its look-ahead. The two terms are shown before their coefficient and normalisation, each on its own scale.",
+    "mismatch": "How often the most probable token of the teacher and of the student differ; one point a step.",
+    "tail": "The largest divergences: one token in a hundred lies above. The dark line joins medians, with quartiles. "
+    "Both fall as training goes on, so compare points of one phase of training.",
 }
 REWARD_TERMS = {
     "exposure/reward": "reward",
@@ -41,6 +53,7 @@ class Panel:
 
     name: str
     description: str
+    caption: str
     choices: Mapping[str, Figure]
 
 
@@ -54,7 +67,12 @@ def accuracy_panel(study: Study) -> Panel | None:
     if not traces:
         return None
     frame = layout("step", f"Average@{study.k}", y_percent=True)
-    return Panel("accuracy", f"Average@{study.k} over training steps", {"": {"data": traces, "layout": frame}})
+    return Panel(
+        "accuracy",
+        f"Average@{study.k} over training steps",
+        CAPTIONS["accuracy"],
+        {"": {"data": traces, "layout": frame}},
+    )
 
 
 def exposure_panel(study: Study) -> Panel | None:
@@ -69,7 +87,9 @@ def exposure_panel(study: Study) -> Panel | None:
         return None
     frame = layout("step", "exposure ratio")
     frame["yaxis"] |= {"range": [-0.03, 1.03]}
-    return Panel("exposure", "Exposure ratio over training steps", {"": {"data": traces, "layout": frame}})
+    return Panel(
+        "exposure", "Exposure ratio over training steps", CAPTIONS["exposure"], {"": {"data": traces, "layout": frame}}
+    )
 
 
 def density_panel(study: Study) -> Panel | None:
@@ -80,7 +100,11 @@ def density_panel(study: Study) -> Panel | None:
         for run in arm.runs
         if len(run.series("exposure/ka", "exposure/kb"))
     }
-    return Panel("density", "Density of the learned exposure policy over steps", choices) if choices else None
+    return (
+        Panel("density", "Density of the learned exposure policy over steps", CAPTIONS["density"], choices)
+        if choices
+        else None
+    )
 
 
 def mismatch_panels(study: Study) -> list[Panel]:
@@ -101,7 +125,9 @@ def mismatch_panels(study: Study) -> list[Panel]:
             frame = layout("exposure ratio", label, y_percent=percent)
             frame["xaxis"] |= {"range": [-0.03, 1.03]}
             frame["yaxis"] |= {"rangemode": "tozero"}
-            panels.append(Panel(name, f"{label} against exposure ratio", {"": {"data": traces, "layout": frame}}))
+            panels.append(
+                Panel(name, f"{label} against exposure ratio", CAPTIONS[name], {"": {"data": traces, "layout": frame}})
+            )
     return panels
 
 
@@ -113,7 +139,11 @@ def reward_panel(study: Study) -> Panel | None:
         for run in arm.runs
         if len(run.series("exposure/reward"))
     }
-    return Panel("rewards", "Reward of the exposure controller and its terms", choices) if choices else None
+    return (
+        Panel("rewards", "Reward of the exposure controller and its terms", CAPTIONS["rewards"], choices)
+        if choices
+        else None
+    )
 
 
 def level_panel(study: Study) -> Panel | None:
@@ -131,7 +161,9 @@ def level_panel(study: Study) -> Panel | None:
         trace["x"] = [names.index(level) + shift for level in trace["customdata"]]
     frame = layout("", f"Average@{study.k}", y_percent=True)
     frame["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
-    return Panel("levels", f"Final Average@{study.k} by level", {"": {"data": traces, "layout": frame}})
+    return Panel(
+        "levels", f"Final Average@{study.k} by level", CAPTIONS["levels"], {"": {"data": traces, "layout": frame}}
+    )
 
 
 def trait_panel(study: Study) -> Panel | None:
@@ -145,7 +177,11 @@ def trait_panel(study: Study) -> Panel | None:
             frame["yaxis"] |= {"rangemode": "tozero"}
             data = [line(index, name, points, markers=True) for index, name, points in lines if len(points)]
             choices[trait.replace("_", " ")] = {"data": data, "layout": frame}
-    return Panel("traits", "Share of completions with a trait over steps", choices) if choices else None
+    return (
+        Panel("traits", "Share of completions with a trait over steps", CAPTIONS["traits"], choices)
+        if choices
+        else None
+    )
 
 
 def curve_panel(study: Study) -> Panel | None:
@@ -156,7 +192,7 @@ def curve_panel(study: Study) -> Panel | None:
         data = [line(index, name, points) for index, name, points in lines if len(points)]
         if data:
             choices[label] = {"data": data, "layout": layout("step", label)}
-    return Panel("curves", "Logged quantities over training steps", choices) if choices else None
+    return Panel("curves", "Logged quantities over training steps", CAPTIONS["curves"], choices) if choices else None
 
 
 def beta_density(ratios: Floats, ka: Floats, kb: Floats) -> Floats:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from atesd.envs.base import Environment
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
-from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn
+from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
@@ -28,8 +29,8 @@ class Driver:
         """Return one graded group a problem. Completions that hit the length limit grade as wrong."""
 
         def sample(asked: Sequence[Problem]) -> list[Turn]:
-            prompts = [self.renderer.student_ids(self.student_messages(problem)) for problem in asked]
-            return self.sampler.sample(prompts, sampling, seed=seed)
+            prompts = {problem: self._prompt(problem) for problem in dict.fromkeys(asked)}
+            return self.sampler.sample([prompts[problem] for problem in asked], sampling, seed=seed)
 
         return self.grade(self.environment.play(problems, sampling.group_size, sample))
 
@@ -38,27 +39,27 @@ class Driver:
         return self.grade([Group(problem, (Trajectory((self._reference(problem, limit),)),)) for problem in problems])
 
     def grade(self, groups: Sequence[Group]) -> list[Group]:
-        """Fill in the rewards, all in one call of the reward function."""
+        """Fill in the rewards, all in one call of the reward function. UserError unless it returns one a completion."""
         attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
-        rewards = iter(
-            self.reward(
-                prompts=[problem.problem for problem, _ in attempts],
-                completions=[trajectory.turns[-1].text for _, trajectory in attempts],
-                answer=[problem.answer for problem, _ in attempts],
-                solution=[problem.solution for problem, _ in attempts],
-                id=[problem.id for problem, _ in attempts],
-            )
+        rewards = self.reward(
+            prompts=[problem.problem for problem, _ in attempts],
+            completions=[trajectory.turns[-1].text for _, trajectory in attempts],
+            answer=[problem.answer for problem, _ in attempts],
+            solution=[problem.solution for problem, _ in attempts],
+            id=[problem.id for problem, _ in attempts],
         )
-        return [
-            replace(group, trajectories=tuple(_graded(attempt, next(rewards)) for attempt in group.trajectories))
-            for group in groups
-        ]
+        _check_rewards(rewards, len(attempts))
+        graded = iter([_graded(attempt, reward) for (_, attempt), reward in zip(attempts, rewards, strict=True)])
+        return [replace(group, trajectories=tuple(next(graded) for _ in group.trajectories)) for group in groups]
+
+    def _prompt(self, problem: Problem) -> list[int]:
+        return self.renderer.student_ids(self.student_messages(problem))
 
     def _reference(self, problem: Problem, limit: int) -> Turn:
         ids = [*self.renderer.solution_ids(problem.solution), self.renderer.eos_ids[0]]
         stop = StopReason.EOS if len(ids) <= limit else StopReason.LENGTH
         return Turn(
-            prompt_ids=tuple(self.renderer.student_ids(self.student_messages(problem))),
+            prompt_ids=tuple(self._prompt(problem)),
             completion_ids=tuple(ids[:limit]),
             logprobs=(),
             text=problem.solution,
@@ -70,3 +71,14 @@ class Driver:
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
     cut_off = attempt.turns[-1].stop is StopReason.LENGTH
     return replace(attempt, reward=0.0 if cut_off and reward is not None else reward)
+
+
+def _check_rewards(rewards: Sequence[float | None], completions: int) -> None:
+    if len(rewards) != completions:
+        raise UserError(
+            f"the reward function returned {len(rewards)} rewards for {completions} completions: "
+            "return one a completion, None where it cannot be graded"
+        )
+    broken = [reward for reward in rewards if reward is not None and not math.isfinite(reward)]
+    if broken:
+        raise UserError(f"the reward function returned {broken[0]}: return a finite number, or None for no grade")

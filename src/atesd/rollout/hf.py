@@ -1,6 +1,6 @@
 """The embedded engine: transformers' `generate` on the very weights that train.
 
-B prompts of one call, V vocabulary.
+B prompts of one call, L prompt positions, T sampled positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import StopReason, Turn, UserError
@@ -21,15 +21,17 @@ class HFSampler:
     """Samples with `generate`, padding prompts on the left and masking by length.
 
     Log-probabilities are those of the tempered, untruncated distribution, whatever `top_p` and `top_k` cut; at
-    temperature 0 they are those of temperature 1. Nothing of the model's own generation_config is used, so that a
-    repetition penalty shipped with a model cannot make its samples off-policy. The samples depend on weights, prompts
-    and seed alone, and the global random state is left untouched.
+    temperature 0 they are those of temperature 1. Completions end at the first of `eos_ids`, which is kept; the pad id
+    may be one of them. Nothing of the model's own generation_config is used, so that a repetition penalty shipped with
+    a model cannot make its samples off-policy. The samples depend on weights, prompts, settings and seed alone, and
+    the global random state is left untouched. An adapter samples as it stands, switched on or off.
     """
 
     def __init__(
         self, model: nn.Module, *, eos_ids: Sequence[int], pad_id: int, decode: Callable[[Sequence[int]], str]
     ) -> None:
-        self._model = model
+        # An adapter lives inside the base model's layers, and the wrapper's `generate` only adds its own settings.
+        self._model = cast("Any", model.get_base_model() if hasattr(model, "peft_config") else model)  # type: ignore[operator]
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._decode = decode
@@ -43,28 +45,28 @@ class HFSampler:
         """Sample one completion a prompt. UserError if prompt and completion exceed the model's context."""
         if not prompts:
             return []
+        assert all(prompts), "a prompt without tokens has nothing to continue"
         self._check_context(max(len(prompt) for prompt in prompts), sampling.max_new_tokens)
-        turns: list[Turn] = []
+        turns: dict[int, Turn] = {}
         with _sampling_mode(self._model, seed):
-            for chunk in _chunks(prompts, sampling):
-                turns += self._generate(chunk, sampling)
-        return turns
+            for chunk in _chunks([len(prompt) for prompt in prompts], sampling):
+                turns |= zip(chunk, self._generate([prompts[index] for index in chunk], sampling), strict=True)
+        return [turns[index] for index in range(len(prompts))]
 
     def _generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[Turn]:
         """Run one call of `generate`."""
         width = max(len(prompt) for prompt in prompts)
-        device = next(self._model.parameters()).device
+        device = self._model.device
         ids_BL = torch.tensor([[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         start_B1 = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
         recorder = _Recorder(sampling.temperature or 1.0)
-        sequences_BL = cast("Any", self._model).generate(
+        sequences_BL = self._model.generate(
             input_ids=ids_BL.to(device),
             attention_mask=(torch.arange(width) >= start_B1).long().to(device),
             generation_config=self._settings(sampling),
-            logits_processor=LogitsProcessorList([recorder.processor]),
-            stopping_criteria=StoppingCriteriaList([recorder.criterion]),
+            logits_processor=LogitsProcessorList([recorder]),
         )
-        logprobs_BT = torch.stack(recorder.logprobs, dim=1).tolist()
+        logprobs_BT = recorder.finish(sequences_BL).tolist()
         completions = sequences_BL[:, width:].tolist()
         return [self._turn(*row) for row in zip(prompts, completions, logprobs_BT, strict=True)]
 
@@ -83,6 +85,7 @@ class HFSampler:
         )
 
     def _settings(self, sampling: SamplingConfig) -> GenerationConfig:
+        """Build the call's settings. On a CPU the default, growing cache is no slower than a static one."""
         greedy = sampling.temperature == 0
         chosen = (
             {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -97,59 +100,72 @@ class HFSampler:
         )
 
     def _check_context(self, prompt: int, completion: int) -> None:
-        limit = getattr(cast("Any", self._model).config, "max_position_embeddings", None)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit and prompt + completion > limit:
             raise UserError(
-                f"a prompt of {prompt} tokens plus rollout.max_new_tokens = {completion} exceeds the model's context "
-                f'of {limit}: shorten the completion, or drop long problems with step.overlong = "drop"'
+                f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
+                f"model's context of {limit}: lower max_new_tokens or leave out the longest problems"
             )
 
 
-class _Recorder:
-    """Keeps the log-probability of each sampled token while holding the logits of one step only."""
+class _Recorder(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the log-probability of each sampled token, and of the distributions only the latest, [B, V].
+
+    `generate` runs custom processors before temperature, top-k and top-p, so they see the model's logits; what was
+    sampled shows at the next call, and for the last token in `finish`.
+    """
 
     def __init__(self, temperature: float) -> None:
-        self.logprobs: list[Tensor] = []
-        self._logits_BV: Tensor | None = None
-        recorder = self
+        self._temperature = temperature
+        self._latest_BV: Tensor | None = None
+        self._sampled: list[Tensor] = []
 
-        class Processor(LogitsProcessor):  # type: ignore[misc]
-            """Sees the raw logits: custom processors run before temperature, top-k and top-p."""
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._gather(input_ids)
+        self._latest_BV = (scores / self._temperature).log_softmax(-1)
+        return scores
 
-            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-                recorder._logits_BV = scores
-                return scores
+    def finish(self, sequences_BL: Tensor) -> Tensor:
+        """Return the log-probabilities of all sampled tokens, [B, T]."""
+        self._gather(sequences_BL)
+        return torch.stack(self._sampled, dim=1)
 
-        class Criterion(StoppingCriteria):  # type: ignore[misc]
-            """Sees the token just appended; stops nothing."""
-
-            def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-                assert recorder._logits_BV is not None
-                log_probs_BV = (recorder._logits_BV / temperature).log_softmax(-1)
-                recorder.logprobs.append(log_probs_BV.gather(-1, input_ids[:, -1:]).squeeze(-1))
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        self.processor = Processor()
-        self.criterion = Criterion()
+    def _gather(self, ids_BL: Tensor) -> None:
+        if self._latest_BV is not None:
+            self._sampled.append(self._latest_BV.gather(-1, ids_BL[:, -1:]).squeeze(-1))
 
 
-def _chunks(prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Iterator[Sequence[Sequence[int]]]:
-    """Cut the prompts, in order, so that a call's padded size stays within `batch_tokens`."""
-    width = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    size = max(1, sampling.batch_tokens // width)
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+def _chunks(lengths: Sequence[int], sampling: SamplingConfig) -> Iterator[list[int]]:
+    """Cut prompt indices into calls whose padded size stays within `batch_tokens`, longest prompts first.
+
+    Prompts of similar length go together: a call lasts as long as its longest completion, and long problems tend to
+    have long answers.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        size = max(1, sampling.batch_tokens // (lengths[order[start]] + sampling.max_new_tokens))
+        yield order[start : start + size]
+        start += size
 
 
 @contextmanager
-def _sampling_mode(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradient, and a random state of its own."""
-    was_training = model.training
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
+def _sampling_mode(model: Any, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradient, no generation settings of the model's own, and a random state of its own.
+
+    `generate` fills whatever a call leaves unset from `model.generation_config`, so that is put aside meanwhile.
+    """
+    was_training, own_settings = model.training, model.generation_config
+    on_gpu = model.device.type == "cuda"
+    with torch.random.fork_rng([model.device] if on_gpu else []), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(model.device):
+                torch.cuda.manual_seed(seed)
         model.eval()
+        model.generation_config = GenerationConfig()
         try:
             yield
         finally:
+            model.generation_config = own_settings
             model.train(was_training)

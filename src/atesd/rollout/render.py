@@ -7,13 +7,16 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from atesd.types import Message
+from atesd.types import Message, UserError
 
 
 class Renderer:
     """Renders both roles' prompts. Sampled ids never pass through here on their way to the loss.
 
     `enable_thinking_*` reach the chat template only where set; `teacher_prefill` follows the teacher's header.
+    `eos_ids` are the ids that end a completion, the tokenizer's own first. A tokenizer without a pad token pads with
+    that one: masks go by length, so the choice has no effect. UserError if the tokenizer has no end token, or if a
+    thinking flag is set that its chat template ignores.
     """
 
     def __init__(
@@ -26,11 +29,14 @@ class Renderer:
         extra_eos_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = cast("Any", tokenizer)
-        self._student_options = _thinking(enable_thinking_student)
-        self._teacher_options = _thinking(enable_thinking_teacher)
+        self._student_options = self._thinking("student", enable_thinking_student)
+        self._teacher_options = self._thinking("teacher", enable_thinking_teacher)
         self._prefill = teacher_prefill
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([int(self._tokenizer.eos_token_id), *extra_eos_ids]))
-        self.pad_id = int(self._tokenizer.pad_token_id)
+        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        if eos is None:
+            raise UserError("the tokenizer has no end token, so completions could never end: set its eos_token")
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([int(eos), *extra_eos_ids]))
+        self.pad_id = int(eos if pad is None else pad)
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the student's prompt, ending at the assistant header."""
@@ -50,11 +56,11 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a completion without special tokens."""
-        return cast("str", self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self._decode(ids, skip_special_tokens=True)
 
     def prompt_text(self, ids: Sequence[int]) -> str:
         """Return a prompt exactly as the model reads it, special tokens included."""
-        return cast("str", self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        return self._decode(ids, skip_special_tokens=False)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return one text per id; their concatenation is the whole text.
@@ -73,12 +79,30 @@ class Renderer:
             start = end
         return texts
 
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        # Without the clean-up that some tokenizers ask for: it would move spaces that the model wrote.
+        return cast(
+            "str",
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            ),
+        )
+
     def _ids(self, messages: Sequence[Message], options: dict[str, bool]) -> list[int]:
         rendered = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **options
         )
         return cast("list[int]", rendered)
 
-
-def _thinking(value: bool | None) -> dict[str, bool]:
-    return {} if value is None else {"enable_thinking": value}
+    def _thinking(self, role: str, value: bool | None) -> dict[str, bool]:
+        """Return the template's option, if set. UserError where the template ignores it."""
+        if value is None:
+            return {}
+        message: Message = {"role": "user", "content": "1 + 1 = ?"}
+        on, off = (self._ids([message], {"enable_thinking": flag}) for flag in (True, False))
+        if on == off:
+            raise UserError(
+                f"prompt.enable_thinking_{role} is set, but the model's chat template does not know enable_thinking: "
+                "leave the flag out, or take a model that can think or not"
+            )
+        return {"enable_thinking": value}

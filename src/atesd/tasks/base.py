@@ -1,4 +1,120 @@
-"""stub"""
+"""What a task is: problems in three disjoint sets, a default grader, and traits of completions to count."""
+
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
-class Task(Protocol): ...
+
+from atesd.rewards.answer import extract_answer
+from atesd.rewards.kinds import RewardConfig, RewardFunction
+from atesd.types import Problem, UserError
+
+_CITES_HINT = re.compile(
+    r"reference (solution|answer)|(provided|given|above|hinted) solution|solution (provided|given|above)"
+    r"|according to the (solution|hint)|\bthe hint\b",
+    re.IGNORECASE,
+)
+
+
+class Task(Protocol):
+    """Problems to train on, to probe and to evaluate on: disjoint by content."""
+
+    @property
+    def name(self) -> str:
+        """Short name, part of metric keys."""
+        ...
+
+    @property
+    def default_reward(self) -> RewardConfig:
+        """The grader where the recipe names none."""
+        ...
+
+    def train(self) -> list[Problem]:
+        """Return the training problems."""
+        ...
+
+    def probe(self) -> list[Problem]:
+        """Return the fixed problems on which progress is measured."""
+        ...
+
+    def evaluation(self) -> list[Problem]:
+        """Return the held-out problems."""
+        ...
+
+    def traits(self, problem: Problem, completion: str) -> dict[str, bool]:
+        """Return what to count in completions, by name."""
+        ...
+
+
+def cites_hint(completion: str) -> bool:
+    """Tell whether an unhinted completion speaks of a solution or hint that it cannot have seen."""
+    return _CITES_HINT.search(completion) is not None
+
+
+def check_disjoint(sets: Mapping[str, Sequence[Problem]]) -> None:
+    """UserError if a problem's text, white space aside, stands in two of the sets, or twice in one."""
+    seen: dict[str, tuple[str, str]] = {}
+    for name, problems in sets.items():
+        for problem in problems:
+            content = " ".join(problem.problem.split())
+            if content in seen:
+                other, identity = seen[content]
+                raise UserError(
+                    f"problem {problem.id!r} ({name}) has the same text as {identity!r} ({other}): remove one of them"
+                )
+            seen[content] = (name, problem.id)
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What `check_gold` found, by problem id."""
+
+    total: int = 0
+    gradable: int = 0
+    gold_wrong: list[str] = field(default_factory=list)
+    corrupted_right: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the grader accepts all gold and rejects all corrupted answers."""
+        return not self.gold_wrong and not self.corrupted_right
+
+
+def check_gold(problems: Sequence[Problem], reward: RewardFunction) -> CheckReport:
+    """Grade every reference solution, which must score 1, and every solution with another answer, which must score 0.
+
+    A solution that does not state its answer in a form that graders find has it appended as `\\boxed{...}`.
+    """
+    report = CheckReport(total=len(problems))
+    graded = [problem for problem in problems if problem.answer is not None]
+    report.gradable = len(graded)
+    gold = [_closing(problem, problem.answer or "") for problem in graded]
+    corrupted = [_closing(problem, corrupt(problem.answer or ""), replace=True) for problem in graded]
+    report.gold_wrong = [p.id for p, score in zip(graded, _scores(reward, graded, gold), strict=True) if score != 1.0]
+    scores = _scores(reward, graded, corrupted)
+    report.corrupted_right = [p.id for p, score in zip(graded, scores, strict=True) if score != 0.0]
+    return report
+
+
+def corrupt(answer: str) -> str:
+    """Return an answer that is certainly another one: the first number plus 1, or a marked text."""
+    changed, count = re.subn(r"\d+", lambda number: str(int(number.group()) + 1), answer, count=1)
+    return changed if count else f"not {answer}"
+
+
+def _closing(problem: Problem, answer: str, *, replace: bool = False) -> str:
+    if not replace and extract_answer(problem.solution) is not None:
+        return problem.solution
+    return f"\\boxed{{{answer}}}"
+
+
+def _scores(reward: RewardFunction, problems: Sequence[Problem], completions: Sequence[str]) -> list[float | None]:
+    return reward(
+        prompts=[problem.problem for problem in problems],
+        completions=list(completions),
+        answer=[problem.answer for problem in problems],
+        solution=[problem.solution for problem in problems],
+        id=[problem.id for problem in problems],
+    )

@@ -57,6 +57,7 @@ class Probe:
         self._driver = driver
         self._config = config
         self._stored: list[tuple[int, ...]] | None = None
+        self._references: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stored completions, which later weights could not sample again."""
@@ -82,7 +83,7 @@ class Probe:
         ratio = 1.0 if measurement.ratio is None else measurement.ratio
         match measurement.kind:
             case "probe_nll":
-                return -self._mean_logprob(self._student_rows([problem.solution for problem in self._problems]))
+                return -self._mean_logprob(self._reference_rows())
             case "probe_kl":
                 return self._mean_divergence()
             case "probe_accuracy":
@@ -105,11 +106,13 @@ class Probe:
         with self._teacher.in_place():
             return self._mean_logprob(rows) if rows else 0.0
 
-    def _student_rows(self, texts: Sequence[str]) -> list[Row]:
-        return [
-            _row(self._hints.student_ids(problem), self._reference(text))
-            for problem, text in zip(self._problems, texts, strict=True)
-        ]
+    def _reference_rows(self) -> list[Row]:
+        """Return the reference solutions behind the student's prompts, rendered once."""
+        if not self._references:
+            self._references = [
+                _row(self._hints.student_ids(problem), self._reference(problem.solution)) for problem in self._problems
+            ]
+        return self._references
 
     def _reference(self, text: str) -> tuple[int, ...]:
         return tuple(self._renderer.solution_ids(text, self._config.probe.max_tokens))

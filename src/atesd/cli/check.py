@@ -1,0 +1,70 @@
+"""`atesd check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from atesd.exposure.reveal import segmentation_warning
+from atesd.rewards.kinds import ExactConfig, MathConfig
+from atesd.tasks.base import Task, check_disjoint, check_gold
+from atesd.tasks.files import JsonlConfig
+from atesd.tasks.gym import GymConfig
+from atesd.tasks.kinds import PicoConfig
+from atesd.types import Problem, UserError
+
+_GRADERS = {"exact": ExactConfig, "math": MathConfig}
+
+
+def run_check(task: str, grader: str | None) -> None:
+    """Validate a task and print what was found; SystemExit 2 where the grader disagrees with the gold answers."""
+    chosen = task_of(task)
+    if grader is not None and grader not in _GRADERS:
+        raise UserError(f"unknown grader {grader!r}: give {' or '.join(_GRADERS)}")
+    reward = (_GRADERS[grader]() if grader else chosen.default_reward).build()
+    sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
+    check_disjoint(sets)
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("set", "problems", "gradable", "gold not 1", "corrupted not 0", title=task, title_justify="left")
+    passed = True
+    for name, problems in sets.items():
+        report = check_gold(problems, reward)
+        passed &= report.passed
+        counts = (report.total, report.gradable, len(report.gold_wrong), len(report.corrupted_right))
+        table.add_row(name, *map(str, counts))
+        for label, ids in (("gold not 1", report.gold_wrong), ("corrupted not 0", report.corrupted_right)):
+            if ids:
+                console.print(f"{name}, {label}: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}")
+    console.print(table)
+    for warning in warnings_of([problem for problems in sets.values() for problem in problems]):
+        console.print(f"warning: {warning}")
+    if not passed:
+        raise UserError("the grader and the gold answers disagree on the problems named above: mend them")
+
+
+def task_of(task: str) -> Task:
+    """Turn `pico`, `FILE.jsonl` or `gym:NAME` into a task; every row of a file is checked, none is held out."""
+    if task == "pico":
+        return PicoConfig().build(0)
+    if task.startswith("gym:"):
+        return GymConfig(dataset=task.removeprefix("gym:"), train_size=64).build(0)
+    if task.endswith((".jsonl", ".json")):
+        config = TypeAdapter(JsonlConfig).validate_python({"kind": "jsonl", "path": task, "on_missing_answer": "keep"})
+        return config.model_copy(update={"probe_size": 0, "eval_size": 0}).build(0)
+    raise UserError(f"task {task!r} is not known: give pico, a file ending in .jsonl, or gym:NAME")
+
+
+def warnings_of(problems: Sequence[Problem]) -> list[str]:
+    """Return what is allowed but probably not meant."""
+    found = []
+    missing = [problem.id for problem in problems if problem.answer is None]
+    if missing:
+        found.append(
+            f"{len(missing)} solutions state no answer that can be recognised ({', '.join(missing[:5])}): training "
+            'refuses them unless task.on_missing_answer = "keep"'
+        )
+    segments = segmentation_warning([problem.solution for problem in problems])
+    return [*found, segments] if segments else found

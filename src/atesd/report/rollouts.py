@@ -1,0 +1,103 @@
+"""Choose and pack the training completions that the report's inspector shows, within a bound on their size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atesd.report.load import Run, Study, read_rows
+
+BYTES = 2_500_000  # of all packed completions
+STEPS = 8  # steps a run
+PER_STEP = 8  # completions a step
+TOKENS = 600  # tokens a completion
+CHARACTERS = 8_000  # of a prompt, problem or hint
+
+STREAMS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "gate")
+
+
+def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
+    """Return the inspector's data: `runs` with their steps and completions, `shown`, `total`, and the colour `scale`.
+
+    Completions are taken round by round, the first of every run and step before any second, until the budget is
+    spent; later ones that would still fit are not looked for. `scale` is the 99th percentile of the divergences shown.
+    """
+    runs = {id(run): {"label": run.label, "arm": index, "steps": {}} for index, run in _indexed(study)}
+    spent, shown = 0, 0
+    for run, step, row in _rounds(study):
+        packed = pack_row(row)
+        size = len(json.dumps(packed, ensure_ascii=False).encode())
+        if spent + size > budget:
+            break
+        spent, shown = spent + size, shown + 1
+        runs[id(run)]["steps"].setdefault(step, []).append(packed)
+    kept = [run | {"steps": _sorted(run["steps"])} for run in runs.values() if run["steps"]]
+    total = sum(_count(path) for run in study.runs for path in run.rollouts.values())
+    return {"runs": kept, "shown": shown, "total": total, "scale": _scale(kept)}
+
+
+def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page needs of one completion, numbers rounded to three decimals, long parts cut."""
+    tokens = [str(token) for token in row["tokens"]]
+    return {
+        "id": str(row["problem_id"]),
+        "level": row.get("level", ""),
+        "problem": _cut(row["problem"]),
+        "hint": _cut(row.get("hint", "")),
+        "teacher": _cut(row.get("teacher_prompt", "")),
+        "student": _cut(row.get("student_prompt", "")),
+        "ratio": row["ratio"],
+        "reward": row["reward"],
+        "stop": row["stop"],
+        "route": row.get("route", ""),
+        "hidden": max(0, len(tokens) - TOKENS),
+        "tokens": tokens[:TOKENS],
+        "streams": [[round(value, 3) for value in row[name][:TOKENS]] for name in STREAMS]
+        if "divergence" in row
+        else [],
+    }
+
+
+def _indexed(study: Study) -> Iterator[tuple[int, Run]]:
+    for index, arm in enumerate(study.arms):
+        for run in arm.runs:
+            yield index, run
+
+
+def _rounds(study: Study) -> Iterator[tuple[Run, int, dict[str, Any]]]:
+    """Yield candidates: in round r, completion r of every chosen step of every run, last steps first."""
+    chosen = [(run, step, read_rows(run.rollouts[step])) for run in study.runs for step in _steps(run)]
+    for number in range(PER_STEP):
+        for run, step, rows in chosen:
+            if number < len(rows):
+                yield run, step, rows[number]
+
+
+def _steps(run: Run) -> list[int]:
+    steps = sorted(run.rollouts)
+    if len(steps) > STEPS:
+        steps = [steps[index] for index in np.linspace(0, len(steps) - 1, STEPS).round().astype(int)]
+    return steps[::-1]
+
+
+def _sorted(steps: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [{"step": step, "rows": steps[step]} for step in sorted(steps)]
+
+
+def _scale(runs: Sequence[Mapping[str, Any]]) -> float:
+    streams = [row["streams"][0] for run in runs for step in run["steps"] for row in step["rows"] if row["streams"]]
+    values = [value for stream in streams for value in stream]
+    return max(1e-3, round(float(np.quantile(values, 0.99)), 3)) if values else 1.0
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + f" ... ({len(text) - CHARACTERS} more characters)"
+
+
+def _count(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

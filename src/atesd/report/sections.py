@@ -1,0 +1,196 @@
+"""The report's sections: words, tables and figures, or one line that says why a section is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from atesd.report import plots
+from atesd.report.compare import accuracy, finals, paired, starts
+from atesd.report.load import Run, Study
+from atesd.report.plots import Panel
+from atesd.report.rollouts import pack_rollouts
+from atesd.report.tables import behaviour_table, paired_table, percent, points, result_table, settings_table, swatch
+from atesd.report.words import config_in_full, duration, exposure_in_words, listed, settings_in_words
+
+INTRODUCTION = """<p class="lead">A language model, the <em>student</em>, answers training problems on its own. A
+<em>teacher</em>, the same kind of model, scores every token that the student wrote, and the student moves towards the
+teacher's probabilities. The teacher knows more only because it reads a <em>hint</em>: the final answer and the leading
+part of the reference solution. The <em>exposure ratio</em> is the share of the solution shown, from 0 (answer only) to
+1 (whole solution).</p>"""
+
+PLANTED = """<p class="note"><strong>About the pico task.</strong> The harm of full exposure is planted here: before
+every line of work the warm start's teacher answers at once with probability c&nbsp;·&nbsp;(share of the solution
+shown)<sup>2</sup>, and the student imitates that. This small task shows whether a controller finds what is there to be
+found. It is no evidence about how mismatch or accuracy depend on exposure in large models.</p>"""
+
+PAIRS = """<h3>Paired differences</h3><p>Arms are compared within the same seed and problem. An interval that contains 0
+does not tell the two apart. With few seeds the intervals are somewhat too narrow.</p>"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page. `missing` is set where its data is."""
+
+    name: str
+    title: str
+    html: str = ""
+    panels: tuple[Panel, ...] = ()
+    rollouts: dict[str, Any] | None = None
+    missing: str = ""
+
+
+def sections(study: Study) -> list[Section]:
+    """Return all sections in reading order."""
+    return [
+        _results(study),
+        _setup(study),
+        _figures("accuracy", "Accuracy over training", [plots.accuracy_panel(study)], "no evaluation was written"),
+        _figures("levels", "Accuracy by level", [plots.level_panel(study)], "the task names fewer than two levels"),
+        _figures(
+            "exposure",
+            "Exposure over training",
+            [plots.exposure_panel(study), plots.density_panel(study)],
+            "no step was logged",
+        ),
+        _figures(
+            "mismatch", "Mismatch against exposure", plots.mismatch_panels(study), "no distillation step was logged"
+        ),
+        _figures(
+            "reward",
+            "What the controller was rewarded for",
+            [plots.reward_panel(study)],
+            "no run has a learned exposure",
+        ),
+        _behaviour(study),
+        _figures("curves", "Training curves", [plots.curve_panel(study)], "no step was logged"),
+        _rollouts(study),
+    ]
+
+
+def page_header(study: Study, parts: Sequence[Section]) -> str:
+    """Title, the finding in one sentence, facts, navigation and the legend that holds for every figure."""
+    links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts if not part.missing)
+    buttons = "".join(
+        f'<button type="button" class="chip" data-arm="{index}" aria-pressed="true">'
+        f"{swatch(index)}{escape(arm.name)}</button>"
+        for index, arm in enumerate(study.arms)
+    )
+    hint = "" if len(study.arms) < 2 else '<span class="muted">Press an arm to hide it in every figure.</span>'
+    return (
+        f'<header><p class="kicker">Exposure report</p><h1>{escape(study.title)}</h1>'
+        f'<p class="finding">{finding(study)}</p>{_facts(study)}'
+        f'<nav aria-label="Sections">{links}</nav></header>'
+        f'<div class="legend" role="group" aria-label="Arms">{buttons}{hint}</div>'
+    )
+
+
+def finding(study: Study) -> str:
+    """Say in a sentence or two what came out: the best and the start, and the learned arm against the best other."""
+    known = {arm.name: found for arm in study.arms if (found := accuracy(finals(arm))) is not None}
+    if not known:
+        return "No run has been evaluated after training yet."
+    best = max(known, key=lambda name: known[name]["average_at_k"])
+    start = accuracy(starts(study))
+    before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
+    verb = "answers" if len(known) == 1 else "is most accurate: it answers"
+    text = f"<strong>{escape(best)}</strong> {verb} {percent(known[best]['average_at_k'])} of held-out problems right"
+    return f"{text}{before}.{_against(study)}"
+
+
+def _against(study: Study) -> str:
+    """Compare the learned arm with every other, in a sentence."""
+    pairs = [
+        f"{points(entry.difference)} against {escape(name.removeprefix('learned-'))} "
+        f"({points(entry.low)} to {points(entry.high)})"
+        for name, entry in (paired(study) if study.is_comparison else {}).items()
+        if name.startswith("learned-")
+    ]
+    return f" Learned exposure, in percentage points: {listed(pairs)}." if pairs else ""
+
+
+def _facts(study: Study) -> str:
+    seeds = [f"{len(study.seeds)} {'seed' if len(study.seeds) == 1 else 'seeds'} ({', '.join(map(str, study.seeds))})"]
+    evaluated = max((len(run.evaluations[-1].problem_ids) for run in study.runs if run.evaluations), default=0)
+    facts = [
+        f"task {study.task}" if study.task else "",
+        f"{len(study.arms)} arms" if len(study.arms) > 1 else "one arm",
+        *(seeds if study.seeds else []),
+        f"{evaluated} held-out problems, {study.k} answers each" if evaluated else "",
+        f"{duration(study.seconds)} in all" if study.seconds else "",
+    ]
+    return '<ul class="facts">' + "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "</ul>"
+
+
+def _results(study: Study) -> Section:
+    title = "Results"
+    if not any(finals(arm) for arm in study.arms):
+        return Section("results", title, missing=_left_out("no run has been evaluated after training"))
+    words = (
+        f"<p>Average@{study.k} is the share of right answers when every held-out problem is answered {study.k} times. "
+        "Intervals hold 95 % of what resampling seeds and problems gives; the dashed line marks the start.</p>"
+    )
+    pairs = paired_table(study) if study.is_comparison else ""
+    unfinished = "".join(f"<li>{escape(name)}</li>" for name in study.missing)
+    note = f'<div class="note">Not everything is here yet:<ul>{unfinished}</ul></div>' if unfinished else ""
+    return Section("results", title, note + words + result_table(study) + (PAIRS + pairs if pairs else ""))
+
+
+def _setup(study: Study) -> Section:
+    arms = "".join(
+        f"<li>{swatch(index)}<strong>{escape(arm.name)}</strong>: the teacher sees "
+        f"{escape(exposure_in_words(arm.runs[0].config))}{_overrides(arm.overrides)}</li>"
+        for index, arm in enumerate(study.arms)
+    )
+    planted = PLANTED if study.task == "pico" else ""
+    records = "".join(_record(arm.runs[0]) for arm in study.arms)
+    settings = settings_table(settings_in_words(study))
+    html = f"{INTRODUCTION}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
+    return Section("setup", "What was run", html)
+
+
+def _overrides(overrides: Sequence[str]) -> str:
+    return f" <code>{escape(' '.join(overrides))}</code>" if overrides else ""
+
+
+def _record(run: Run) -> str:
+    """Every setting of a run and what it ran on, folded away."""
+    text = config_in_full({"config": dict(run.config), "environment": dict(run.env)})
+    return f"<details><summary>Every setting of {escape(run.label)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _behaviour(study: Study) -> Section:
+    title = "Behaviour beside accuracy"
+    if not any(run.evaluations for run in study.runs):
+        return Section("behaviour", title, missing=_left_out("no evaluation was written"))
+    words = (
+        f"<p>pass@{study.k} is the share of problems with at least one right answer among {study.k}. Accuracy that "
+        "rises while it falls means that answers became more alike. Traits are habits of completions written without "
+        "any hint, such as citing the hint or answering early.</p>"
+    )
+    panel = plots.trait_panel(study)
+    return Section("behaviour", title, words + behaviour_table(study), (panel,) if panel else ())
+
+
+def _rollouts(study: Study) -> Section:
+    packed = pack_rollouts(study)
+    title = "Read completions"
+    if not packed["shown"]:
+        return Section("rollouts", title, missing=_left_out("no completions were written"))
+    words = (
+        f"<p>Completions that the student wrote in training, token by token: {packed['shown']} of the "
+        f"{packed['total']} on disk are in this file. Strong colour marks tokens where the teacher, who saw the hint, "
+        "would have gone on differently. Point at a token, tap it, or move with the arrow keys.</p>"
+    )
+    return Section("rollouts", title, words + '<div id="inspector"></div>', rollouts=packed)
+
+
+def _figures(name: str, title: str, panels: Sequence[Panel | None], reason: str) -> Section:
+    kept = tuple(panel for panel in panels if panel is not None)
+    return Section(name, title, panels=kept) if kept else Section(name, title, missing=_left_out(reason))
+
+
+def _left_out(reason: str) -> str:
+    return f"<p class=muted>Left out: {escape(reason)}.</p>"

@@ -1,0 +1,37 @@
+"""The pico tier's task: problems drawn by `pico.py`, new ones for every seed of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atesd.rewards.kinds import ExactConfig, RewardConfig
+from atesd.tasks.synthetic import pico
+from atesd.types import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class PicoTask:
+    """Chain arithmetic. Training and evaluation problems follow the run's seed; the probe set is fixed."""
+
+    train_size: int
+    probe_size: int
+    eval_size: int
+    seed: int
+    name: str = "pico"
+    default_reward: RewardConfig = ExactConfig()
+
+    def train(self) -> list[Problem]:
+        """Return the training problems."""
+        return pico.problems("train", self.train_size, self.seed)
+
+    def probe(self) -> list[Problem]:
+        """Return the probe problems."""
+        return pico.problems("probe", self.probe_size, 0)
+
+    def evaluation(self) -> list[Problem]:
+        """Return the held-out problems."""
+        return pico.problems("eval", self.eval_size, self.seed)
+
+    def traits(self, problem: Problem, completion: str) -> dict[str, bool]:
+        """Count completions that answer before all steps are worked: the imitated shortcut."""
+        return {"answers_early": pico.answers_early(problem, completion)}

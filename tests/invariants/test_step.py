@@ -1,0 +1,131 @@
+"""The update: components, gates and their score pass, several updates a batch, the non-finite stop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atesd.train.step import NonFiniteError
+from atesd.types import TokenStats
+from support.models import ragged_rows, tiny_model
+from support.steppers import make_stepper
+
+
+class HalfGate:
+    """Weighs every token by one half, micro-batch by micro-batch."""
+
+    needs_batch = False
+
+    def selection(self, stats: TokenStats) -> Tensor:
+        return torch.ones_like(stats.divergence)
+
+    def weights(self, stats: TokenStats) -> Tensor:
+        return torch.full_like(stats.divergence, 0.5)
+
+
+class TopHalf:
+    """Selects the half of all tokens with the largest divergence: needs the whole batch."""
+
+    needs_batch = True
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def selection(self, stats: TokenStats) -> Tensor:
+        self.seen.append(stats.divergence.numel())
+        chosen = torch.zeros_like(stats.divergence)
+        chosen[stats.divergence.topk(stats.divergence.numel() // 2).indices] = 1.0
+        return chosen
+
+    def weights(self, stats: TokenStats) -> Tensor:
+        return torch.ones_like(stats.divergence)
+
+
+class Nothing(TopHalf):
+    """Selects no token."""
+
+    def selection(self, stats: TokenStats) -> Tensor:
+        return torch.zeros_like(stats.divergence)
+
+
+def all_divergences(outcome_rows: dict[int, object]) -> Tensor:
+    return torch.cat([outcome_rows[index].stats.divergence for index in sorted(outcome_rows)])  # type: ignore[attr-defined]
+
+
+def test_a_gate_scales_the_loss_but_not_its_denominator() -> None:
+    rows = ragged_rows(6)
+    plain, _ = make_stepper(tiny_model())
+    gated, _ = make_stepper(tiny_model(), HalfGate())
+    assert gated.optimize(rows).metrics["loss/distil"] == pytest.approx(
+        0.5 * plain.optimize(rows).metrics["loss/distil"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_a_selecting_gate_sees_the_whole_batch_and_divides_by_the_selected_count(budget: int) -> None:
+    rows, gate = ragged_rows(6), TopHalf()
+    stepper, _ = make_stepper(tiny_model(), gate, step={"token_budget": budget})
+    outcome = stepper.optimize(rows)
+    values = all_divergences(outcome.rows)
+    assert gate.seen == [values.numel()]
+    expected = values.topk(values.numel() // 2).values.mean()
+    assert outcome.metrics["loss/distil"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_empty_selection_makes_no_update_and_says_so() -> None:
+    model = tiny_model()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    stepper, _ = make_stepper(model, Nothing())
+    outcome = stepper.optimize(ragged_rows(4))
+    assert outcome.metrics["optim/empty_updates"] == 1
+    assert "loss/total" not in outcome.metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_supervised_component_is_cross_entropy_of_the_completions() -> None:
+    model, rows = tiny_model(), ragged_rows(5, component="nll")
+    losses = []
+    for row in rows:
+        ids = torch.tensor([[*row.student_prompt, *row.completion]])
+        logits = model(ids).logits[0, len(row.student_prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.completion), reduction="none"))
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None]).norm()
+    model.zero_grad()
+    stepper, _ = make_stepper(model)
+    outcome = stepper.optimize(rows)
+    assert outcome.metrics["loss/nll"] == pytest.approx(expected.item(), rel=1e-5)
+    assert outcome.metrics["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_updates_per_batch_splits_the_batch_into_that_many_optimizer_steps() -> None:
+    rows = ragged_rows(6)
+    stepper, _ = make_stepper(tiny_model(), step={"problems": 6, "updates_per_batch": 3})
+    moves = []
+    original = stepper._move
+    stepper._move = lambda losses, outcome: (moves.append(losses), original(losses, outcome))  # type: ignore[method-assign]
+    outcome = stepper.optimize(rows)
+    assert len(moves) == 3
+    assert sorted(outcome.rows) == list(range(6))
+
+
+def test_a_non_finite_loss_stops_before_the_weights_move() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    before = [weight.detach().clone() for weight in model.parameters()]
+    stepper, _ = make_stepper(model)
+    with pytest.raises(NonFiniteError):
+        stepper.optimize(ragged_rows(3))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_gradient_clipping_bounds_the_step_and_logs_the_norm_before_it() -> None:
+    rows = ragged_rows(4)
+    free, _ = make_stepper(tiny_model())
+    clipped, _ = make_stepper(tiny_model(), optim={"lr": 1e-2, "max_grad_norm": 1e-3})
+    assert clipped.optimize(rows).metrics["optim/grad_norm"] == pytest.approx(
+        free.optimize(rows).metrics["optim/grad_norm"], rel=1e-5
+    )

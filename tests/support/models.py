@@ -1,0 +1,56 @@
+"""A tiny random Qwen3 and rows for it: real architecture, no weights to load."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from atesd.train.batch import Row
+
+VOCABULARY = 23
+PAD, EOS = 0, 1
+
+
+def tiny_model(seed: int = 0, *, tied: bool = True) -> Qwen3ForCausalLM:
+    """Return a 2-layer Qwen3 in float32 whose random weights are large enough for peaked distributions."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+            initializer_range=0.3,
+        )
+    )
+
+
+def ragged_rows(count: int, seed: int = 0, *, component: str = "distil") -> list[Row]:
+    """Return rows of very different lengths; completions may contain pad and EOS ids anywhere."""
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high)))
+
+    return [
+        Row(
+            student_prompt=ids(1, 9),
+            teacher_prompt=ids(1, 20),
+            completion=ids(1, 12),
+            sampler_logprobs=(),
+            component=component,
+            ratio=rng.random(),
+            group=index,
+        )
+        for index in range(count)
+    ]
