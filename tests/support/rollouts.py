@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.prompt import PromptConfig, student_messages
 from atesd.rollout.driver import Driver, RewardFunction
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import StopReason, Turn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|im_end|>"
 PADDING = "<|endoftext|>"

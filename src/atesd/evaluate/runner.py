@@ -64,7 +64,9 @@ def evaluate(
     A completion without a reward is counted, and its problem is left out of every accuracy. UserError without problems.
     """
     if not problems:
-        raise UserError(f"task {task!r} has no evaluation problem: raise task.eval_size, or name a file with task.eval_path")
+        raise UserError(
+            f"task {task!r} has no evaluation problem: raise task.eval_size, or name a file with task.eval_path"
+        )
     groups = driver.rollout(problems, sampling, seed=seed)
     tables = [_rows(group, traits) for group in groups]
     rows = [row for table in tables for row in table]

@@ -70,12 +70,14 @@ def _section(part: Section) -> str:
 
 
 def _figures(panels: Sequence[Panel]) -> str:
-    return f'<div class="figures">{"".join(_figure(panel) for panel in panels)}</div>' if panels else ""
+    choices = any(len(panel.choices) > 1 for panel in panels)
+    figures = "".join(_figure(panel, spaced=choices) for panel in panels)
+    return f'<div class="figures">{figures}</div>' if panels else ""
 
 
-def _figure(panel: Panel) -> str:
-    """A place for a figure, with a choice above it where there are several."""
-    choice = ""
+def _figure(panel: Panel, *, spaced: bool) -> str:
+    """A place for a figure, under a choice where there are several, or under a space that keeps a row level."""
+    choice = '<div class="choice space"></div>' if spaced else ""
     if len(panel.choices) > 1:
         options = "".join(
             f"<option value={index}>{escape(label)}</option>" for index, label in enumerate(panel.choices)

@@ -29,16 +29,18 @@ CURVES = {
     "time/sample_s": "Seconds a step spent in sampling",
 }
 CAPTIONS = {
-    "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. Step 0 is the model before training.",
-    "exposure": "The share of the solution that the teacher saw in every step, one line a run. A decision is held for some steps before the next.",
-    "density": "Where the learned policy puts its next draw: dark is likely. The line is the ratio that was drawn.",
+    "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
+    "Step 0 is the model before training.",
+    "exposure": "The share of the solution that the teacher saw in every step, one line a run.",
+    "density": "Where the learned policy puts its next draw: strong colour is likely. The line is the ratio that was drawn.",
     "levels": "Final accuracy with 95 % intervals.",
     "traits": "Share of held-out completions with the trait, mean over seeds.",
-    "curves": "Mean over seeds of what every step logged.",
-    "rewards": "A decision is scored after its look-ahead. The two terms are shown before their coefficient and normalisation, each on its own scale.",
-    "mismatch": "How often the most probable token of the teacher and of the student differ; one point a step.",
+    "curves": "What every step logged, mean over seeds.",
+    "rewards": "A decision is scored after its look-ahead. The two terms are shown before their coefficient and "
+    "normalisation, each on its own scale.",
+    "mismatch": "How often the most probable tokens of teacher and student differ; one point a step.",
     "tail": "The largest divergences: one token in a hundred lies above. The dark line joins medians, with quartiles. "
-    "Both fall as training goes on, so compare points of one phase of training.",
+    "Both also change as training goes on, and arms differ in that: read them together with the training curves.",
 }
 REWARD_TERMS = {
     "exposure/reward": "reward",
@@ -61,7 +63,7 @@ def accuracy_panel(study: Study) -> Panel | None:
     """Average@k on held-out problems over steps: mean over seeds, with its 95 % band."""
     traces: list[Figure] = []
     for index, arm in enumerate(study.arms):
-        points = [(step, found) for step, evaluations in _by_step(arm) if (found := _curve_point(evaluations))]
+        points = accuracy_curve(arm)
         if points:
             traces += banded(index, arm.name, points)
     if not traces:
@@ -75,10 +77,15 @@ def accuracy_panel(study: Study) -> Panel | None:
     )
 
 
+def accuracy_curve(arm: Arm) -> list[tuple[int, dict[str, float]]]:
+    """Return steps with Average@k and its interval, where all runs of the arm were evaluated."""
+    return [(step, found) for step, evaluations in _by_step(arm) if (found := _curve_point(evaluations))]
+
+
 def exposure_panel(study: Study) -> Panel | None:
     """The exposure ratio of every step, one line a run."""
     traces = [
-        line(index, run.label, run.series("exposure/ratio"), shape="hv", width=1.6)
+        line(index, run.label, run.series("exposure/ratio"), shape="hv", width=1.4)
         for index, arm in enumerate(study.arms)
         for run in arm.runs
         if len(run.series("exposure/ratio"))
@@ -157,7 +164,7 @@ def level_panel(study: Study) -> Panel | None:
     if not traces or len(names) < 2:
         return None
     for trace in traces:
-        shift = trace.pop("shift") * 0.7 / max(1, len(traces))
+        shift = trace.pop("shift") * 0.5 / max(1, len(traces))
         trace["x"] = [names.index(level) + shift for level in trace["customdata"]]
     frame = layout("", f"Average@{study.k}", y_percent=True)
     frame["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
@@ -286,14 +293,20 @@ def _density(run: Run, arm: int) -> Figure:
 
 def _rewards(run: Run, arm: int) -> Figure:
     terms = {key: label for key, label in REWARD_TERMS.items() if len(run.series(key))}
-    frame = layout("step", "")
+    frame = layout("step", "") | {"annotations": []}
     data = []
     for row, (key, label) in enumerate(terms.items()):
         term = line(arm, label, run.series(key), markers=True, width=1.4)
         del term["meta"]
         name = "yaxis" if row == 0 else f"yaxis{row + 1}"
         top = 1 - row / len(terms)
-        frame[name] = axis(label) | {"domain": [top - 1 / len(terms) + 0.04, top], "nticks": 5}
+        frame[name] = axis("") | {"domain": [top - 1 / len(terms) + 0.02, top - 0.09], "nticks": 5}
+        frame["annotations"].append(_heading(label, top))
         data.append(term | {"yaxis": name.replace("axis", ""), "xaxis": "x"})
     frame["xaxis"] |= {"anchor": f"y{len(terms)}" if len(terms) > 1 else "y"}
     return {"data": data, "layout": frame}
+
+
+def _heading(text: str, top: float) -> Figure:
+    place = {"xref": "paper", "x": 0, "xanchor": "left", "yref": "paper", "y": top, "yanchor": "top"}
+    return {"text": text, "showarrow": False, "font": {"color": "@text"}, **place}

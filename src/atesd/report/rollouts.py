@@ -26,7 +26,9 @@ def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
     Completions are taken round by round, the first of every run and step before any second, until the budget is
     spent; later ones that would still fit are not looked for. `scale` is the 99th percentile of the divergences shown.
     """
-    runs = {id(run): {"label": run.label, "arm": index, "steps": {}} for index, run in _indexed(study)}
+    runs: dict[int, dict[str, Any]] = {
+        id(run): {"label": run.label, "arm": index, "steps": {}} for index, run in _indexed(study)
+    }
     spent, shown = 0, 0
     for run, step, row in _rounds(study):
         packed = pack_row(row)

@@ -60,7 +60,7 @@ def sections(study: Study) -> list[Section]:
         ),
         _figures(
             "reward",
-            "What the controller was rewarded for",
+            "Rewards of the controller",
             [plots.reward_panel(study)],
             "no run has a learned exposure",
         ),
@@ -95,7 +95,7 @@ def finding(study: Study) -> str:
     best = max(known, key=lambda name: known[name]["average_at_k"])
     start = accuracy(starts(study))
     before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
-    verb = "answers" if len(known) == 1 else "is most accurate: it answers"
+    verb = "answers" if len(known) == 1 else "has the highest measured accuracy: it answers"
     text = f"<strong>{escape(best)}</strong> {verb} {percent(known[best]['average_at_k'])} of held-out problems right"
     return f"{text}{before}.{_against(study)}"
 
@@ -162,7 +162,7 @@ def _record(run: Run) -> str:
 
 
 def _behaviour(study: Study) -> Section:
-    title = "Behaviour beside accuracy"
+    title = "Behaviour"
     if not any(run.evaluations for run in study.runs):
         return Section("behaviour", title, missing=_left_out("no evaluation was written"))
     words = (

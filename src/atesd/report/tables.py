@@ -11,7 +11,7 @@ import numpy as np
 from atesd.evaluate.metrics import Difference, avg_at_k, maj_at_k, pass_at_k
 from atesd.report.compare import FULL, HALF, LEARNED, accuracy, finals, paired, seconds, starts
 from atesd.report.load import Evaluation, Study
-from atesd.report.traces import COLOURS
+from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, exposure_in_words
 
 WIDTH, HEIGHT = 190, 20  # of an interval's drawing, CSS pixels
@@ -34,15 +34,26 @@ def result_table(study: Study) -> str:
 
     rows = []
     if start is not None:
-        rows.append(f"<tr><th scope=row>start</th><td>no training yet</td>{interval(start, None)}<td></td></tr>")
+        rows.append(
+            f"<tr><th scope=row>start</th><td class=words>no training yet</td>{interval(start, None)}<td></td></tr>"
+        )
     for index, arm, entry in found:
         shown = interval(entry, index) if entry else "<td class=muted colspan=3>not evaluated yet</td>"
         took = duration(seconds(arm)) if seconds(arm) else ""
         words = escape(exposure_in_words(arm.runs[0].config))
         name = f"{swatch(index)}{escape(arm.name)}"
-        rows.append(f"<tr><th scope=row>{name}</th><td>{words}</td>{shown}<td class=number>{took}</td></tr>")
+        rows.append(
+            f"<tr><th scope=row>{name}</th><td class=words>{words}</td>{shown}<td class=number>{took}</td></tr>"
+        )
     scale = f"<span class=scale><span>{low:.0%}</span><span>{high:.0%}</span></span>"
-    head = ["Arm", "The teacher sees", f"Average@{study.k}", scale, "95 % interval", "Time a run"]
+    head = [
+        "Arm",
+        "<span class=words>The teacher sees</span>",
+        f"Average@{study.k}",
+        scale,
+        "95 % interval",
+        "Time a run",
+    ]
     return table(head, rows, numeric=(2, 4, 5))
 
 
@@ -58,12 +69,13 @@ def paired_table(study: Study) -> str:
         first, second = (HALF, FULL) if pair == f"{HALF}-{FULL}" else (LEARNED, pair.removeprefix(f"{LEARNED}-"))
         drawn = interval_drawing((entry.low, entry.difference, entry.high), (-reach, reach), names.index(first), 0.0)
         rows.append(
-            f"<tr><th scope=row>{escape(first)} against {escape(second)}</th>"
+            f"<tr><th scope=row>{escape(first)} \u2212 {escape(second)}</th>"
             f"<td class=number><strong>{points(entry.difference)}</strong></td><td>{drawn}</td>"
-            f"<td class=number>{points(entry.low)} to {points(entry.high)}</td><td>{verdict(entry)}</td></tr>"
+            f"<td class=number>{points(entry.low)} to {points(entry.high)}</td>"
+            f"<td class=verdict>{verdict(entry)}</td></tr>"
         )
     scale = f"<span class=scale><span>{points(-reach)}</span><span>{points(reach)}</span></span>"
-    return table(["Pair", "Difference, points", scale, "95 % interval", "Reading"], rows, numeric=(1, 3))
+    return table(["Pair", "Points", scale, "95 % interval", "Reading"], rows, numeric=(1, 3))
 
 
 def behaviour_table(study: Study) -> str:
@@ -145,7 +157,7 @@ def interval_drawing(
         else f'<line class=reference x1="{x(reference)}" x2="{x(reference)}" y1="0" y2="{HEIGHT}"/>'
     )
     return (
-        f'<svg class="interval {"arm" if arm is None else f"arm{arm % COLOURS}"}" width="{WIDTH}" height="{HEIGHT}" '
+        f'<svg class="interval {"arm" if arm is None else f"arm{arm % COLOURS}"}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'aria-hidden="true">{line}<line class=axis x1="6" x2="{WIDTH - 6}" y1="{middle}" y2="{middle}"/>'
         f'<line class=bar x1="{x(low)}" x2="{x(high)}" y1="{middle}" y2="{middle}"/>'
         f'<circle cx="{x(mean)}" cy="{middle}" r="5"/></svg>'
@@ -153,8 +165,11 @@ def interval_drawing(
 
 
 def swatch(index: int) -> str:
-    """The arm's colour as a square."""
-    return f'<span class="swatch arm{index % COLOURS}"></span>'
+    """The arm's marker in its colour."""
+    outline = list(SYMBOLS.values())[index % COLOURS]
+    return (
+        f'<svg class="swatch arm{index % COLOURS}" viewBox="-6 -6 12 12" aria-hidden="true"><path d="{outline}"/></svg>'
+    )
 
 
 def verdict(entry: Difference) -> str:
@@ -166,7 +181,7 @@ def verdict(entry: Difference) -> str:
 
 def percent(value: float) -> str:
     """Write a fraction as a percentage, or n/a where there is none."""
-    return "n/a" if math.isnan(value) else f"{100 * value:.1f} %"
+    return "n/a" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
 
 
 def points(value: float) -> str:

@@ -17,7 +17,16 @@ from atesd.report.load import Floats
 Figure = dict[str, Any]
 
 MAX_POINTS = 300  # of one line or cloud: bounds the file
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
+SYMBOLS = {  # plotly's name of the marker, and its outline for the legend in a box from -6 to 6
+    "circle": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0",
+    "square": "M-4.5-4.5h9v9h-9z",
+    "diamond": "M0-6 6 0 0 6-6 0z",
+    "triangle-up": "M0-5.5 5.5 4.5h-11z",
+    "cross": "M-2-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z",
+    "triangle-down": "M0 5.5 5.5-4.5h-11z",
+    "x": "M-3-5.5 0-2.5 3-5.5 5.5-3 2.5 0 5.5 3 3 5.5 0 2.5-3 5.5-5.5 3-2.5 0-5.5-3z",
+    "star": "M0-6 1.6-1.9 6-1.9 2.5.8 3.8 5.2 0 2.6-3.8 5.2-2.5.8-6-1.9-1.6-1.9z",
+}
 DASHES = ("dash", "dot", "dashdot", "longdash")
 COLOURS = len(SYMBOLS)
 
@@ -25,6 +34,11 @@ COLOURS = len(SYMBOLS)
 def colour(arm: int) -> str:
     """Return the colour name of an arm; from the ninth arm on, colours repeat and dashes tell arms apart."""
     return f"@arm{arm % COLOURS}"
+
+
+def symbol(arm: int) -> str:
+    """Return the marker of an arm, which tells arms apart where colours do not."""
+    return list(SYMBOLS)[arm % COLOURS]
 
 
 def thin(points: Floats) -> Floats:
@@ -43,7 +57,7 @@ def short(values: Iterable[float]) -> list[float]:
 def axis(title: str) -> Figure:
     """An axis without zoom: dragging scrolls the page."""
     return {
-        "title": {"text": title, "standoff": 8},
+        **({"title": {"text": title, "standoff": 8}} if title else {}),
         "gridcolor": "@grid",
         "linecolor": "@axis",
         "zeroline": False,
@@ -86,7 +100,7 @@ def line(
         "x": short(points[:, 0]),
         "y": short(points[:, 1]),
         "line": style(arm, width=width) | {"shape": shape},
-        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 7, "color": colour(arm)},
+        "marker": {"symbol": symbol(arm), "size": 7, "color": colour(arm)},
         "hovertemplate": f"{plain(name)}<br>step %{{x}}: %{{y:.4~g}}<extra></extra>",
         "meta": {"arm": arm},
     }
@@ -132,7 +146,7 @@ def intervals(arm: int, name: str, points: Sequence[tuple[str, Mapping[str, floa
             "thickness": 1.8,
             "width": 0,
         },
-        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 9, "color": colour(arm)},
+        "marker": {"symbol": symbol(arm), "size": 10, "color": colour(arm)},
         "hovertemplate": f"{plain(name)}, %{{customdata}}<br>%{{y:.1%}}<extra></extra>",
         "meta": {"arm": arm},
         "shift": shift,
@@ -149,7 +163,7 @@ def cloud(arm: int, name: str, points: Floats, *, percent: bool) -> Figure:
         "x": short(points[:, 1]),
         "y": short(points[:, 2]),
         "customdata": points[:, 0].astype(int).tolist(),
-        "marker": {"symbol": SYMBOLS[arm % COLOURS], "size": 6, "color": f"{colour(arm)}/0.45"},
+        "marker": {"symbol": symbol(arm), "size": 6, "color": f"{colour(arm)}/0.45"},
         "hovertemplate": f"{plain(name)}, step %{{customdata}}<br>ratio %{{x:.2f}}: {number}<extra></extra>",
         "meta": {"arm": arm},
     }

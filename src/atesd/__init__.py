@@ -1,0 +1,49 @@
+"""On-policy self-distillation of LLM reasoners with learned exposure (ATESD). Public names load on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BetaConfig": "exposure.beta_config",
+    "Controller": "exposure.controller",
+    "Curriculum": "curriculum",
+    "Difference": "evaluate.metrics",
+    "Fixed": "exposure.schedules",
+    "Gate": "gates",
+    "LossConfig": "losses.divergence",
+    "Measurement": "types",
+    "Observation": "types",
+    "Problem": "types",
+    "PromptConfig": "exposure.prompt",
+    "RevealConfig": "exposure.reveal",
+    "Router": "routing",
+    "RunConfig": "config",
+    "RunDir": "runlog",
+    "Sampler": "rollout.sampler",
+    "Target": "losses.target",
+    "Task": "tasks.base",
+    "TokenStats": "types",
+    "Trainer": "train.loop",
+    "UserError": "types",
+    "evaluate_model": "train.inspect",
+    "extract_answer": "rewards.answer",
+    "load_config": "recipe",
+    "paired_difference": "evaluate.metrics",
+    "reveal": "exposure.reveal",
+    "token_streams": "losses.divergence",
+    "write_report": "report.html",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 (one table serves both)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'atesd' has no attribute {name!r}")
+    return getattr(import_module(f"atesd.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

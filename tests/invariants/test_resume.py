@@ -1,0 +1,133 @@
+"""A run that is killed at any moment and resumed gives the same numbers as one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from atesd.recipe import build_config
+from atesd.runlog import RunDir, is_timing
+from atesd.train import checkpoint
+from atesd.train.loop import Interrupted, Trainer
+
+STEPS = 12
+TREE: dict[str, Any] = {
+    "threads": 1,
+    "task": {"kind": "pico", "train_size": 20, "probe_size": 3, "eval_size": 4},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
+    # Windows of 2 steps scored over 4: at every checkpoint some decision waits for its reward.
+    "exposure": {"kind": "beta", "hold": 2, "look_ahead": 4, "decisions_per_update": 2, "progress_metric": "probe_kl"},
+    "teacher": {"weights": "ema", "ema_decay": 0.9},
+    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40},
+    "optim": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2},
+    "step": {"num_steps": STEPS, "problems": 4, "updates_per_batch": 2},
+    "eval": {"every": 5, "k": 2},
+    "save": {"every": 2, "keep": 2, "rollouts_every": 3},
+}
+
+
+def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
+    """Return everything reproducible that a finished run leaves: metrics, weights, sampled text."""
+    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
+    weights = {name: value.numpy().tobytes() for name, value in load_file(run / "final" / "model.safetensors").items()}
+    texts = {path.name: path.read_bytes() for folder in ("eval", "rollouts") for path in (run / folder).iterdir()}
+    return rows, weights, texts
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    Trainer.start(build_config(TREE), run).train()
+    rows, weights, texts = outcome(run)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert any("exposure/loss" in row for row in rows), "the controller must have learned something"
+    return rows, weights, texts
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Run an action in a forked process and return its process id; the child never returns to pytest."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        action()
+    finally:
+        os._exit(0)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_killed_at_random_moments(tmp_path: Path, uninterrupted: Any) -> None:
+    run, seed = tmp_path / "run", random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    RunDir.create(run, build_config(TREE).model_dump(mode="json"))
+    for _ in range(4):
+        child = in_child(lambda: void(Trainer.resume(run).train()))
+        time.sleep(rng.uniform(0.3, 2.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    Trainer.resume(run).train()
+    assert outcome(run) == uninterrupted, f"kill times of seed {seed}"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("place", ["save_file", "_replace", "rmtree"])
+def test_killed_inside_the_writing_of_a_checkpoint(place: str, tmp_path: Path, uninterrupted: Any) -> None:
+    """Die at the second checkpoint: before its tensors, before it gets its name, while the old ones are removed."""
+    run = tmp_path / "run"
+
+    def train_and_die() -> None:
+        calls = {"steps": 0}
+        trainer = Trainer.start(build_config(TREE), run)
+        trainer.listener = lambda row: calls.update(steps=row["step"])
+        home = checkpoint.shutil if place == "rmtree" else checkpoint
+        original = getattr(home, place)
+
+        def deadly(*arguments: Any, **options: Any) -> Any:
+            if calls["steps"] >= 6:
+                die()
+            return original(*arguments, **options)
+
+        setattr(home, place, deadly)
+        trainer.train()
+
+    _, status = os.waitpid(in_child(train_and_die), 0)
+    assert os.WIFSIGNALED(status)
+    assert checkpoint.find_checkpoints(run / "checkpoints"), "an earlier checkpoint must have survived"
+    Trainer.resume(run).train()
+    assert outcome(run) == uninterrupted
+
+
+def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninterrupted: Any) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer.start(build_config(TREE), run)
+    trainer.listener = lambda row: row["step"] == 5 and os.kill(os.getpid(), signal.SIGTERM) or None
+    with pytest.raises(Interrupted, match=f"after step 5; continue with: atesd train --resume {run}"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    Trainer.resume(run).train()
+    assert outcome(run) == uninterrupted
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = TREE | {"step": {"num_steps": 1, "problems": 4}}
+    result = Trainer.start(build_config(tree), run).train()
+    before = (run / "metrics.jsonl").read_bytes()
+    assert Trainer.resume(run).train() == result
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def void(_: object) -> None:
+    """Drop a result."""

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atesd.exposure.prompt import PromptConfig, student_messages, teacher_messages
+from atesd.exposure.reveal import RevealConfig
+from atesd.rollout.render import Renderer
+from atesd.types import Message, Problem, UserError
+
+from support.rollouts import END, PADDING, PLAIN_TEMPLATE, byte_tokenizer
+
+PROBLEM = Problem("p", "How much is 2 + 3 + 4?", "2 + 3 = 5\n5 + 4 = 9\nSo \\boxed{9}.\nDone.", answer="9")
+TURN: list[Message] = [{"role": "user", "content": "1 + 1?"}]
+
+
+def test_the_student_prompt_is_the_chat_up_to_the_assistant_header() -> None:
+    renderer = Renderer(byte_tokenizer())
+    ids = renderer.student_ids(TURN)
+    assert all(isinstance(token, int) for token in ids)
+    assert renderer.prompt_text(ids) == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_equal_flags_and_no_hint_give_both_roles_identical_ids() -> None:
+    prompt = PromptConfig(hint="none")
+    renderer = Renderer(byte_tokenizer(), enable_thinking_student=False, enable_thinking_teacher=False)
+    student = renderer.student_ids(student_messages(PROBLEM, prompt))
+    assert renderer.teacher_ids(teacher_messages(PROBLEM, 1.0, prompt, RevealConfig())) == student
+
+
+def test_thinking_flags_reach_only_their_role() -> None:
+    renderer = Renderer(byte_tokenizer(), enable_thinking_student=False, enable_thinking_teacher=True)
+    header = "<|im_start|>assistant\n"
+    assert renderer.prompt_text(renderer.student_ids(TURN)).endswith(header + "<think>\n\n</think>\n\n")
+    assert renderer.prompt_text(renderer.teacher_ids(TURN)).endswith(header)
+
+
+def test_the_prefill_follows_the_teachers_header() -> None:
+    renderer = Renderer(byte_tokenizer(), teacher_prefill="<think>\n")
+    assert renderer.teacher_ids(TURN) == renderer.student_ids(TURN) + renderer.text_ids("<think>\n")
+
+
+def test_a_flag_that_the_template_ignores_is_refused() -> None:
+    with pytest.raises(UserError, match=r"prompt\.enable_thinking_teacher is set, but .* leave the flag out"):
+        Renderer(byte_tokenizer(template=PLAIN_TEMPLATE), enable_thinking_teacher=True)
+    Renderer(byte_tokenizer(template=PLAIN_TEMPLATE))
+
+
+def test_the_teacher_prompt_is_one_user_turn_with_problem_and_visible_prefix_inside() -> None:
+    renderer = Renderer(byte_tokenizer())
+    messages = teacher_messages(PROBLEM, 0.5, PromptConfig(), RevealConfig())
+    text = renderer.prompt_text(renderer.teacher_ids(messages))
+    # Four lines at ratio 0.5: two are visible, then the answer.
+    user, assistant = text.split(END + "\n")
+    assert text.count("<|im_start|>user") == 1
+    assert PROBLEM.problem in user
+    assert "2 + 3 = 5\n5 + 4 = 9" in user
+    assert "Done." not in user
+    assert "Final answer: \\boxed{9}" in user
+    assert assistant == "<|im_start|>assistant\n"
+
+
+def test_decode_leaves_special_tokens_out_and_spaces_alone() -> None:
+    renderer = Renderer(byte_tokenizer())
+    ids = [*renderer.text_ids(" a , b ' s . \n"), renderer.eos_ids[0]]
+    assert renderer.decode(ids) == " a , b ' s . \n"
+    assert renderer.prompt_text(ids) == " a , b ' s . \n" + END
+
+
+def test_token_texts_show_a_split_character_with_its_last_token() -> None:
+    renderer = Renderer(byte_tokenizer())
+    # The root sign is three bytes, so three tokens here.
+    ids = [*renderer.text_ids("a\u221a2"), renderer.eos_ids[0]]
+    assert renderer.token_texts(ids) == ["a", "", "", "\u221a", "2", END]
+
+
+def test_token_texts_of_an_unfinished_character_do_not_raise() -> None:
+    renderer = Renderer(byte_tokenizer())
+    assert renderer.token_texts(renderer.text_ids("a\u221a")[:-1]) == ["a", "", "\ufffd"]
+    assert renderer.token_texts([]) == []
+
+
+@given(st.lists(st.integers(0, 258), max_size=40))
+def test_token_texts_concatenate_to_the_whole_text(ids: list[int]) -> None:
+    renderer = Renderer(BYTES)
+    texts = renderer.token_texts(ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == renderer.prompt_text(ids)
+
+
+BYTES = byte_tokenizer()
+
+
+def test_end_tokens_are_the_tokenizers_own_first_and_each_once() -> None:
+    tokenizer = byte_tokenizer()
+    end, pad = (tokenizer.convert_tokens_to_ids(token) for token in (END, PADDING))
+    renderer = Renderer(tokenizer, extra_eos_ids=[pad, end, pad])
+    assert renderer.eos_ids == (end, pad)
+    assert renderer.pad_id == pad
+
+
+def test_without_a_pad_token_the_end_token_pads() -> None:
+    renderer = Renderer(byte_tokenizer(pad=None))
+    assert renderer.pad_id == renderer.eos_ids[0]
+
+
+def test_a_tokenizer_without_end_token_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        Renderer(tokenizer)
