@@ -243,3 +243,45 @@ def _pieces(text: str, whole: str) -> list[str]:
     """Cut a text into characters, keeping `whole` as one token."""
     before, found, after = text.partition(whole)
     return [*before, *([whole] if found else []), *after]
+
+
+def write_graded(path: Path, arms: Mapping[str, Mapping[int, Sequence[Sequence[float | None]]]]) -> Path:
+    """Write a comparison of one final evaluation a run: ARM -> seed -> rewards [P][k]; every start is all wrong."""
+    seeds = sorted({seed for runs in arms.values() for seed in runs})
+    k = len(next(iter(next(iter(arms.values())).values()))[0])
+    about = {
+        "recipe": "tiny.toml",
+        "arms": {arm: [] for arm in arms},
+        "seeds": seeds,
+        "k": k,
+        "task": "t",
+        "seconds": 9.0,
+    }
+    path.mkdir(parents=True)
+    write_atomic(path / "compare.json", dump_json(about))
+    for arm, runs in arms.items():
+        for seed, rewards in runs.items():
+            run = RunDir.create(path / arm / f"seed_{seed}", {"seed": seed})
+            run.write_rows("eval", 0, graded_rows([[0.0] * k for _ in rewards]))
+            run.write_rows("eval", 10, graded_rows(rewards))
+            run.finish({"step": 10, "seconds": 2.0 * seed, "final": {}, "best": {}})
+    return path
+
+
+def graded_rows(rewards: Sequence[Sequence[float | None]], level: str = "") -> list[dict[str, Any]]:
+    """One row a sample; the answer of a sample is its reward, its length 10."""
+    return [
+        {
+            "problem_id": f"p{number}",
+            "level": level,
+            "sample": sample,
+            "completion": "",
+            "answer": str(reward),
+            "reward": reward,
+            "stop": "eos",
+            "length": 10,
+            "traits": {"cites_hint": reward == 0.0},
+        }
+        for number, samples in enumerate(rewards)
+        for sample, reward in enumerate(samples)
+    ]

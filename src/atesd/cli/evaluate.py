@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from atesd.cli.progress import metrics_table
+from atesd.cli.progress import metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.types import UserError
 
@@ -28,6 +28,7 @@ def run_eval(
     from atesd.recipe import build_config, load_config, with_overrides
     from atesd.train.inspect import evaluate_model
 
+    silence_libraries()
     folder: str | Path = model
     if (Path(model) / "config.json").is_file() and (Path(model) / "metrics.jsonl").is_file():
         folder = Path(model) / which

@@ -146,6 +146,7 @@ def warmup(
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default those of the packaged model.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
+    shortcut: Annotated[float | None, typer.Option(min=0, help="The planted shortcut's c; 0 switches it off.")] = None,
 ) -> None:
     """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core).
 
@@ -153,7 +154,7 @@ def warmup(
     """
     from atesd.cli.warmup import run_warmup
 
-    run_warmup(out, steps, seed)
+    run_warmup(out, steps, seed, shortcut)
 
 
 def main() -> None:

@@ -24,6 +24,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def silence_libraries() -> None:
+    """Switch off the progress bars of model loading and saving, which would break the display."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def accuracy(row: Mapping[str, Any]) -> tuple[str, float] | None:
     """Return the name and value of the row's Average@k, if it holds an evaluation."""
     for key, value in row.items():

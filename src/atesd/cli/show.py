@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from atesd.cli.progress import silence_libraries
+
 
 def run_show(recipe: Path, overrides: Sequence[str], ratio: float | None, count: int) -> None:
     """Print the prompts of the first training problems: the student's once, the teacher's at each ratio."""
@@ -18,6 +20,7 @@ def run_show(recipe: Path, overrides: Sequence[str], ratio: float | None, count:
 
     if ratio is not None:
         check_ratio(ratio)
+    silence_libraries()
     console = Console(highlight=False)
     shown = None
     for prompt in show_prompts(load_config(recipe, overrides), ratio, count):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from atesd.cli.progress import RunProgress, clock, metrics_table
+from atesd.cli.progress import RunProgress, clock, metrics_table, silence_libraries
 from atesd.types import UserError
 
 
@@ -17,6 +17,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     from atesd.train.loop import Interrupted, Trainer
     from atesd.train.step import NonFiniteError
 
+    silence_libraries()
     console = Console(highlight=False, soft_wrap=True)
     if resume is not None:
         if recipe is not None or out is not None:

@@ -125,7 +125,7 @@ def _levels(low: float, high: float) -> list[float]:
 
 def _ticks(last: int) -> list[int]:
     """About five round steps from 0 on."""
-    rough = max(1, last) / 5
+    rough = max(1, last) / 6
     size = 10 ** math.floor(math.log10(rough))
     unit = max(1, next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough))
     return list(range(0, last + 1, int(unit)))

@@ -32,7 +32,8 @@ CAPTIONS = {
     "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
     "Step 0 is the model before training.",
     "exposure": "The share of the solution that the teacher saw in every step, one line a run.",
-    "density": "Where the learned policy puts its next draw: strong colour is likely. The line is the ratio that was drawn.",
+    "density": "Where the learned policy puts its next draw: strong colour is likely. "
+    "The line is the ratio that was drawn.",
     "levels": "Final accuracy with 95 % intervals.",
     "traits": "Share of held-out completions with the trait, mean over seeds.",
     "curves": "What every step logged, mean over seeds.",

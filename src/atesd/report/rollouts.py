@@ -71,8 +71,10 @@ def _indexed(study: Study) -> Iterator[tuple[int, Run]]:
 
 
 def _rounds(study: Study) -> Iterator[tuple[Run, int, dict[str, Any]]]:
-    """Yield candidates: in round r, completion r of every chosen step of every run, last steps first."""
-    chosen = [(run, step, read_rows(run.rollouts[step])) for run in study.runs for step in _steps(run)]
+    """Yield candidates: in round r, completion r of every run's last chosen step, then of the one before, and so on."""
+    steps = [(rank, run, step) for run in study.runs for rank, step in enumerate(_steps(run))]
+    steps.sort(key=lambda entry: entry[0])
+    chosen = [(run, step, read_rows(run.rollouts[step])) for _, run, step in steps]
     for number in range(PER_STEP):
         for run, step, rows in chosen:
             if number < len(rows):

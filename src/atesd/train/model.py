@@ -50,6 +50,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"no tokenizer could be loaded from {path!r} ({first_line(error)}): "
             "save one beside the model with tokenizer.save_pretrained(...)"
         ) from error
+    if not tokenizer.encode("0", add_special_tokens=False):
+        raise UserError(f"the tokenizer in {path!r} encodes nothing: its files are missing or damaged; save them again")
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer in {path!r} has no chat template: use an instruction-tuned model, "

@@ -1,0 +1,102 @@
+"""Checkpoints: loadable by others, kept in number, harmless when they fail."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atesd.recipe import build_config
+from atesd.train import checkpoint
+from atesd.train.checkpoint import find_checkpoints, restore_interrupted
+from atesd.train.loop import Trainer
+from atesd.types import UserError
+
+TREE: dict[str, Any] = {
+    "threads": 1,
+    "task": {"kind": "pico", "train_size": 8, "probe_size": 2, "eval_size": 2},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
+    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40},
+    "optim": {"lr": 1e-3},
+    "step": {"num_steps": 5, "problems": 2},
+    "eval": {"every": 5, "k": 1},
+    "save": {"every": 1, "keep": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    trainer = Trainer.start(build_config(TREE), tmp_path_factory.mktemp("checkpoints") / "run")
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("folder", ["checkpoints/step_000005", "final", "best"])
+def test_models_load_with_from_pretrained(folder: str, finished: Trainer) -> None:
+    path = finished.run.path / folder
+    model = AutoModelForCausalLM.from_pretrained(path)
+    prompt = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        [{"role": "user", "content": "3a+1"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    with torch.no_grad():
+        logits = model(prompt).logits
+        own = finished.parts.model.eval()(prompt).logits
+    assert torch.equal(logits, own) == (folder != "best" or finished._best["step"] == 5)
+
+
+def test_only_the_latest_are_kept(finished: Trainer) -> None:
+    assert [path.name for path in find_checkpoints(finished.run.checkpoints)] == ["step_000004", "step_000005"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_log_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    saved = checkpoint.save_file
+
+    def full(tensors: object, path: Path) -> None:
+        if "step_000003" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        saved(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_000001", "step_000002"]
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.step == 2
+    assert resumed.train()["step"] == 5
+
+
+def test_a_half_written_checkpoint_is_cleared_away_and_never_resumed(finished: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "step_000009.partial").mkdir()
+    (tmp_path / "step_000009.partial" / "state.json").write_text("{")
+    assert find_checkpoints(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_had_stepped_aside_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "best.old").mkdir()
+    (tmp_path / "best.old" / "config.json").write_text("{}")
+    restore_interrupted(tmp_path / "best")
+    assert (tmp_path / "best" / "config.json").is_file()
+
+
+def test_a_damaged_state_is_named(finished: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"is damaged .*resume from the one before"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished: Trainer, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="written by another run"):
+        checkpoint.load_weights(tmp_path, finished.parts.model)

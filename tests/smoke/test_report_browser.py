@@ -1,0 +1,168 @@
+"""The report in a real browser: nothing is fetched, nothing runs that a model wrote, and it fits a phone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from atesd.report.html import write_report
+
+from support.runs import HOSTILE, write_compare
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install one, such as Debian's chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_compare(tmp_path_factory.mktemp("runs") / "cmp", steps=20, problems=12, hostile=True)
+    return write_report([folder], folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Visit:
+    """One page with everything that it did wrong."""
+
+    def __init__(self, browser: Browser, report: Path, *, width: int, dark: bool = False) -> None:
+        self.trouble: list[str] = []
+        context = browser.new_context(
+            viewport={"width": width, "height": 844},
+            color_scheme="dark" if dark else "light",
+            has_touch=width < 600,
+            offline=True,
+        )
+        self.page: Page = context.new_page()
+        self.page.on("console", lambda message: self.trouble.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
+        self.page.on("dialog", self._dismiss)
+        self.page.route("**/*", self._watch)
+        self.address = report.as_uri()
+        self.page.goto(self.address)
+        self.page.wait_for_selector(".tokens span")
+        self.page.wait_for_selector("#figure-curves .main-svg")
+
+    def _watch(self, route: Route) -> None:
+        if route.request.url != self.address:
+            self.trouble.append(f"request: {route.request.url}")
+        route.continue_()
+
+    def _dismiss(self, dialog: object) -> None:
+        self.trouble.append("a dialog opened: text of a run was executed")
+        dialog.dismiss()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def visits(browser: Browser, report: Path) -> Callable[..., Visit]:
+    """Pages by width and scheme, opened once: drawing nine figures takes a while."""
+    opened: dict[tuple[int, bool], Visit] = {}
+
+    def visit(*, width: int, dark: bool = False) -> Visit:
+        if (width, dark) not in opened:
+            opened[width, dark] = Visit(browser, report, width=width, dark=dark)
+        return opened[width, dark]
+
+    return visit
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_quiet_and_fits(visits: Callable[..., Visit], width: int, dark: bool) -> None:
+    visit = visits(width=width, dark=dark)
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = visit.page.eval_on_selector_all(".plot", "plots => plots.map(p => p.querySelectorAll('.main-svg').length)")
+    assert len(drawn) == 9
+    assert all(drawn)
+    assert visit.trouble == []
+
+
+def test_markup_in_a_completion_shows_as_text(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1280)
+    assert HOSTILE in visit.page.locator(".tokens").inner_text()
+    assert HOSTILE in visit.page.locator("#inspector pre").first.inner_text()
+    assert visit.page.locator("img").count() == 0
+    assert visit.page.locator("script").count() == 3
+    assert visit.trouble == []
+
+
+def test_a_stronger_divergence_has_a_stronger_colour(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1280)
+    shares = visit.page.eval_on_selector_all(
+        ".tokens span", "spans => spans.map(s => Number(s.style.getPropertyValue('--share') || 0))"
+    )
+    data = visit.page.evaluate("JSON.parse(document.getElementById('data').textContent).rollouts")
+    divergence = data["runs"][0]["steps"][-1]["rows"][0]["streams"][0]
+    for share, value in zip(shares, divergence, strict=True):
+        expected = min(1.0, value / data["scale"]) ** 0.5
+        assert share == pytest.approx(expected if expected > 0.02 else 0.0, abs=1e-3)
+
+
+def test_the_inspector_shows_the_chosen_completion_and_its_values(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1280)
+    run, step, problem, colours = (visit.page.locator(".pickers select").nth(index) for index in range(4))
+    run.select_option(label="learned, seed 2")
+    step.select_option(index=0)
+    problem.select_option(index=3)
+    data = visit.page.evaluate(
+        "JSON.parse(document.getElementById('data').textContent).rollouts.runs"
+        ".find(run => run.label === 'learned, seed 2').steps[0].rows[3]"
+    )
+    assert visit.page.locator("#inspector pre").nth(0).inner_text() == data["problem"]
+    assert visit.page.locator("#inspector pre").nth(1).inner_text() == data["hint"]
+    assert visit.page.locator(".tokens span").count() == len(data["tokens"])
+    visit.page.locator('.tokens [data-token="4"]').hover()
+    tooltip = visit.page.locator(".tooltip")
+    shown = [cell.replace("\u2212", "-") for cell in tooltip.locator("td").all_inner_texts()]
+    assert [float(cell) for cell in shown] == [stream[4] for stream in data["streams"]]
+    visit.page.locator(".tokens").focus()
+    visit.page.keyboard.press("ArrowRight")
+    assert visit.page.locator(".tokens .chosen").get_attribute("data-token") == "5"
+    visit.page.keyboard.press("Escape")
+    assert tooltip.is_hidden()
+    for index in range(4):
+        colours.select_option(index=index)
+    # a run that has the same step stays at it
+    run.select_option(label="full, seed 1")
+    assert step.input_value() == "0"
+    assert visit.trouble == []
+
+
+def test_a_tap_shows_values_inside_a_phone_screen(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=390)
+    visit.page.locator('.tokens [data-token="2"]').tap()
+    box = visit.page.locator(".tooltip").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    assert visit.trouble == []
+
+
+def test_an_arm_can_be_hidden_in_every_figure(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1280)
+    lines = visit.page.locator("#figure-accuracy .scatterlayer .trace")
+    assert lines.count() == 8  # a band and a line for each of four arms
+    chip = visit.page.get_by_role("button", name="half")
+    chip.click()
+    assert chip.get_attribute("aria-pressed") == "false"
+    assert lines.count() == 6
+    assert visit.page.locator("#figure-curves .scatterlayer .trace").count() == 3
+    chip.click()
+    assert lines.count() == 8
+    assert visit.trouble == []

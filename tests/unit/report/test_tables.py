@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from atesd.evaluate.metrics import Difference
+from atesd.report.load import load_study
+from atesd.report.tables import behaviour_table, interval_drawing, paired_table, percent, points, result_table, verdict
+
+from support.runs import write_graded
+
+
+def cells(html: str) -> list[list[str]]:
+    """Text of a table's body, row by row."""
+    rows = re.findall(r"<tr>(.*?)</tr>", html.split("<tbody>")[1], re.DOTALL)
+    return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
+def test_behaviour_puts_pass_and_majority_beside_the_average(tmp_path: Path) -> None:
+    # p0: two of three right: average 2/3, pass@3 1, majority right; p1: one of three: 1/3, 1, majority wrong
+    # so Average@3 50 %, pass@3 100 %, majority 50 %; three of six samples are wrong and "cite the hint"
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]}})
+    start, full = cells(behaviour_table(load_study([folder])))
+    assert [text.replace("\u00a0", " ") for text in full] == [
+        "full", "50.0 %", "100.0 %", "50.0 %", "10.0", "0.0 %", "50.0 %",
+    ]  # fmt: skip
+    assert start[1] == "0.0\u00a0%"
+
+
+def test_an_ungradable_arm_shows_no_number(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}, "half": {1: [[None]]}})
+    rows = cells(behaviour_table(load_study([folder])))
+    assert rows[2][:4] == ["half", "n/a", "n/a", "n/a"]
+    assert "not evaluated yet" in result_table(load_study([folder]))
+
+
+def test_the_paired_table_reads_its_intervals(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[0.0], [0.0]]}, "learned": {1: [[1.0], [1.0]]}})
+    ((pair, difference, _, interval, reading),) = cells(paired_table(load_study([folder])))
+    assert pair == "learned \u2212 full"
+    assert (difference, interval, reading) == ("+100.0", "+100.0 to +100.0", "higher")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.01, 0.2, "higher"), (-0.2, -0.01, "lower"), (-0.1, 0.1, "not told apart")]
+)
+def test_an_interval_that_holds_0_decides_nothing(low: float, high: float, word: str) -> None:
+    assert verdict(Difference((low + high) / 2, low, high)) == word
+
+
+def test_an_interval_is_drawn_in_place() -> None:
+    # 190 wide with margins of 6: 0 at x = 6, 1 at x = 184, so .5 at 95, .25 at 50.5, .75 at 139.5
+    drawing = interval_drawing((0.25, 0.5, 0.75), (0.0, 1.0), 2, 1.0)
+    assert '<line class=bar x1="50.5" x2="139.5"' in drawing
+    assert '<circle cx="95.0"' in drawing
+    assert '<line class=reference x1="184.0"' in drawing
+
+
+def test_numbers_are_written_with_their_sign() -> None:
+    assert percent(0.1234) == "12.3\u00a0%"
+    assert points(-0.021) == "\u22122.1"
+    assert points(0.0) == "+0.0"
