@@ -2,9 +2,10 @@
 
     python bench/divergence_memory.py [--device cuda] [--hidden 64] [--clip pointwise] [--top-k 100]
 
-"extra" is the peak of what forward and backward allocate beyond their inputs, less the gradients that they leave
-behind. The tiled form's must not grow with V, nor with N but for per-token results and an [N, H] gradient buffer. "time" is
-tiled over dense, forward and backward, the better of two runs each.
+The MiB are the peak of what forward and backward allocate beyond their inputs, less the gradients that they leave
+behind. The tiled form's must grow neither with V nor, but for per-token results, with N. "time" is tiled over dense,
+forward and backward, the better of two runs each. On a CPU the peak comes from torch's profiler, whose notices on
+stderr mean nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def _peak_of_events(profiler: torch.profiler.profile) -> int:
     while pending:
         event = pending.pop()
         pending.extend(event.children)
-        kind, fields = event.typed
-        if kind == torch._C._profiler._EventType.Allocation:
+        _, fields = event.typed
+        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
             changes.append((event.start_time_ns, fields.alloc_size))
     peak = held = 0
     for _, size in sorted(changes, key=lambda change: change[0]):
@@ -98,10 +99,10 @@ def measure(tokens: int, vocabulary: int, arguments: argparse.Namespace) -> str:
 
     def tiled() -> None:
         streams = token_streams(student, [teacher], labels_N, config, target=Plain(), temperature=TEMPERATURE)
-        (streams.divergence_N.sum() + streams.logprob_N.sum()).backward()
+        torch.autograd.backward(streams.divergence_N.sum() + streams.logprob_N.sum())
 
     def dense() -> None:
-        dense_loss(student, teacher, labels_N, divergence).backward()
+        torch.autograd.backward(dense_loss(student, teacher, labels_N, divergence))
 
     def cost(function: Callable[[], None]) -> tuple[float, float]:
         seconds = []
@@ -144,9 +145,7 @@ def main() -> None:
     parser.add_argument("--tile-vocab", type=int, default=4096)
     arguments = parser.parse_args()
     tile = arguments.tile_tokens * arguments.tile_vocab * 4 / MIB
-    print(
-        f"one float32 tile: {tile:.1f} MiB; {arguments.dtype} on {arguments.device}, {torch.get_num_threads()} thread(s)"
-    )
+    print(f"one float32 tile: {tile:.1f} MiB; {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads")
     print(f"{'N':>7} {'V':>8} {'tiled MiB':>11} {'dense MiB':>11} {'tiled s':>9} {'time':>7}")
     for tokens in arguments.tokens:
         for vocabulary in arguments.vocabulary:

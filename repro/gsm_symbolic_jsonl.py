@@ -1,6 +1,6 @@
 """Write worked grade-school problems as JSONL: reasoning-gym's gsm_symbolic, one object a line.
 
-    python repro/gsm_symbolic_jsonl.py runs/gsm_symbolic.jsonl 400
+python repro/gsm_symbolic_jsonl.py runs/gsm_symbolic.jsonl 400
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from atesd.seeds import derive_seed
-from atesd.types import Config, Policy, Stateless
+from atesd.types import Config, Policy, Stateless, UserError
 
 
 class Curriculum(Policy, Protocol):
@@ -42,11 +42,16 @@ class Shuffled(Stateless):
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Return epoch and position."""
-        return {"epoch": self._epoch, "position": self._position}
+        """Return epoch, position and number of problems."""
+        return {"epoch": self._epoch, "position": self._position, "num_problems": self._num_problems}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at an epoch and position."""
+        """Continue at an epoch and position. UserError if the number of problems is another one."""
+        if state["num_problems"] != self._num_problems:
+            raise UserError(
+                f"the checkpoint was written with {state['num_problems']} training problems, the task now has "
+                f"{self._num_problems}: restore the data, or start a new run"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._shuffle()
 

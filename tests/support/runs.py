@@ -219,7 +219,7 @@ def _rollout(step: int, number: int, ratio: float, rng: np.random.Generator, *, 
     teacher = np.minimum(-1e-4, student + rng.normal(0, np.where(hard, 0.9, 0.02)))
     return {
         "step": step,
-        "problem_id": f"train-{step}-{number}",
+        "problem_id": f"train-{step}-{number}" + "-long" * 20 * hostile,
         "problem": f"Compute {problem} from left to right.",
         "level": LEVELS[number % len(LEVELS)],
         "route": "distil",

@@ -7,6 +7,7 @@ Intervals and pairing are `evaluate/metrics.py`'s: seeds and problems are resamp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,46 @@ from atesd.report.load import Arm, Evaluation, Floats, Study, load_comparison
 from atesd.types import UserError
 
 LEARNED, HALF, FULL = "learned", "half", "full"
+RESAMPLES = 4_000
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Average@k with its interval for the start and for each arm, None where nothing can be graded, and the pairs."""
+
+    start: dict[str, float] | None
+    arms: dict[str, dict[str, float] | None]
+    paired: dict[str, Difference]
 
 
 def summarise(compare_dir: Path) -> dict[str, Any]:
     """Return what `summary.json` holds; accuracies are fractions, `seconds` of an arm is the mean of its runs.
 
-    The start is the evaluation before the first update, which the arms of a seed share. An arm without a final
-    evaluation, and a pair without a common seed, is left out. UserError if nothing was evaluated yet.
+    The start is the evaluation before the first update, which the arms of a seed share. An arm without a
+    complete run, and a pair without a common seed, is left out. UserError if nothing was evaluated yet.
     """
     study = load_comparison(compare_dir)
-    start = accuracy(starts(study))
-    if start is None:
+    found = find(study)
+    if found.start is None:
         raise UserError(f"{compare_dir} holds no evaluation yet: let at least one run evaluate its start")
-    arms = {arm.name: summary for arm in study.arms if (summary := accuracy(finals(arm))) is not None}
+    arms = [(arm, entry) for arm in study.arms if (entry := found.arms[arm.name]) is not None]
     return {
-        "start": start,
-        "arms": {arm.name: arms[arm.name] | {"seconds": seconds(arm)} for arm in study.arms if arm.name in arms},
-        "paired": {name: found._asdict() for name, found in paired(study).items()},
+        "start": found.start,
+        "arms": {arm.name: entry | {"seconds": seconds(arm)} for arm, entry in arms},
+        "paired": {name: pair._asdict() for name, pair in found.paired.items()},
         "k": study.k,
         "seeds": list(study.seeds),
         "seconds": study.seconds,
     }
+
+
+def find(study: Study) -> Findings:
+    """Compute a study's findings; only a comparison has pairs."""
+    return Findings(
+        start=accuracy(starts(study)),
+        arms={arm.name: accuracy(finals(arm)) for arm in study.arms},
+        paired=paired(study) if study.is_comparison else {},
+    )
 
 
 def starts(study: Study) -> list[Evaluation]:
@@ -50,18 +70,18 @@ def starts(study: Study) -> list[Evaluation]:
 
 
 def finals(arm: Arm) -> list[Evaluation]:
-    """Return the final evaluation of every run that has one."""
+    """Return the final evaluation of every complete run."""
     return [run.final for run in arm.runs if run.final is not None]
 
 
-def accuracy(evaluations: Sequence[Evaluation], *, resamples: int = 10_000) -> dict[str, float] | None:
+def accuracy(evaluations: Sequence[Evaluation], *, resamples: int = RESAMPLES) -> dict[str, float] | None:
     """Return Average@k over seeds and its interval, or None where nothing can be graded."""
     if not evaluations:
         return None
     matrix_SP = accuracy_matrix(evaluations)
     if not matrix_SP.size:
         return None
-    low, high = arm_interval(matrix_SP, resamples=resamples)
+    low, high = arm_interval(matrix_SP, shared=are_shared(evaluations), resamples=resamples)
     return {"average_at_k": avg_at_k(matrix_SP), "low": low, "high": high}
 
 
@@ -86,6 +106,11 @@ def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:
     return kept
 
 
+def are_shared(evaluations: Sequence[Evaluation]) -> bool:
+    """Tell whether all evaluations hold the same problems."""
+    return len({evaluation.problem_ids for evaluation in evaluations}) == 1
+
+
 def seconds(arm: Arm) -> float:
     """Return the mean duration of the arm's complete runs; 0 while there is none."""
     durations = [float(run.result["seconds"]) for run in arm.runs if run.result is not None]
@@ -103,5 +128,9 @@ def _difference(first: Arm, second: Arm) -> Difference | None:
             )
     if not seeds:
         return None
-    both = accuracy_matrix([arm[seed] for arm in (ours, theirs) for seed in seeds])
-    return paired_difference(both[: len(seeds)], both[len(seeds) :]) if both.size else None
+    evaluations = [arm[seed] for arm in (ours, theirs) for seed in seeds]
+    both = accuracy_matrix(evaluations)
+    if not both.size:
+        return None
+    first_SP, second_SP = both[: len(seeds)], both[len(seeds) :]
+    return paired_difference(first_SP, second_SP, shared=are_shared(evaluations), resamples=RESAMPLES)

@@ -15,7 +15,7 @@ from pathlib import Path
 from atesd.report.compare import accuracy, finals
 from atesd.report.load import Study, load_comparison
 from atesd.report.plots import accuracy_curve
-from atesd.report.traces import COLOURS, SYMBOLS
+from atesd.report.traces import COLOURS, SYMBOLS, band_opacity
 from atesd.runlog import write_atomic
 from atesd.types import UserError
 
@@ -29,7 +29,7 @@ Scale = Callable[[float], float]
 
 
 def write_figure(compare_dir: Path, out_svg: Path) -> Path:
-    """Draw a comparison and return the file's path. UserError if nothing was evaluated after training."""
+    """Draw a comparison and return the file's path. UserError if no run is complete."""
     out_svg.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out_svg, draw(load_comparison(compare_dir)))
     return out_svg
@@ -40,7 +40,7 @@ def draw(study: Study) -> str:
     curves = [accuracy_curve(arm) for arm in study.arms]
     ends = [accuracy(finals(arm)) for arm in study.arms]
     if not any(ends):
-        raise UserError(f"{study.title} has no evaluation after training yet: nothing to draw")
+        raise UserError(f"{study.title} holds no complete run yet: let one finish")
     shown = [found for curve in curves for _, found in curve] + [end for end in ends if end]
     low = math.floor(10 * min(found["low"] for found in shown)) / 10
     high = math.ceil(10 * max(found["high"] for found in shown)) / 10
@@ -55,7 +55,8 @@ def draw(study: Study) -> str:
     title = f"{study.title}: Average@{study.k}, {len(study.seeds)} seeds, 95 % intervals"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        f'role="img" font-family="system-ui, sans-serif" font-size="13"><title>{escape(title)}</title>{_style()}'
+        f'role="img" font-family="system-ui, sans-serif" font-size="13"><title>{escape(title)}</title>'
+        f"{_style(len(study.arms))}"
         f'<rect class="surface" width="{WIDTH}" height="{height}" rx="8"/>{"".join(parts)}</svg>\n'
     )
 
@@ -131,15 +132,16 @@ def _ticks(last: int) -> list[int]:
     return list(range(0, last + 1, int(unit)))
 
 
-def _style() -> str:
+def _style(arms: int) -> str:
     """The report's colours, light and dark, from its style sheet."""
     css = resources.files("atesd.report").joinpath("page.css").read_text(encoding="utf-8")
     light, dark = (_colours(part) for part in css.split("@media (prefers-color-scheme: dark)"))
-    arms = "".join(f".arm{index}{{fill:var(--arm{index});stroke:var(--arm{index})}}" for index in range(COLOURS))
+    kinds = "".join(f".arm{index}{{fill:var(--arm{index});stroke:var(--arm{index})}}" for index in range(COLOURS))
     return (
-        f"<style>svg{{{light}}}@media (prefers-color-scheme: dark){{svg{{{dark}}}}}{arms}"
+        f"<style>svg{{{light}}}@media (prefers-color-scheme: dark){{svg{{{dark}}}}}{kinds}"
         "text{fill:var(--muted)}.strong{fill:var(--text);font-weight:600}.surface{fill:var(--surface)}"
-        ".grid{stroke:var(--grid)}.band{opacity:.14;stroke:none}.line{fill:none;stroke-width:2.2}"
+        f".grid{{stroke:var(--grid)}}.band{{opacity:{band_opacity(arms)};stroke:none}}"
+        ".line{fill:none;stroke-width:2.2}"
         ".bar{stroke-width:3.5;stroke-linecap:round}</style>"
     )
 

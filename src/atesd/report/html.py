@@ -18,6 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from atesd.report.compare import find
 from atesd.report.load import Study, load_study
 from atesd.report.plots import Panel
 from atesd.report.sections import Section, page_header, sections
@@ -33,7 +34,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
 def render(study: Study) -> str:
     """Return the whole file."""
-    parts = sections(study)
+    findings = find(study)
+    parts = sections(study, findings)
     panels = [panel for part in parts for panel in part.panels]
     plotly, script = _script(get_plotlyjs()), _script(_asset("page.js"))
     data = {
@@ -44,7 +46,7 @@ def render(study: Study) -> str:
         policy=escape(_policy(plotly, script)),
         title=escape(f"{study.title}: exposure report"),
         style=_asset("page.css"),
-        header=page_header(study, parts),
+        header=page_header(study, findings, parts),
         body="\n".join(_section(part) for part in parts),
         footer="<footer>Written by <code>atesd report</code> from run directories alone. "
         "This file works offline and makes no request.</footer>",

@@ -80,8 +80,10 @@ class Run:
 
     @property
     def final(self) -> Evaluation | None:
-        """The evaluation with the highest step, if any update came before it."""
-        return self.evaluations[-1] if self.evaluations and self.evaluations[-1].step > 0 else None
+        """The evaluation with the highest step of a complete run: one in the middle of a run is no result."""
+        if self.result is None or not self.evaluations or self.evaluations[-1].step == 0:
+            return None
+        return self.evaluations[-1]
 
     def series(self, *keys: str) -> Floats:
         """Return [n, 1 + len(keys)]: the step and the values of the rows that hold every key."""

@@ -106,7 +106,7 @@ function inspector(root) {
   const reading = element("div");
   const tooltip = element("div", { class: "tooltip", role: "status", hidden: "" });
   const steps = () => runs[Number(run.select.value)].steps;
-  let wanted = null; // the step to stay at when another run is chosen; the last one at first
+  let wanted = null; // the step to stay at when another run is chosen; at first none
   root.append(element("div", { class: "pickers" }, run.label, step.label, problem.label, colouring.label), reading);
   document.body.append(tooltip);
   fill(run.select, runs.map((one) => one.label), 0);
@@ -115,7 +115,7 @@ function inspector(root) {
 
   function refill() {
     const found = steps().findIndex((one) => one.step === wanted);
-    const index = found < 0 ? steps().length - 1 : found;
+    const index = Math.max(0, found);
     fill(step.select, steps().map((one) => `${one.step} (ratio ${round(one.rows[0].ratio, 2)})`), index);
     fill(problem.select, steps()[index].rows.map(named), Number(problem.select.value) || 0);
     show();

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from atesd.report.compare import accuracy, finals
+from atesd.report.compare import accuracy, are_shared, finals
 from atesd.report.load import Arm, Evaluation, Floats, Run, Study
-from atesd.report.traces import Figure, axis, banded, binned, cloud, intervals, layout, line, short, thin
+from atesd.report.traces import Figure, axis, band_opacity, banded, binned, cloud, intervals, layout, line, short, thin
 
-CURVE_RESAMPLES = 1000  # for bands and levels; the final table uses the default of `evaluate/metrics.py`
+CURVE_RESAMPLES = 1000  # for bands and levels; the final table takes more
+DENSITY_RUNS, DENSITY_STEPS = 12, 100  # heat maps are the largest figures
+EXPOSURE_SEEDS = 12
 
 CURVES = {
     "loss/total": "Loss",
@@ -31,7 +33,7 @@ CURVES = {
 CAPTIONS = {
     "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
     "Step 0 is the model before training.",
-    "exposure": "The share of the solution that the teacher saw in every step, one line a run.",
+    "exposure": "The share of the solution that the teacher saw in every step.",
     "density": "Where the learned policy puts its next draw: strong colour is likely. "
     "The line is the ratio that was drawn.",
     "levels": "Final accuracy with 95 % intervals.",
@@ -66,7 +68,7 @@ def accuracy_panel(study: Study) -> Panel | None:
     for index, arm in enumerate(study.arms):
         points = accuracy_curve(arm)
         if points:
-            traces += banded(index, arm.name, points)
+            traces += banded(index, arm.name, points, opacity=band_opacity(len(study.arms)))
     if not traces:
         return None
     frame = layout("step", f"Average@{study.k}", y_percent=True)
@@ -84,35 +86,29 @@ def accuracy_curve(arm: Arm) -> list[tuple[int, dict[str, float]]]:
 
 
 def exposure_panel(study: Study) -> Panel | None:
-    """The exposure ratio of every step, one line a run."""
-    traces = [
-        line(index, run.label, run.series("exposure/ratio"), shape="hv", width=1.4)
-        for index, arm in enumerate(study.arms)
-        for run in arm.runs
-        if len(run.series("exposure/ratio"))
-    ]
-    if not traces:
+    """The exposure ratio of every step: the mean over seeds, or the runs of one seed."""
+    seeds = list(dict.fromkeys(run.seed for run in study.runs))
+    choices = {f"seed {seed}": _exposure(study, [seed]) for seed in seeds[:EXPOSURE_SEEDS]}
+    if len(seeds) > 1:
+        choices = {"mean over seeds": _exposure(study, seeds), **choices}
+    if not any(figure["data"] for figure in choices.values()):
         return None
-    frame = layout("step", "exposure ratio")
-    frame["yaxis"] |= {"range": [-0.03, 1.03]}
-    return Panel(
-        "exposure", "Exposure ratio over training steps", CAPTIONS["exposure"], {"": {"data": traces, "layout": frame}}
-    )
+    return Panel("exposure", "Exposure ratio over training steps", CAPTIONS["exposure"], choices)
 
 
 def density_panel(study: Study) -> Panel | None:
     """The Beta policy's density over steps, with the ratios that were drawn; one choice a run."""
-    choices = {
-        run.label: _density(run, index)
+    learned = [
+        (index, run)
         for index, arm in enumerate(study.arms)
         for run in arm.runs
         if len(run.series("exposure/ka", "exposure/kb"))
-    }
-    return (
-        Panel("density", "Density of the learned exposure policy over steps", CAPTIONS["density"], choices)
-        if choices
-        else None
-    )
+    ]
+    if not learned:
+        return None
+    choices = {run.label: _density(run, index) for index, run in learned[:DENSITY_RUNS]}
+    rest = f" Shown for {DENSITY_RUNS} of {len(learned)} runs." if len(learned) > DENSITY_RUNS else ""
+    return Panel("density", "Density of the learned exposure policy over steps", CAPTIONS["density"] + rest, choices)
 
 
 def mismatch_panels(study: Study) -> list[Panel]:
@@ -226,7 +222,7 @@ def _by_step(arm: Arm) -> list[tuple[int, list[Evaluation]]]:
 
 def _by_level(arm: Arm) -> list[tuple[str, list[Evaluation]]]:
     """Cut an arm's final evaluations by level; nothing where its runs were evaluated on different problems."""
-    if len({evaluation.problem_ids for evaluation in finals(arm)}) != 1:
+    if not are_shared(finals(arm)):
         return []
     levels = sorted({level for evaluation in finals(arm) for level in evaluation.levels if level}, key=_natural)
     return [(level, [_only(evaluation, level) for evaluation in finals(arm)]) for level in levels]
@@ -271,8 +267,26 @@ def _stacked(series: Iterable[Floats]) -> Floats:
     return np.concatenate(list(series))
 
 
+def _exposure(study: Study, seeds: Sequence[int | None]) -> Figure:
+    """One line an arm over the runs with one of the seeds."""
+    arms = [
+        (index, replace(arm, runs=tuple(run for run in arm.runs if run.seed in seeds and _has_teacher(run))))
+        for index, arm in _arms(study)
+    ]
+    lines = [(index, arm.name, _mean_series(arm, "exposure/ratio")) for index, arm in arms if arm.runs]
+    frame = layout("step", "exposure ratio")
+    frame["yaxis"] |= {"range": [-0.03, 1.03]}
+    data = [line(index, name, points, shape="hv", width=1.8) for index, name, points in lines if len(points)]
+    return {"data": data, "layout": frame}
+
+
+def _has_teacher(run: Run) -> bool:
+    """Tell whether any group was distilled: supervised training logs an exposure ratio that nobody sees."""
+    return any(row.get("route/distil_groups", 1) > 0 for row in run.rows)
+
+
 def _density(run: Run, arm: int) -> Figure:
-    points = thin(run.series("exposure/ka", "exposure/kb"))
+    points = thin(run.series("exposure/ka", "exposure/kb"), DENSITY_STEPS)
     grid = np.linspace(0.0125, 0.9875, 40)
     heat = {
         "type": "heatmap",

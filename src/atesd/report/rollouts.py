@@ -11,7 +11,7 @@ import numpy as np
 
 from atesd.report.load import Run, Study, read_rows
 
-BYTES = 2_500_000  # of all packed completions
+BYTES = 2_000_000  # of all packed completions
 STEPS = 8  # steps a run
 PER_STEP = 8  # completions a step
 TOKENS = 600  # tokens a completion

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from atesd.report import plots
-from atesd.report.compare import accuracy, finals, paired, starts
+from atesd.report.compare import Findings
 from atesd.report.load import Run, Study
 from atesd.report.plots import Panel
 from atesd.report.rollouts import pack_rollouts
@@ -30,6 +30,9 @@ PAIRS = """<h3>Paired differences</h3><p>Arms are compared within the same seed 
 does not tell the two apart. With few seeds the intervals are somewhat too narrow.</p>"""
 
 
+NAMED_PAIRS = 3  # in the finding
+
+
 @dataclass(frozen=True)
 class Section:
     """One part of the page. `missing` is set where its data is."""
@@ -42,10 +45,10 @@ class Section:
     missing: str = ""
 
 
-def sections(study: Study) -> list[Section]:
+def sections(study: Study, findings: Findings) -> list[Section]:
     """Return all sections in reading order."""
     return [
-        _results(study),
+        _results(study, findings),
         _setup(study),
         _figures("accuracy", "Accuracy over training", [plots.accuracy_panel(study)], "no evaluation was written"),
         _figures("levels", "Accuracy by level", [plots.level_panel(study)], "the task names fewer than two levels"),
@@ -70,7 +73,7 @@ def sections(study: Study) -> list[Section]:
     ]
 
 
-def page_header(study: Study, parts: Sequence[Section]) -> str:
+def page_header(study: Study, findings: Findings, parts: Sequence[Section]) -> str:
     """Title, the finding in one sentence, facts, navigation and the legend that holds for every figure."""
     links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts if not part.missing)
     buttons = "".join(
@@ -81,34 +84,37 @@ def page_header(study: Study, parts: Sequence[Section]) -> str:
     hint = "" if len(study.arms) < 2 else '<span class="muted">Press an arm to hide it in every figure.</span>'
     return (
         f'<header><p class="kicker">Exposure report</p><h1>{escape(study.title)}</h1>'
-        f'<p class="finding">{finding(study)}</p>{_facts(study)}'
+        f'<p class="finding">{finding(findings)}</p>{_facts(study)}'
         f'<nav aria-label="Sections">{links}</nav></header>'
         f'<div class="legend" role="group" aria-label="Arms">{buttons}{hint}</div>'
     )
 
 
-def finding(study: Study) -> str:
+def finding(findings: Findings) -> str:
     """Say in a sentence or two what came out: the best and the start, and the learned arm against the best other."""
-    known = {arm.name: found for arm in study.arms if (found := accuracy(finals(arm))) is not None}
+    known = {name: entry for name, entry in findings.arms.items() if entry is not None}
     if not known:
-        return "No run has been evaluated after training yet."
+        return "No run is complete yet."
     best = max(known, key=lambda name: known[name]["average_at_k"])
-    start = accuracy(starts(study))
+    start = findings.start
     before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
     verb = "answers" if len(known) == 1 else "has the highest measured accuracy: it answers"
     text = f"<strong>{escape(best)}</strong> {verb} {percent(known[best]['average_at_k'])} of held-out problems right"
-    return f"{text}{before}.{_against(study)}"
+    return f"{text}{before}.{_against(findings)}"
 
 
-def _against(study: Study) -> str:
-    """Compare the learned arm with every other, in a sentence."""
+def _against(findings: Findings) -> str:
+    """Compare the learned arm with the first others, in a sentence."""
     pairs = [
         f"{points(entry.difference)} against {escape(name.removeprefix('learned-'))} "
         f"({points(entry.low)} to {points(entry.high)})"
-        for name, entry in (paired(study) if study.is_comparison else {}).items()
+        for name, entry in findings.paired.items()
         if name.startswith("learned-")
     ]
-    return f" Learned exposure, in percentage points: {listed(pairs)}." if pairs else ""
+    if not pairs:
+        return ""
+    rest = " The table below has the other pairs." if len(pairs) > NAMED_PAIRS else ""
+    return f" Learned exposure, in percentage points: {listed(pairs[:NAMED_PAIRS])}.{rest}"
 
 
 def _facts(study: Study) -> str:
@@ -124,18 +130,18 @@ def _facts(study: Study) -> str:
     return '<ul class="facts">' + "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "</ul>"
 
 
-def _results(study: Study) -> Section:
+def _results(study: Study, findings: Findings) -> Section:
     title = "Results"
-    if not any(finals(arm) for arm in study.arms):
-        return Section("results", title, missing=_left_out("no run has been evaluated after training"))
+    unfinished = "".join(f"<li>{escape(name)}</li>" for name in study.missing)
+    note = f'<div class="note">Not everything is here yet:<ul>{unfinished}</ul></div>' if unfinished else ""
+    if not any(findings.arms.values()):
+        return Section("results", title, missing=_left_out("no complete run with graded answers") + note)
     words = (
         f"<p>Average@{study.k} is the share of right answers when every held-out problem is answered {study.k} times. "
         "Intervals hold 95 % of what resampling seeds and problems gives; the dashed line marks the start.</p>"
     )
-    pairs = paired_table(study) if study.is_comparison else ""
-    unfinished = "".join(f"<li>{escape(name)}</li>" for name in study.missing)
-    note = f'<div class="note">Not everything is here yet:<ul>{unfinished}</ul></div>' if unfinished else ""
-    return Section("results", title, note + words + result_table(study) + (PAIRS + pairs if pairs else ""))
+    pairs = paired_table(study, findings)
+    return Section("results", title, note + words + result_table(study, findings) + (PAIRS + pairs if pairs else ""))
 
 
 def _setup(study: Study) -> Section:

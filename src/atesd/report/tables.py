@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from atesd.evaluate.metrics import Difference, avg_at_k, maj_at_k, pass_at_k
-from atesd.report.compare import FULL, HALF, LEARNED, accuracy, finals, paired, seconds, starts
+from atesd.report.compare import FULL, HALF, LEARNED, Findings, finals, seconds, starts
 from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, exposure_in_words
@@ -17,10 +17,10 @@ from atesd.report.words import duration, exposure_in_words
 WIDTH, HEIGHT = 190, 20  # of an interval's drawing, CSS pixels
 
 
-def result_table(study: Study) -> str:
+def result_table(study: Study, findings: Findings) -> str:
     """Average@k of the start and of every arm, with interval, time and what the teacher sees."""
-    start = accuracy(starts(study))
-    found = [(index, arm, accuracy(finals(arm))) for index, arm in enumerate(study.arms)]
+    start = findings.start
+    found = [(index, arm, findings.arms[arm.name]) for index, arm in enumerate(study.arms)]
     known = [entry for entry in [start, *(entry for _, _, entry in found)] if entry is not None]
     low = math.floor(10 * min(entry["low"] for entry in known)) / 10
     high = math.ceil(10 * max(entry["high"] for entry in known)) / 10
@@ -38,7 +38,7 @@ def result_table(study: Study) -> str:
             f"<tr><th scope=row>start</th><td class=words>no training yet</td>{interval(start, None)}<td></td></tr>"
         )
     for index, arm, entry in found:
-        shown = interval(entry, index) if entry else "<td class=muted colspan=3>not evaluated yet</td>"
+        shown = interval(entry, index) if entry else "<td class=muted colspan=3>no complete run yet</td>"
         took = duration(seconds(arm)) if seconds(arm) else ""
         words = escape(exposure_in_words(arm.runs[0].config))
         name = f"{swatch(index)}{escape(arm.name)}"
@@ -57,9 +57,9 @@ def result_table(study: Study) -> str:
     return table(head, rows, numeric=(2, 4, 5))
 
 
-def paired_table(study: Study) -> str:
+def paired_table(study: Study, findings: Findings) -> str:
     """Differences between arms within each seed and problem; empty where there is none."""
-    found = paired(study)
+    found = findings.paired
     if not found:
         return ""
     reach = max(0.05, math.ceil(20 * max(abs(bound) for entry in found.values() for bound in entry[1:])) / 20)

@@ -25,14 +25,16 @@ SYMBOLS = {  # plotly's name of the marker, and its outline for the legend in a 
     "cross": "M-2-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z",
     "triangle-down": "M0 5.5 5.5-4.5h-11z",
     "x": "M-3-5.5 0-2.5 3-5.5 5.5-3 2.5 0 5.5 3 3 5.5 0 2.5-3 5.5-5.5 3-2.5 0-5.5-3z",
+    "pentagon": "M0-5.8 5.5-1.8 3.4 4.7-3.4 4.7-5.5-1.8z",
+    "hourglass": "M-5-5.5h10l-10 11h10z",
     "star": "M0-6 1.6-1.9 6-1.9 2.5.8 3.8 5.2 0 2.6-3.8 5.2-2.5.8-6-1.9-1.6-1.9z",
 }
-DASHES = ("dash", "dot", "dashdot", "longdash")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 COLOURS = len(SYMBOLS)
 
 
 def colour(arm: int) -> str:
-    """Return the colour name of an arm; from the ninth arm on, colours repeat and dashes tell arms apart."""
+    """Return the colour name of an arm; from the eleventh arm on, colours repeat and dashes tell arms apart."""
     return f"@arm{arm % COLOURS}"
 
 
@@ -41,17 +43,22 @@ def symbol(arm: int) -> str:
     return list(SYMBOLS)[arm % COLOURS]
 
 
-def thin(points: Floats) -> Floats:
-    """Keep at most MAX_POINTS rows, evenly spread, first and last included."""
-    if len(points) <= MAX_POINTS:
+def thin(points: Floats, most: int = MAX_POINTS) -> Floats:
+    """Keep at most so many rows, evenly spread, first and last included."""
+    if len(points) <= most:
         return points
-    kept: Floats = points[np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)]
+    kept: Floats = points[np.linspace(0, len(points) - 1, most).round().astype(int)]
     return kept
 
 
 def short(values: Iterable[float]) -> list[float]:
     """Round to four significant digits: what a figure can show."""
     return [float(f"{value:.4g}") for value in values]
+
+
+def band_opacity(arms: int) -> float:
+    """Fainter bands where many arms overlap."""
+    return round(min(0.14, 0.56 / arms), 3)
 
 
 def axis(title: str) -> Figure:
@@ -85,7 +92,7 @@ def layout(x: str, y: str, *, y_percent: bool = False) -> Figure:
 
 def style(arm: int, *, width: float = 2.2) -> Figure:
     """The line style of an arm."""
-    return {"color": colour(arm), "width": width, "dash": DASHES[arm % COLOURS] if arm >= COLOURS else "solid"}
+    return {"color": colour(arm), "width": width, "dash": DASHES[arm // COLOURS % len(DASHES)]}
 
 
 def line(
@@ -106,7 +113,7 @@ def line(
     }
 
 
-def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> list[Figure]:
+def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]], *, opacity: float) -> list[Figure]:
     """A line through interval means, under it the band of the intervals."""
     steps = [step for step, _ in points]
     lows, highs = short(found["low"] for _, found in points), short(found["high"] for _, found in points)
@@ -116,7 +123,7 @@ def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]
         "x": steps + steps[::-1],
         "y": highs + lows[::-1],
         "fill": "toself",
-        "fillcolor": f"{colour(arm)}/0.13",
+        "fillcolor": f"{colour(arm)}/{opacity}",
         "line": {"width": 0},
         "hoverinfo": "skip",
         "meta": {"arm": arm},

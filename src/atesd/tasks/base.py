@@ -53,12 +53,17 @@ def cites_hint(completion: str) -> bool:
     return _CITES_HINT.search(completion) is not None
 
 
+def content_of(problem: Problem) -> str:
+    """Return what makes two problems the same: the text, white space aside."""
+    return " ".join(problem.problem.split())
+
+
 def check_disjoint(sets: Mapping[str, Sequence[Problem]]) -> None:
     """UserError if a problem's text, white space aside, stands in two of the sets, or twice in one."""
     seen: dict[str, tuple[str, str]] = {}
     for name, problems in sets.items():
         for problem in problems:
-            content = " ".join(problem.problem.split())
+            content = content_of(problem)
             if content in seen:
                 other, identity = seen[content]
                 raise UserError(

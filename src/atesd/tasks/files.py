@@ -6,6 +6,7 @@ Every defect is reported with file, line and field, up to ten at a time; nothing
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from pydantic import Field
 from atesd.rewards.answer import extract_answer
 from atesd.rewards.kinds import MathConfig, RewardConfig
 from atesd.seeds import derive_seed
-from atesd.tasks.base import check_disjoint, cites_hint
+from atesd.tasks.base import check_disjoint, cites_hint, content_of
 from atesd.types import Config, Problem, UserError
 
 _MOST_DEFECTS = 10
@@ -122,17 +123,23 @@ def read_problems(path: Path, config: JsonlConfig) -> list[Problem]:
     problems: list[Problem] = []
     defects: list[str] = []
     lines_of: dict[str, int] = {}
+    lines_of_content: dict[str, int] = {}
     for number, line in _lines(path, config.max_line_bytes):
         try:
             problem = _problem(line, number, config)
             if problem.id in lines_of:
                 raise UserError(f"id {problem.id!r} stands in line {lines_of[problem.id]} already: make ids unique")
+            content = content_of(problem)
+            if content in lines_of_content:
+                raise UserError(
+                    f"field {config.columns.problem!r} repeats line {lines_of_content[content]}: remove one of them"
+                )
         except UserError as error:
             defects.append(f"{path}:{number}: {error}")
             if len(defects) == _MOST_DEFECTS:
                 break
             continue
-        lines_of[problem.id] = number
+        lines_of[problem.id] = lines_of_content[content] = number
         problems.append(problem)
     if defects:
         raise UserError("\n".join(defects))
@@ -159,16 +166,16 @@ def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
 
 def _problem(line: bytes, number: int, config: JsonlConfig) -> Problem:
     """Turn a line into a problem, or say what is wrong with it."""
-    if len(line) > config.max_line_bytes:
+    if len(line.rstrip(b"\r\n")) > config.max_line_bytes:
         raise UserError(f"line longer than {config.max_line_bytes} bytes: shorten it, or raise task.max_line_bytes")
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error}): write one complete object a line") from error
     if not isinstance(row, dict):
-        raise UserError(f"a {type(row).__name__} where an object was expected: write {{\"problem\": ..., ...}}")
+        raise UserError(f'a {type(row).__name__} where an object was expected: write {{"problem": ..., ...}}')
     columns = config.columns
     found = Problem(
         id=_text(row, columns.id, default=str(number)),
@@ -177,13 +184,17 @@ def _problem(line: bytes, number: int, config: JsonlConfig) -> Problem:
         answer=_text(row, columns.answer, default=""),
         level=_text(row, columns.level, default=""),
     )
-    answer = found.answer or extract_answer(found.solution)
+    answer = (found.answer or "").strip() or extract_answer(found.solution)
     if answer is None and config.on_missing_answer == "error":
         raise UserError(
             f"field {columns.solution!r} states no answer in \\boxed{{}} or after ####: add field "
             f'{columns.answer!r}, or set task.on_missing_answer = "keep"'
         )
     return replace(found, answer=answer)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _text(row: dict[str, Any], field: str, *, default: str | None = None) -> str:
@@ -195,9 +206,13 @@ def _text(row: dict[str, Any], field: str, *, default: str | None = None) -> str
             raise UserError(f"field {field!r} is missing (fields here: {names}): add it, or name yours in task.columns")
         return default
     if default is not None and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"field {field!r} is too large a number: write it as text")
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"field {field!r} is a {type(value).__name__}, expected text: quote it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"field {field!r} holds half of a surrogate pair: write the whole character")
     if default is None and not value.strip():
         raise UserError(f"field {field!r} is empty: fill it, or remove the line")
     return value

@@ -69,7 +69,10 @@ class Probe:
         self._stored = None if stored is None else [tuple(ids) for ids in stored]
 
     def measure(self, wanted: Iterable[Measurement]) -> dict[str, float]:
-        """Take each distinct measurement once, by key. UserError where the task has no probe problems."""
+        """Take each distinct measurement once, by key; one that cannot be taken is absent.
+
+        UserError where the task has no probe problems.
+        """
         distinct = {measurement.key: measurement for measurement in wanted}
         if distinct and not self._problems:
             raise UserError(
@@ -77,9 +80,10 @@ class Probe:
             )
         self._model.eval()
         with torch.no_grad():
-            return {key: self._take(measurement) for key, measurement in distinct.items()}
+            taken = {key: self._take(measurement) for key, measurement in distinct.items()}
+        return {key: value for key, value in taken.items() if value is not None}
 
-    def _take(self, measurement: Measurement) -> float:
+    def _take(self, measurement: Measurement) -> float | None:
         ratio = 1.0 if measurement.ratio is None else measurement.ratio
         match measurement.kind:
             case "probe_nll":
@@ -96,15 +100,15 @@ class Probe:
                 return self._teacher_logprob(ratio, [self._unrevealed(problem, ratio) for problem in self._problems])
         raise UserError(f"no measurement is called {measurement.kind!r}")
 
-    def _teacher_logprob(self, ratio: float, texts: Sequence[str]) -> float:
-        """Return the token-mean log-probability of the texts under the teacher; 0 where no text is left to score."""
+    def _teacher_logprob(self, ratio: float, texts: Sequence[str]) -> float | None:
+        """Return the token-mean log-probability of the texts under the teacher; None where no text is left to score."""
         rows = [
             _row(self._hints.teacher_ids(problem, ratio), self._reference(text))
             for problem, text in zip(self._problems, texts, strict=True)
             if text.strip()
         ]
         with self._teacher.in_place():
-            return self._mean_logprob(rows) if rows else 0.0
+            return self._mean_logprob(rows) if rows else None
 
     def _reference_rows(self) -> list[Row]:
         """Return the reference solutions behind the student's prompts, rendered once."""
@@ -147,12 +151,12 @@ class Probe:
 
         return self._token_mean(rows, score)
 
-    def _accuracy(self) -> float:
-        """Return the mean reward of gradable completions; 0 where none is."""
+    def _accuracy(self) -> float | None:
+        """Return the mean reward of gradable completions; None where none is."""
         sampling = self._config.rollout.model_copy(update={"group_size": self._config.probe.sampling_k})
         groups = self._driver.rollout(self._problems, sampling, seed=derive_seed(self._config.seed, "probe"))
         rewards = [attempt.reward for group in groups for attempt in group.trajectories if attempt.reward is not None]
-        return float(np.mean(rewards)) if rewards else 0.0
+        return float(np.mean(rewards)) if rewards else None
 
     def _stored_completions(self) -> list[tuple[int, ...]]:
         """Return one completion a problem, sampled when first asked for: at step 0."""

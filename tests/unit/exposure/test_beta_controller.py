@@ -10,6 +10,7 @@ import pytest
 from atesd.exposure.beta_config import BetaConfig
 from atesd.exposure.controller import Controller
 from atesd.types import Observation
+
 from support.exposure_toy import Toy, average, final_mean
 
 

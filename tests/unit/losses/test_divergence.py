@@ -346,6 +346,24 @@ def test_bf16_inputs_give_nonnegative_values_near_float64(divergence: Divergence
         torch.testing.assert_close(tensor.double(), reference, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(clip="pointwise"), LossConfig(top_k=20, tail=True)])
+def test_bf16_on_a_gpu_equals_float64_on_the_cpu(config: LossConfig) -> None:
+    student, teacher, labels = make(torch.bfloat16, n=300, v=5000)
+    tiled = config.model_copy(update={"tile_tokens": 128, "tile_vocab": 2048})
+
+    def outcome(device: str, dtype: torch.dtype) -> list[Tensor]:
+        roles = [Scored(*(tensor.detach().to(device, dtype).requires_grad_() for tensor in parameters(role)))
+                 for role in (student, teacher)]  # fmt: skip
+        streams = run(roles[0], roles[1], labels.to(device), tiled, temperature=1.1)
+        total = streams.divergence_N.sum() + streams.logprob_N.sum()
+        outputs = [streams.divergence_N, streams.logprob_N, *torch.autograd.grad(total, parameters(roles[0]))]
+        return [tensor.detach().double().cpu() for tensor in outputs]
+
+    for tensor, expected in zip(outcome("cuda", torch.bfloat16), outcome("cpu", torch.float64), strict=True):
+        assert ((tensor - expected).norm() / expected.norm()).item() < 2**-7
+
+
 def test_tiny_divergences_keep_their_digits_in_float32() -> None:
     # Perturbing logits by d gives KL = Var_p(d) / 2 to leading order: about 5e-9 here. Rounding of the log-normalisers
     # (4e-7 at a value near 7.4) would enter a plain sum of p log(p/q) in full.

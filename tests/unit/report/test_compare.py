@@ -60,6 +60,16 @@ def test_a_problem_that_one_run_cannot_grade_counts_for_neither_arm(tmp_path: Pa
     assert summary["arms"]["learned"]["average_at_k"] == 0.5
 
 
+def test_an_unfinished_run_is_left_out(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [WRONG], 2: [RIGHT]}, "half": {1: [RIGHT]}})
+    (folder / "full" / "seed_2" / "result.json").unlink()
+    (folder / "half" / "seed_1" / "result.json").unlink()
+    summary = summarise(folder)
+    assert summary["arms"]["full"]["average_at_k"] == 0.0
+    assert list(summary["arms"]) == ["full"]
+    assert summary["paired"] == {}
+
+
 def test_other_arms_are_paired_with_the_learned_one(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"learned": {1: [RIGHT]}, "sft": {1: [WRONG]}, "quarter": {1: [MIXED]}})
     pairs = {name: pair["difference"] for name, pair in summarise(folder)["paired"].items()}

@@ -38,5 +38,5 @@ def test_arms_are_drawn_once_each_and_the_file_is_reproducible(tmp_path: Path) -
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}})
     (folder / "full" / "seed_1" / "eval" / "step_000010.jsonl").unlink()
-    with pytest.raises(UserError, match="no evaluation after training"):
+    with pytest.raises(UserError, match="no complete run"):
         write_figure(folder, tmp_path / "f.svg")

@@ -103,11 +103,20 @@ def test_the_finding_states_the_numbers(tmp_path: Path) -> None:
     ) in text
 
 
+def test_the_finding_names_three_pairs_and_points_to_the_rest(tmp_path: Path) -> None:
+    arms = {name: {1: [[1.0]]} for name in ("a", "b", "c", "d", "learned")}
+    text = write_report([write_graded(tmp_path / "cmp", arms)], tmp_path / "report.html").read_text()
+    finding = re.search(r'<p class="finding">(.*?)</p>', text)
+    assert finding is not None
+    assert re.findall(r"against (\w)", finding[1]) == ["a", "b", "c"]
+    assert finding[1].endswith("The table below has the other pairs.")
+
+
 def test_missing_sections_say_why(tmp_path: Path) -> None:
     folder = RunDir.create(tmp_path / "run", {"exposure": {"kind": "fixed", "ratio": 1.0}})
     text = write_report([folder.path], tmp_path / "deep" / "report.html").read_text()
     for reason in (
-        "no run has been evaluated after training",
+        "no complete run with graded answers",
         "no evaluation was written",
         "no step was logged",
         "no distillation step was logged",
@@ -130,6 +139,7 @@ def test_an_unfinished_comparison_is_reported_with_a_note(tmp_path: Path) -> Non
     folder = write_compare(tmp_path / "cmp", arms=("full",), seeds=(1,), steps=4, problems=3, finished=False)
     text = write_report([folder], tmp_path / "report.html").read_text()
     assert "full, seed 1: not finished" in text
+    assert "No run is complete yet." in text
 
 
 def test_the_planted_harm_is_stated_for_the_pico_task_only(tmp_path: Path) -> None:

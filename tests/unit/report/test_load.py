@@ -46,7 +46,16 @@ def test_start_and_final_are_the_first_and_the_highest_step(tmp_path: Path) -> N
 def test_a_run_that_only_evaluated_its_start_has_no_final(tmp_path: Path) -> None:
     folder = RunDir.create(tmp_path / "run", {})
     folder.write_rows("eval", 0, graded_rows([[1.0]]))
+    folder.finish({"step": 0, "seconds": 1.0})
     assert load_run(folder.path, "a", None).final is None
+
+
+def test_an_evaluation_in_the_middle_of_a_run_is_no_result(tmp_path: Path) -> None:
+    folder = RunDir.create(tmp_path / "run", {})
+    folder.write_rows("eval", 10, graded_rows([[1.0]]))
+    assert load_run(folder.path, "a", None).final is None
+    folder.finish({"step": 10, "seconds": 1.0})
+    assert load_run(folder.path, "a", None).final is not None
 
 
 def test_a_series_keeps_the_steps_that_logged_every_key(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from atesd.report import plots
 from atesd.report.load import Study, load_study
 from atesd.report.traces import MAX_POINTS, short, thin
+from atesd.runlog import RunDir
 
 from support.runs import write_compare, write_graded, write_run
 
@@ -61,6 +62,24 @@ def test_the_accuracy_line_is_the_mean_over_seeds_and_samples(tmp_path: Path) ->
     assert band["x"] == [0, 10, 10, 0]
     assert band["y"][0] == band["y"][3] == 0
     assert band["y"][2] <= 0.5 <= band["y"][1]
+
+
+def test_exposure_is_shown_as_a_mean_and_by_seed(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"random": {1: [[1.0]], 2: [[1.0]]}})
+    for seed, ratios in ((1, [0.5, 0.5]), (2, [1.0, 0.0])):
+        run = RunDir.open(folder / "random" / f"seed_{seed}")
+        for step, ratio in enumerate(ratios, start=1):
+            run.log(step, {"exposure/ratio": ratio})
+    panel = plots.exposure_panel(load_study([folder]))
+    assert panel is not None
+    drawn = {label: [trace["y"] for trace in figure["data"]] for label, figure in panel.choices.items()}
+    assert drawn == {"mean over seeds": [[0.75, 0.25]], "seed 1": [[0.5, 0.5]], "seed 2": [[1.0, 0.0]]}
+
+
+def test_supervised_training_has_no_exposure(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", {})
+    run.log(1, {"exposure/ratio": 1.0, "route/distil_groups": 0.0})
+    assert plots.exposure_panel(load_study([run.path])) is None
 
 
 def test_an_arm_keeps_colour_and_index_in_every_figure(study: Study) -> None:
@@ -132,6 +151,17 @@ def test_long_series_are_thinned_but_keep_their_ends() -> None:
     assert len(thinned) == MAX_POINTS
     assert (thinned[0, 0], thinned[-1, 0]) == (0, 9_999)
     assert short([0.123456, 1234.56]) == [0.1235, 1235.0]
+
+
+def test_any_number_of_arms_can_be_told_apart(tmp_path: Path) -> None:
+    arms = {f"arm{number:02}": {1: [[1.0]]} for number in range(24)}
+    panel = plots.accuracy_panel(load_study([write_graded(tmp_path / "cmp", arms)]))
+    assert panel is not None
+    lines = panel.choices[""]["data"][1::2]
+    looks = {(trace["line"]["color"], trace["line"]["dash"], trace["marker"]["symbol"]) for trace in lines}
+    assert len(looks) == 24
+    css = (Path(plots.__file__).parent / "page.css").read_text()
+    assert all(f"--{trace['line']['color'][1:]}: #" in css for trace in lines)
 
 
 def test_an_arm_name_is_no_markup_for_plotly(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from atesd.evaluate.metrics import Difference
+from atesd.report.compare import find
 from atesd.report.load import load_study
 from atesd.report.tables import behaviour_table, interval_drawing, paired_table, percent, points, result_table, verdict
 
@@ -33,12 +34,14 @@ def test_an_ungradable_arm_shows_no_number(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}, "half": {1: [[None]]}})
     rows = cells(behaviour_table(load_study([folder])))
     assert rows[2][:4] == ["half", "n/a", "n/a", "n/a"]
-    assert "not evaluated yet" in result_table(load_study([folder]))
+    study = load_study([folder])
+    assert "no complete run yet" in result_table(study, find(study))
 
 
 def test_the_paired_table_reads_its_intervals(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"full": {1: [[0.0], [0.0]]}, "learned": {1: [[1.0], [1.0]]}})
-    ((pair, difference, _, interval, reading),) = cells(paired_table(load_study([folder])))
+    study = load_study([folder])
+    ((pair, difference, _, interval, reading),) = cells(paired_table(study, find(study)))
     assert pair == "learned \u2212 full"
     assert (difference, interval, reading) == ("+100.0", "+100.0 to +100.0", "higher")
 

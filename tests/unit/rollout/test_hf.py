@@ -223,10 +223,11 @@ def test_an_adapter_samples_as_it_stands() -> None:
     model = get_peft_model(
         tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
     )
-    model.generation_config = GenerationConfig(repetition_penalty=9.0)
+    model.get_base_model().generation_config = settings = GenerationConfig(repetition_penalty=9.0)
     on = sampler_of(model).sample(PROMPTS, OPEN, seed=0)
     for turn in on:
         np.testing.assert_allclose(turn.logprobs, forced_logprobs(model, turn, 1.0), atol=1e-5, rtol=0)
+    assert model.get_base_model().generation_config is settings
     with model.disable_adapter():
         off = sampler_of(model).sample(PROMPTS, OPEN, seed=0)
     base = sampler_of(tiny_model()).sample(PROMPTS, OPEN, seed=0)

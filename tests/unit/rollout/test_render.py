@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from atesd.exposure.prompt import PromptConfig, student_messages, teacher_messages
 from atesd.exposure.reveal import RevealConfig
@@ -62,7 +64,11 @@ def test_the_teacher_prompt_is_one_user_turn_with_problem_and_visible_prefix_ins
 
 
 def test_decode_leaves_special_tokens_out_and_spaces_alone() -> None:
-    renderer = Renderer(byte_tokenizer())
+    tokenizer = byte_tokenizer()
+    # What some model folders ask for; it would turn " ," into ",".
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    renderer = Renderer(tokenizer)
     ids = [*renderer.text_ids(" a , b ' s . \n"), renderer.eos_ids[0]]
     assert renderer.decode(ids) == " a , b ' s . \n"
     assert renderer.prompt_text(ids) == " a , b ' s . \n" + END
@@ -73,6 +79,13 @@ def test_token_texts_show_a_split_character_with_its_last_token() -> None:
     # The root sign is three bytes, so three tokens here.
     ids = [*renderer.text_ids("a\u221a2"), renderer.eos_ids[0]]
     assert renderer.token_texts(ids) == ["a", "", "", "\u221a", "2", END]
+
+
+def test_token_texts_keep_the_spaces_that_a_tokenizer_strips_at_a_texts_start() -> None:
+    engine = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "c": 2, END: 3}, unk_token=END))
+    engine.decoder = decoders.Metaspace()
+    renderer = Renderer(PreTrainedTokenizerFast(tokenizer_object=engine, eos_token=END))
+    assert renderer.token_texts([0, 1, 2, 1]) == ["a", " b", "c", " b"]
 
 
 def test_token_texts_of_an_unfinished_character_do_not_raise() -> None:

@@ -1,0 +1,97 @@
+"""Measurements: what they measure, at which weights, and what cannot be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atesd.recipe import build_config
+from atesd.train.setup import Parts, assemble
+from atesd.types import Measurement, UserError
+
+TREE: dict[str, Any] = {
+    "threads": 1,
+    "task": {"kind": "pico", "train_size": 4, "probe_size": 3, "eval_size": 2},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
+    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return assemble(build_config(TREE))
+
+
+def take(parts: Parts, kind: str, ratio: float | None = None) -> float | None:
+    measurement = Measurement(kind, ratio)
+    return parts.probe.measure([measurement]).get(measurement.key)
+
+
+def mean_nll(parts: Parts, prompts: list[tuple[int, ...]], texts: list[str]) -> float:
+    """Compute the token mean by plain forward passes, one sequence at a time."""
+    values = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = parts.renderer.text_ids(text)
+        with torch.no_grad():
+            logits = parts.model.eval()(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        values.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none"))
+    return float(torch.cat(values).mean())
+
+
+def test_probe_nll_is_the_students_hint_free_nll_of_the_reference(parts: Parts) -> None:
+    problems = parts.task.probe()
+    expected = mean_nll(parts, [parts.hints.student_ids(p) for p in problems], [p.solution for p in problems])
+    assert take(parts, "probe_nll") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_grounded_terms_are_the_teachers_log_probability_at_the_ratio(parts: Parts, ratio: float) -> None:
+    problems = parts.task.probe()
+    prompts = [parts.hints.teacher_ids(problem, ratio) for problem in problems]
+    assert take(parts, "gt_solution", ratio) == pytest.approx(
+        -mean_nll(parts, prompts, [problem.solution for problem in problems]), rel=1e-4
+    )
+    assert take(parts, "gt_answer", ratio) == pytest.approx(
+        -mean_nll(parts, prompts, [problem.answer or "" for problem in problems]), rel=1e-3
+    )
+
+
+def test_what_is_hidden_cannot_be_scored_where_nothing_is_hidden(parts: Parts) -> None:
+    assert take(parts, "gt_hidden_only", 1.0) is None
+    assert take(parts, "gt_hidden_only", 0.0) == pytest.approx(take(parts, "gt_solution", 0.0), rel=1e-5)
+
+
+def test_probe_kl_uses_the_completions_of_step_0_and_survives_a_resume(parts: Parts) -> None:
+    first = take(parts, "probe_kl")
+    assert first is not None
+    assert first > 0
+    state = parts.probe.state_dict()
+    assert len(state["stored"]) == 3
+    fresh = assemble(build_config(TREE | {"seed": 5, "task": TREE["task"] | {"data_seed": 0}}))
+    fresh.probe.load_state_dict(state)
+    assert take(fresh, "probe_kl") == pytest.approx(first, rel=1e-5)
+
+
+def test_probe_accuracy_is_the_mean_reward_of_hint_free_samples_and_repeatable(parts: Parts) -> None:
+    value = take(parts, "probe_accuracy")
+    assert value in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+    assert take(parts, "probe_accuracy") == value
+
+
+def test_measuring_moves_neither_weights_nor_the_global_random_state(parts: Parts) -> None:
+    before = [weight.clone() for weight in parts.model.parameters()]
+    state = torch.get_rng_state()
+    for kind in ("probe_nll", "probe_kl", "probe_accuracy"):
+        take(parts, kind)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
+
+
+def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp_path: Path) -> None:
+    parts = assemble(build_config(TREE | {"task": TREE["task"] | {"probe_size": 0}}))
+    assert parts.probe.measure([]) == {}
+    with pytest.raises(UserError, match="no probe problems"):
+        take(parts, "probe_nll")

@@ -1,0 +1,135 @@
+"""JSONL files: what is read, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atesd.tasks.files import Columns, JsonlConfig, read_problems
+from atesd.types import UserError
+
+GOOD = {"problem": "1+1?", "solution": "1+1=2\n#### 2"}
+
+
+def write(path: Path, *rows: object) -> JsonlConfig:
+    """Write rows (objects, or raw bytes for broken ones) and return a config for the file."""
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
+    return JsonlConfig(path=str(path))
+
+
+def numbered(count: int) -> list[dict[str, object]]:
+    return [{"problem": f"{n}+0?", "solution": f"It is\n\\boxed{{{n}}}", "id": f"p{n}"} for n in range(count)]
+
+
+def test_rows_with_all_and_with_few_fields(tmp_path: Path) -> None:
+    full = {"id": 7, "problem": "p", "solution": "s", "answer": 3, "level": "easy"}
+    config = write(tmp_path / "a.jsonl", GOOD, b"\n", full)
+    first, second = read_problems(tmp_path / "a.jsonl", config)
+    assert (first.id, first.answer, first.level) == ("1", "2", "")
+    assert (second.id, second.answer, second.level) == ("7", "3", "easy")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    row = json.dumps(GOOD).encode() + b"\r\n"
+    config = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + row)
+    (problem,) = read_problems(tmp_path / "a.jsonl", config)
+    assert (problem.problem, problem.answer) == ("1+1?", "2")
+
+
+def test_a_line_of_exactly_the_limit_is_read_with_its_line_end(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", GOOD)
+    length = len(json.dumps(GOOD))
+    path = tmp_path / "a.jsonl"
+    assert len(read_problems(path, config.model_copy(update={"max_line_bytes": length}))) == 1
+    with pytest.raises(UserError, match="line longer than"):
+        read_problems(path, config.model_copy(update={"max_line_bytes": length - 1}))
+
+
+def test_fields_may_have_other_names(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", {"question": "q?", "cot": r"so \boxed{5}"})
+    renamed = config.model_copy(update={"columns": Columns(problem="question", solution="cot")})
+    (problem,) = read_problems(tmp_path / "a.jsonl", renamed)
+    assert (problem.problem, problem.answer) == ("q?", "5")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"problem": "a"\n', "not JSON"),
+        (b"[1, 2]\n", "a list where an object was expected"),
+        (b'{"problem": "\xff"}\n', "not UTF-8 at byte"),
+        (b"[" * 100_000 + b"\n", "not JSON"),
+        ({"problem": "a"}, "field 'solution' is missing (fields here: 'problem')"),
+        ({"problem": 3, "solution": "#### 1"}, "field 'problem' is a int, expected text"),
+        ({"problem": "a", "solution": ["x"]}, "field 'solution' is a list, expected text"),
+        ({"problem": "a", "solution": "  "}, "field 'solution' is empty"),
+        ({"problem": "a", "solution": "just words"}, "states no answer in \\boxed{} or after ####: add field 'answer'"),
+        ({"problem": "a", "solution": "#### 1", "answer": True}, "field 'answer' is a bool"),
+        ({"problem": "a", "solution": "#### 1", "id": "1"}, "id '1' stands in line 1 already"),
+        ({"problem": "a", "solution": "#### 1", "id": {}}, "field 'id' is a dict"),
+        ({"problem": " 1+1? ", "solution": "#### 3"}, "field 'problem' repeats line 1"),
+        ({"problem": "a", "solution": "# Heading\nwords", "answer": " "}, "states no answer"),
+        (b'{"problem": "a", "solution": "b", "answer": NaN}\n', "not JSON (NaN is no JSON number)"),
+        (b'{"problem": "a", "solution": "b", "answer": 1e999}\n', "field 'answer' is too large a number"),
+        (b'{"problem": "a", "solution": "b", "answer": ' + b"9" * 5000 + b"}\n", "not JSON"),
+        (b'{"problem": "\\ud800", "solution": "#### 1"}\n', "field 'problem' holds half of a surrogate pair"),
+        ({"problem": "x" * 11_000_000, "solution": "#### 1"}, "line longer than 1000000 bytes"),
+    ],
+)
+def test_a_broken_row_is_named_with_file_line_and_remedy(row: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    config = write(path, GOOD, row, {"problem": "b", "solution": "#### 2"})
+    with pytest.raises(UserError) as caught:
+        read_problems(path, config)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}:2: ")
+    assert message in line
+
+
+def test_defects_are_reported_together_ten_at_most(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", *[{"problem": "a"}] * 12)
+    with pytest.raises(UserError) as caught:
+        read_problems(tmp_path / "a.jsonl", config)
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == [str(n) for n in range(1, 11)]
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
+        read_problems(tmp_path / "none.jsonl", JsonlConfig(path="x"))
+    with pytest.raises(UserError, match="holds no problem"):
+        read_problems(tmp_path / "a.jsonl", write(tmp_path / "a.jsonl"))
+
+
+def test_unanswered_solutions_can_be_kept(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", {"problem": "a", "solution": "words"})
+    (problem,) = read_problems(tmp_path / "a.jsonl", config.model_copy(update={"on_missing_answer": "keep"}))
+    assert problem.answer is None
+
+
+def test_the_split_is_disjoint_complete_and_the_same_for_every_seed_of_a_run(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", *numbered(20)).model_copy(update={"probe_size": 3, "eval_size": 5})
+    one, two = config.build(0), config.build(99)
+    sets = [{p.id for p in problems} for problems in (one.train(), one.probe(), one.evaluation())]
+    assert [len(ids) for ids in sets] == [12, 3, 5]
+    assert set.union(*sets) == {f"p{n}" for n in range(20)}
+    assert [p.id for p in one.train()] == [p.id for p in two.train()]
+
+
+def test_a_second_file_is_the_evaluation_set_and_may_not_repeat_training_problems(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", *numbered(6))
+    write(tmp_path / "b.jsonl", {"problem": "new?", "solution": "#### 1"})
+    apart = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(0)
+    assert [p.problem for p in apart.evaluation()] == ["new?"]
+    assert apart.name == "b"
+    write(tmp_path / "b.jsonl", {"problem": " 3+0? ", "solution": "#### 1"})
+    mixed = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(0)
+    with pytest.raises(UserError, match="has the same text as"):
+        mixed.train()
+
+
+def test_a_file_with_too_few_problems_says_what_to_lower(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", *numbered(4))
+    with pytest.raises(UserError, match=r"has 4 problems, of which 96 would be held out: lower task\.probe_size"):
+        config.build(0).train()
