@@ -1,6 +1,6 @@
 """Write docs/config.md from the config models: every section, key, type, default and meaning.
 
-    python docs/make_config.py
+python docs/make_config.py
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def section(name: str, model: type[BaseModel]) -> Iterator[str]:
 
 def render() -> str:
     """Return the whole page."""
-    lines = ["# Configuration\n", "Written by `make docs` from the config models. A recipe is TOML with these sections.\n"]
+    lines = [
+        "# Configuration\n",
+        "Written by `make docs` from the config models. A recipe is TOML with these sections.\n",
+    ]
     top = RunConfig.model_fields
     lines.append("## Top level\n\n| key | type | default | meaning |\n|---|---|---|---|")
     for key, field in top.items():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from atesd.losses.divergence import LossConfig
 from atesd.train.batch import Row, labels, micro_batches, view_input
 from atesd.train.step import label_streams, scored_hidden
-from atesd.losses.divergence import LossConfig
+
 from support.models import EOS, PAD, VOCABULARY, ragged_rows, tiny_model
 from support.steppers import make_stepper
 

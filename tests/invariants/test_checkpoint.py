@@ -68,7 +68,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_log_intact(
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     monkeypatch.undo()
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_000001", "step_000002"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step_000001",
+        "step_000002",
+    ]
     resumed = Trainer.resume(tmp_path / "run")
     assert resumed.step == 2
     assert resumed.train()["step"] == 5

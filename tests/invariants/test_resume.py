@@ -112,7 +112,7 @@ def test_killed_inside_the_writing_of_a_checkpoint(place: str, tmp_path: Path, u
 def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninterrupted: Any) -> None:
     run = tmp_path / "run"
     trainer = Trainer.start(build_config(TREE), run)
-    trainer.listener = lambda row: row["step"] == 5 and os.kill(os.getpid(), signal.SIGTERM) or None
+    trainer.listener = lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 5 else None
     with pytest.raises(Interrupted, match=f"after step 5; continue with: atesd train --resume {run}"):
         trainer.train()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

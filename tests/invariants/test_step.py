@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atesd.train.step import NonFiniteError
 from atesd.types import TokenStats
+
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
 

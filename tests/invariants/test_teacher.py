@@ -7,6 +7,7 @@ import torch
 from atesd.config import LoraConfig, TeacherConfig
 from atesd.train.model import _with_lora
 from atesd.train.teacher import Teacher
+
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
 

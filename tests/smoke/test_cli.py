@@ -156,7 +156,9 @@ def test_compare_runs_pairs_resumes_and_extends(
     assert set(summary["arms"]) == {"half", "full"}
     assert set(summary["paired"]["half-full"]) == {"difference", "low", "high"}
     assert (out / "report.html").stat().st_size > 100_000
-    starts = [json.loads((out / arm / "seed_0" / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("half", "full")]
+    starts = [
+        json.loads((out / arm / "seed_0" / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("half", "full")
+    ]
     assert starts[0]["eval/pico/avg@2"] == starts[1]["eval/pico/avg@2"], "arms of a seed share their start"
     stamp = (out / "half" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns
     assert run(monkeypatch, *base, "--arms", "half,full,learned", "--seeds", "1") == 0
@@ -188,7 +190,10 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=500", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len((out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []) < 3:
+    while (
+        time.monotonic() < deadline
+        and len((out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []) < 3
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)

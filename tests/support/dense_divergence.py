@@ -45,7 +45,7 @@ def restrict(p: Array, q: Array, top_k: int | None, tail: bool) -> tuple[Array, 
     return np.concatenate([p_k, rest_p], -1), np.concatenate([q_k, rest_q], -1)
 
 
-def divergence(  # noqa: PLR0917
+def divergence(
     p: Array, q: Array, kind: str, beta: float, top_k: int | None, tail: bool, clip: str, tau: float
 ) -> Array:
     """Per-token loss, [N], of probabilities [N, V]."""

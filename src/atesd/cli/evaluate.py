@@ -33,7 +33,9 @@ def run_eval(
     if (Path(model) / "config.json").is_file() and (Path(model) / "metrics.jsonl").is_file():
         folder = Path(model) / which
         if not folder.is_dir():
-            raise UserError(f"{model} has no {which!r} model yet: choose --which final or best, or finish the run first")
+            raise UserError(
+                f"{model} has no {which!r} model yet: choose --which final or best, or finish the run first"
+            )
         config = build_config(RunDir.open(Path(model)).config(), source=f"{model}/config.json")
     elif recipe is not None:
         config = load_config(recipe)

@@ -77,8 +77,12 @@ def compare(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run directory, model folder or hub id.", show_default=False)],
     overrides: Overrides = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe with prompts and task; a run directory has its own.")] = None,
-    task: Annotated[str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe with prompts and task; a run directory has its own.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Completions a problem.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Evaluate on so many problems only.")] = None,
     which: Annotated[str, typer.Option(help="Model of a run directory: final or best.")] = "final",
@@ -90,9 +94,7 @@ def evaluate(
     """
     from atesd.cli.evaluate import run_eval
 
-    run_eval(
-        model, overrides or [], recipe=recipe, task=task, k=k, problems=problems, which=which, out=out
-    )
+    run_eval(model, overrides or [], recipe=recipe, task=task, k=k, problems=problems, which=which, out=out)
 
 
 @app.command()
@@ -144,7 +146,9 @@ def check(
 @app.command()
 def warmup(
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default those of the packaged model.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; default those of the packaged model.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
     shortcut: Annotated[float | None, typer.Option(min=0, help="The planted shortcut's c; 0 switches it off.")] = None,
 ) -> None:
@@ -159,7 +163,7 @@ def warmup(
 
 def main() -> None:
     """Run the command and turn errors into exit codes."""
-    warnings.showwarning = _print_warning
+    warnings.showwarning = _print_warning  # type: ignore[assignment]
     try:
         app()
     except UserError as error:

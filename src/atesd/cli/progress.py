@@ -26,9 +26,9 @@ def clock(seconds: float) -> str:
 
 def silence_libraries() -> None:
     """Switch off the progress bars of model loading and saving, which would break the display."""
-    from transformers.utils import logging
+    from atesd.train.model import disable_progress_bars
 
-    logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def accuracy(row: Mapping[str, Any]) -> tuple[str, float] | None:

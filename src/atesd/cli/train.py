@@ -40,7 +40,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         raise SystemExit(130) from None
     except NonFiniteError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: step {trainer.step}: {error}; nothing was updated. Lower optim.lr, or look at the last rollouts in "
+            f"error: step {trainer.step}: {error}; nothing was updated. Lower optim.lr, or look at the rollouts in "
             f"{trainer.run.path}; atesd train --resume {trainer.run.path} continues from the last checkpoint"
         )
         raise SystemExit(1) from None

@@ -114,7 +114,8 @@ def _resampled_means(values_SP: Array, shared: bool, resamples: int, seed: int) 
         if not shared:
             problems_RP = rng.integers(0, num_problems, size=(resamples, num_problems))
         total_R += values_SP[drawn_R[:, None], problems_RP].mean(axis=1)
-    return total_R / num_seeds
+    means_R: Array = total_R / num_seeds
+    return means_R
 
 
 def _percentiles(means_R: Array) -> Interval:

@@ -48,7 +48,7 @@ class TiledScores(torch.autograd.Function):
     """`score` with gradients of `loss` and `logprob` to the student's hidden states, head and bias; none to views."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes positions)
+    def forward(
         ctx: Any, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float, scoring: Scoring
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden_NH.device.type, enabled=False):

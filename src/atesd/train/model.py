@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from atesd.config import LoraConfig, ModelConfig
 from atesd.types import UserError
@@ -62,6 +63,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def disable_progress_bars() -> None:
+    """Switch off the progress bars of loading and saving."""
+    logging.disable_progress_bar()
 
 
 def resolve(path: str) -> str:

@@ -36,10 +36,10 @@ class StepOutcome:
 
 def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> list[RowStats]:
     """Cut the statistics of a micro-batch back into its rows."""
-    pieces = [getattr(stats, name.name).split(list(lengths)) for name in fields(TokenStats)]
+    pieces = [getattr(stats, name.name).split_with_sizes(list(lengths)) for name in fields(TokenStats)]
     return [
         RowStats(TokenStats(*(piece[index] for piece in pieces)), weight_T)
-        for index, weight_T in enumerate(weight_N.split(list(lengths)))
+        for index, weight_T in enumerate(weight_N.split_with_sizes(list(lengths)))
     ]
 
 

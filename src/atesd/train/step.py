@@ -172,7 +172,11 @@ class Stepper:
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteError(f"loss {total}, gradient norm {norm}")
         outcome.metrics |= {f"loss/{name}": value for name, value in losses.items()}
-        outcome.metrics |= {"loss/total": total, "optim/grad_norm": norm, "optim/lr": self._scheduler.get_last_lr()[0]}
+        outcome.metrics |= {
+            "loss/total": total,
+            "optim/grad_norm": norm,
+            "optim/lr": float(self._scheduler.get_last_lr()[0]),
+        }
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -209,7 +213,11 @@ class Stepper:
         with torch.no_grad():
             whole = concatenate([self._streams(batch).stats for batch in distilled])
         sizes = [sum(batch.lengths) for batch in distilled]
-        pieces = zip(self._gate.selection(whole).split(sizes), self._gate.weights(whole).split(sizes), strict=True)
+        pieces = zip(
+            self._gate.selection(whole).split_with_sizes(sizes),
+            self._gate.weights(whole).split_with_sizes(sizes),
+            strict=True,
+        )
         gates = {batch.indices: _Gated(*piece) for batch, piece in zip(distilled, pieces, strict=True)}
         return [gates.get(batch.indices) for batch in batches]
 
