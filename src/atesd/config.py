@@ -184,6 +184,12 @@ class RunConfig(Config):
     """Named lists of overrides that `atesd compare` runs side by side."""
 
     @model_validator(mode="after")
+    def _training_samples(self) -> Self:
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature = 0 cannot be trained with, as it divides the logits: raise it")
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.step.problems % self.step.updates_per_batch:
             raise ValueError(

@@ -122,8 +122,9 @@ class Probe:
         return tuple(self._renderer.solution_ids(text, self._config.probe.max_tokens))
 
     def _unrevealed(self, problem: Problem, ratio: float) -> str:
-        """Return what a prefix reveal leaves hidden."""
-        return problem.solution[len(reveal(problem.solution, ratio, self._config.reveal).text) :]
+        """Return the hidden segments, joined."""
+        shown = reveal(problem.solution, ratio, self._config.reveal, seed_key=problem.id)
+        return "".join(problem.solution[start:end] for start, end in shown.hidden_spans)
 
     def _mean_logprob(self, rows: Sequence[Row]) -> float:
         """Return the mean over tokens of log p(completion | student_prompt) under the weights in place."""
