@@ -49,6 +49,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "peft": ("train",),
     "math_verify": ("rewards/math.py",),
     "reasoning_gym": ("tasks/gym.py",),
+    "datasets": ("tasks/files.py",),
     "plotly": ("report",),
     "typer": ("cli",),
     "rich": ("cli",),

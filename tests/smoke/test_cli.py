@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from atesd.cli.main import main
+from atesd.train import checkpoint
+
+from support.folders import write_byte_model
 
 ROOT = Path(__file__).parents[2]
 PICO = str(ROOT / "recipes" / "pico.toml")
@@ -36,21 +43,49 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("pico*.toml")), ids=lambda path: path.stem)
-def test_every_embedded_recipe_trains_two_steps(
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file that may not exist yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_for_rows(run_dir: Path, number: int) -> None:
+    """Wait until a run has logged so many rows."""
+    deadline = time.monotonic() + 60
+    while len(rows(run_dir / "metrics.jsonl")) < number:
+        assert time.monotonic() < deadline, f"{run_dir} logs nothing"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_trains_two_steps(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert run(monkeypatch, "train", str(recipe), *SMALL, "--out", str(out)) == 0
+    small = SMALL
+    if 'path = "pico"' not in recipe.read_text():
+        small = real_model_made_small(tmp_path)
+    assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0
     text = capsys.readouterr().out
     assert "step 2/2" in text
     assert "avg@2" in text
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
-    row = json.loads((out / "rollouts" / "step_000002.jsonl").read_text().splitlines()[0])
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2]
+    row = rows(out / "rollouts" / "step_000002.jsonl")[0]
     assert len(row["tokens"]) == len(row["divergence"]) == len(row["gate"])
     assert row["hint"] in row["teacher_prompt"]
     assert row["hint"] not in row["student_prompt"]
     assert json.loads((out / "result.json").read_text())["step"] == 2
+    assert run(monkeypatch, "eval", str(out), "--which", "best", "--problems", "1") == 0, "adapters load, too"
+
+
+def real_model_made_small(folder: Path) -> list[str]:
+    """Return overrides that put a tiny model and a small file of problems in place of the recipe's."""
+    problems = [
+        {"problem": f"Add {n} and 1.", "solution": f"Start at {n}.\nOne more.\n\\boxed{{{n + 1}}}"} for n in range(8)
+    ]
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    sizes = ["task.probe_size=2", "task.eval_size=2", "rollout.max_new_tokens=8", *SMALL[3:]]
+    return [f"model.path={write_byte_model(folder / 'model')}", f"task.path={path}", *sizes]
 
 
 @pytest.mark.parametrize(
@@ -67,8 +102,18 @@ def test_every_embedded_recipe_trains_two_steps(
         (["train"], "nothing to train"),
         (["train", "--resume", "nowhere"], "not a run directory"),
         (["show", PICO, "--ratio", "1.5"], "1.5"),
-        (["show", PICO, "model.path=nowhere"], "no tokenizer could be loaded from 'nowhere'"),
-        (["train", PICO, "model.path=nowhere", "--out", "OUT"], "could be loaded from 'nowhere'"),
+        (["show", PICO, "model.path=not/a/model"], "no tokenizer could be loaded from 'not/a/model'"),
+        (["train", PICO, "model.path=not/a/model", "--out", "OUT"], "could be loaded from 'not/a/model'"),
+        (["trian", PICO], "Did you mean 'train'? (atesd --help)"),
+        (["train", PICO, "--outt", "x"], "No such option: --outt"),
+        (["compare"], "Missing argument 'recipe' (atesd compare --help)"),
+        (["compare", PICO, "--seeds", "0"], "greater than or equal to 1"),
+        (["compare", PICO, "seed=3"], "give --first-seed"),
+        (["compare", PICO, "--out", "."], "holds no comparison"),
+        (["eval", "nowhere", "--which", "best"], "leave it out"),
+        (["train", PICO, "--resume", "nowhere"], "give neither a recipe"),
+        (["train", PICO, "--out", "file"], "file cannot be written (Not a directory)"),
+        (["report", "file"], "file is no directory"),
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
@@ -87,10 +132,12 @@ def test_a_mistake_ends_in_one_line_with_the_remedy(
 ) -> None:
     arguments = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert run(monkeypatch, *arguments) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert any(part in error for part in message.split("|")), error
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
+    assert "Traceback" not in "".join(errors)
+    assert any(part in errors[-1] for part in message.split("|")), errors
 
 
 def test_an_existing_run_directory_is_left_alone(
@@ -145,29 +192,52 @@ def test_check_accepts_the_pico_task_and_refuses_a_broken_file(
     assert f"{broken}:2: not JSON" in capsys.readouterr().err
 
 
-def test_compare_runs_pairs_resumes_and_extends(
+def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "study"
-    base = ["compare", PICO, *SMALL, "--jobs", "2", "--out", str(out)]
+    out, recipe = tmp_path / "study", tmp_path / "recipe.toml"
+    recipe.write_text(Path(PICO).read_text())
+    base = ["compare", str(recipe), *SMALL, "--jobs", "2", "--out", str(out)]
     assert run(monkeypatch, *base, "--arms", "half,full", "--seeds", "1") == 0
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"start", "arms", "paired", "k", "seeds", "seconds"}
     assert set(summary["arms"]) == {"half", "full"}
     assert set(summary["paired"]["half-full"]) == {"difference", "low", "high"}
     assert (out / "report.html").stat().st_size > 100_000
-    starts = [
-        json.loads((out / arm / "seed_0" / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("half", "full")
-    ]
+    starts = [rows(out / arm / "seed_0" / "metrics.jsonl")[0] for arm in ("half", "full")]
     assert starts[0]["eval/pico/avg@2"] == starts[1]["eval/pico/avg@2"], "arms of a seed share their start"
     stamp = (out / "half" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns
-    assert run(monkeypatch, *base, "--arms", "half,full,learned", "--seeds", "1") == 0
+    recipe.write_text(Path(PICO).read_text() + "broken = ['model.path=\"not/a/model\"']\n")
+    capsys.readouterr()
+    assert run(monkeypatch, *base, "--arms", "broken,half,full,learned", "--seeds", "1") == 1
+    text = capsys.readouterr()
+    assert "error: broken seed 0 failed: no tokenizer could be loaded from 'not/a/model'" in text.err
+    assert "learned seed 0 done" in text.out
     assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"half", "full", "learned"}
     assert (out / "half" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns == stamp, "a finished run is not repeated"
-    capsys.readouterr()
-    other = [*base, "--arms", "half", "--seeds", "1", "optim.lr=0.1"]
-    assert run(monkeypatch, *other) == 2
+    assert run(monkeypatch, *base, "--arms", "half", "--seeds", "1", "optim.lr=0.1") == 2
     assert "compares another recipe or other overrides" in capsys.readouterr().err
+
+
+def test_a_stopped_compare_continues_with_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    words = ["compare", PICO, *SMALL, "step.num_steps=50", "--arms", "half", "--seeds", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "atesd.cli.main", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_rows(out / "half" / "seed_0", 2)
+    assert run(monkeypatch, *words) == 2
+    assert "are still going on" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "continue with the same command: atesd compare" in text
+    [*_, saved] = sorted((out / "half" / "seed_0" / "checkpoints").glob("step_*"))
+    assert not (out / "half" / "seed_0" / "result.json").exists()
+    assert run(monkeypatch, *words) == 0
+    assert f"after step {int(saved.name[5:])}\n" in (out / "half" / "seed_0.log").read_text()
+    assert [row["step"] for row in rows(out / "half" / "seed_0" / "metrics.jsonl")] == list(range(51))
 
 
 def test_eval_of_a_run_and_report_of_it(
@@ -183,20 +253,48 @@ def test_eval_of_a_run_and_report_of_it(
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
-    import signal
-    import time
-
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=500", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
-    while (
-        time.monotonic() < deadline
-        and len((out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []) < 3
-    ):
-        time.sleep(0.1)
+    wait_for_rows(out, 3)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"continue with: atesd train --resume {out}" in text
+    assert f"continue with: atesd train --resume '{out}'" in text
     assert list((out / "checkpoints").glob("step_*"))
+
+
+def test_a_full_disk_ends_in_one_line_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    calls: list[Path] = []
+
+    def save_file(tensors: object, path: Path) -> None:
+        """Fail the second time, as safetensors does on a full disk."""
+        calls.append(path)
+        if len(calls) == 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(tensors, path)
+
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    assert run(monkeypatch, "train", PICO, *SMALL, "--out", str(out)) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: disk full while writing")
+    assert line.endswith(f"continue with: atesd train --resume {out}")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
+    assert run(monkeypatch, "train", "--resume", str(out)) == 0
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_warmup_writes_a_model_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "warm"
+    assert run(monkeypatch, "warmup", "--steps", "1", "--out", str(model)) == 0
+    text = capsys.readouterr().out
+    assert text.index("1 steps: about") < text.index(f"use it with model.path={model}")
+    assert run(monkeypatch, "train", PICO, *SMALL, f"model.path={model}", "--out", str(tmp_path / "run")) == 0
+    assert run(monkeypatch, "warmup", "--out", str(model)) == 2
+    assert "already exists and is not empty" in capsys.readouterr().err

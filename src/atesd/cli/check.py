@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import TypeAdapter
-from rich.console import Console
 from rich.table import Table
 
+from atesd.cli.progress import make_console
 from atesd.exposure.reveal import segmentation_warning
 from atesd.rewards.kinds import ExactConfig, MathConfig
 from atesd.tasks.base import Task, check_disjoint, check_gold
@@ -20,14 +20,12 @@ _GRADERS = {"exact": ExactConfig, "math": MathConfig}
 
 
 def run_check(task: str, grader: str | None) -> None:
-    """Validate a task and print what was found; SystemExit 2 where the grader disagrees with the gold answers."""
+    """Validate a task and print what was found; UserError where the grader disagrees with the gold answers."""
     chosen = task_of(task)
-    if grader is not None and grader not in _GRADERS:
-        raise UserError(f"unknown grader {grader!r}: give {' or '.join(_GRADERS)}")
     reward = (_GRADERS[grader]() if grader else chosen.default_reward).build()
     sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
     check_disjoint(sets)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     table = Table("set", "problems", "gradable", "gold not 1", "corrupted not 0", title=task, title_justify="left")
     passed = True
     for name, problems in sets.items():

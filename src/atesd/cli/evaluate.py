@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from atesd.cli.progress import metrics_table, silence_libraries
+from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.types import UserError
+
+if TYPE_CHECKING:
+    from atesd.config import RunConfig
 
 
 def run_eval(
@@ -21,33 +23,54 @@ def run_eval(
     task: str | None,
     k: int | None,
     problems: int | None,
-    which: str,
+    which: str | None,
     out: Path | None,
 ) -> None:
     """Evaluate a run's model or any other, and print the metrics."""
-    from atesd.recipe import build_config, load_config, with_overrides
+    silence_libraries()
+    from atesd.recipe import load_config, with_overrides
     from atesd.train.inspect import evaluate_model
 
-    silence_libraries()
-    folder: str | Path = model
-    if (Path(model) / "config.json").is_file() and (Path(model) / "metrics.jsonl").is_file():
-        folder = Path(model) / which
-        if not folder.is_dir():
-            raise UserError(
-                f"{model} has no {which!r} model yet: choose --which final or best, or finish the run first"
-            )
-        config = build_config(RunDir.open(Path(model)).config(), source=f"{model}/config.json")
-    elif recipe is not None:
-        config = load_config(recipe)
-    else:
-        raise UserError(f"{model} is not a run directory: name the recipe with its prompts and task by --recipe")
-    settings = list(overrides) + ([task_override(task)] if task else [])
+    run = Path(model) if is_run(Path(model)) else None
+    if which is not None and run is None:
+        raise UserError(f"--which chooses between the models of a run directory, and {model} is none: leave it out")
+    folder = model if run is None else str(model_of(run, which or "final"))
+    config = load_config(recipe) if recipe is not None else recipe_of(model, run)
+    settings = [*overrides, *([task_override(task)] if task else [])]
     settings += [f"eval.k={k}"] if k else []
     settings += [f"eval.problems={problems}"] if problems else []
-    result = evaluate_model(with_overrides(config, settings), folder)
+    config = with_overrides(config, settings)
+    console = make_console()
+    with console.status(f"evaluating {folder} with {config.eval.k} completions a problem"):
+        result = evaluate_model(config, folder)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows))
-    Console(highlight=False).print(metrics_table(result.metrics, str(folder)))
+    num_problems = len(result.rows) // config.eval.k
+    console.print(metrics_table(result.metrics, f"{folder} on {num_problems} problems of {config.task.kind}"))
+
+
+def is_run(path: Path) -> bool:
+    """Tell a run directory from a model folder, which has a config.json too."""
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def model_of(run: Path, which: str) -> Path:
+    """Return one of a run's two models."""
+    if not (run / which).is_dir():
+        raise UserError(f"{run} has no model {which!r} yet: finish the run, or choose the other with --which")
+    return run / which
+
+
+def recipe_of(model: str, run: Path | None) -> RunConfig:
+    """Return a run's own recipe."""
+    from atesd.recipe import build_config
+
+    if run is not None:
+        return build_config(RunDir.open(run).config(), source=f"{run}/config.json")
+    if (Path(model) / "compare.json").is_file():
+        raise UserError(f"{model} is a comparison: give one of its runs, {model}/ARM/seed_N")
+    raise UserError(f"{model} is not a run directory: name the recipe with its prompts and task by --recipe")
 
 
 def task_override(task: str) -> str:

@@ -1,20 +1,18 @@
-"""The `atesd` command: sub-commands and the error policy.
+"""The `atesd` command: its sub-commands. `errors.py` holds the error policy.
 
-Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 1 ours, 130 interrupted with the state saved.
 Every import of weight stands inside a sub-command, so that `report`, `check` and `--help` never load torch.
 """
 
 from __future__ import annotations
 
-import errno
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TextIO
 
 import typer
 
-from atesd.types import UserError
+from atesd.cli.errors import fail, user_line
 
 app = typer.Typer(
     add_completion=False,
@@ -29,12 +27,16 @@ Recipe = Annotated[Path, typer.Argument(help="Recipe in TOML.", show_default=Fal
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
+TaskName = Annotated[
+    str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.", show_default=False)
+]
 
 
 @app.command()
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe in TOML; left out with --resume.")] = None,
     overrides: Overrides = None,
+    *,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-SEED.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
 ) -> None:
@@ -43,7 +45,7 @@ def train(
     Example: `atesd train recipes/pico.toml exposure.learning_rate=0.01 --out runs/try`
 
     Writes the resolved recipe, metrics, rollouts, evaluations and checkpoints to the run directory, and the models
-    `final` and `best`, which load with `from_pretrained`. Ctrl-C saves and says how to continue.
+    `final` and `best`, which load with `from_pretrained`. Ctrl-C ends the step, saves and says how to continue.
     """
     from atesd.cli.train import run_train
 
@@ -54,6 +56,7 @@ def train(
 def compare(
     recipe: Recipe,
     overrides: Overrides = None,
+    *,
     arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,random,learned",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
@@ -65,8 +68,9 @@ def compare(
     Example: `atesd compare recipes/pico.toml --arms full,half,learned --seeds 3`
 
     Arms are lists of overrides in the recipe's `[arms]` table; `none`, `quarter`, `half`, `three_quarters`, `full`,
-    `random`, `learned` and `sft` are known without one. Ends in a table, `summary.json` and `report.html`. Stopped, the
-    same command continues it; it may name more arms or seeds.
+    `random`, `learned` and `sft` are known without one. Writes a run directory and a log for each arm and seed, and at
+    the end `summary.json` and `report.html`. Ctrl-C saves every run; the same command continues, and may name more arms
+    or seeds.
     """
     from atesd.cli.compare import run_compare
 
@@ -77,20 +81,21 @@ def compare(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run directory, model folder or hub id.", show_default=False)],
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Recipe with prompts and task; a run directory has its own.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.")
-    ] = None,
+    *,
+    recipe: Annotated[Path | None, typer.Option(help="Prompts and task; default a run directory's own.")] = None,
+    task: TaskName = None,
     k: Annotated[int | None, typer.Option(min=1, help="Completions a problem.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Evaluate on so many problems only.")] = None,
-    which: Annotated[str, typer.Option(help="Model of a run directory: final or best.")] = "final",
+    which: Annotated[
+        Literal["final", "best"] | None, typer.Option(help="Model of a run directory; default final.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every sample to this JSONL file.")] = None,
 ) -> None:
     """Evaluate a model: Average@k, pass@k and maj@k with 95 % intervals over problems.
 
     Example: `atesd eval runs/demo/learned/seed_0 --k 12`
+
+    Prints a table, and writes nothing but the file of `--out`.
     """
     from atesd.cli.evaluate import run_eval
 
@@ -108,21 +113,24 @@ def report(
 
     Reads the directories alone; the file works offline.
     """
-    from atesd.report.html import write_report
+    from atesd.cli.report import run_report
 
-    typer.echo(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
+    run_report(runs, out)
 
 
 @app.command()
 def show(
     recipe: Recipe,
     overrides: Overrides = None,
+    *,
     ratio: Annotated[float | None, typer.Option(help="Exposure ratio; default 0, 0.5 and 1.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 1,
 ) -> None:
     """Print the exact prompts of both roles, chat template included.
 
     Example: `atesd show recipes/pico.toml --ratio 0.5`
+
+    Writes nothing. Piped into a file or pager, the prompts stand there unwrapped.
     """
     from atesd.cli.show import run_show
 
@@ -132,11 +140,15 @@ def show(
 @app.command()
 def check(
     task: Annotated[str, typer.Argument(help="pico, FILE.jsonl or gym:NAME.", show_default=False)],
-    grader: Annotated[str | None, typer.Option(help="exact or math; default the task's own.")] = None,
+    grader: Annotated[
+        Literal["exact", "math"] | None, typer.Option(help="Grader; default the task's own.", show_default=False)
+    ] = None,
 ) -> None:
     """Validate problems: every gold answer must grade 1, every corrupted one 0.
 
     Example: `atesd check my_problems.jsonl`
+
+    Writes nothing. Exit code 2 names the first broken row, or the problems whose answers and grader disagree.
     """
     from atesd.cli.check import run_check
 
@@ -146,15 +158,15 @@ def check(
 @app.command()
 def warmup(
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps; default those of the packaged model.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
     shortcut: Annotated[float | None, typer.Option(min=0, help="The planted shortcut's c; 0 switches it off.")] = None,
 ) -> None:
     """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core).
 
     Example: `atesd warmup --out runs/warm && atesd train recipes/pico.toml model.path=runs/warm`
+
+    Writes a model folder with tokenizer, which loads with `from_pretrained`.
     """
     from atesd.cli.warmup import run_warmup
 
@@ -162,34 +174,28 @@ def warmup(
 
 
 def main() -> None:
-    """Run the command and turn errors into exit codes."""
-    warnings.showwarning = _print_warning  # type: ignore[assignment]
+    """Run the command; exit with the code of `errors.py` unless it is 0."""
+    warnings.showwarning = _print_warning
     try:
-        app()
-    except UserError as error:
-        _fail(str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        code = app(prog_name="atesd", standalone_mode=False)
+    except Exception as error:
+        line = user_line(error)
+        if line is None:
             raise
-        _fail(_explain_os_error(error), 2)
+        fail(line, 2)
+    if code:
+        sys.exit(code)
 
 
-def _explain_os_error(error: OSError) -> str:
-    what = error.filename or "the run directory"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"disk full while writing {what}: free some space, then continue with --resume; "
-            "what was complete before is untouched"
-        )
-    return f"no permission to write {what}: choose another place with --out"
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,  # noqa: ARG001
+    lineno: int,  # noqa: ARG001
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    """Print our own warnings as one line each; leave out those by which libraries speak to developers."""
     if category is UserWarning:
         print(f"warning: {message}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live panel on a terminal, plain lines elsewhere."""
+"""What a run shows while it trains, a live panel on a terminal and plain lines elsewhere, and tables of metrics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,32 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 
 _PLAIN_EVERY_S = 10.0
+_BAR_WIDTH = 40
+# Columns of the display: name, metric, format.
+_SHOWN = (
+    ("loss", "loss/total", "{:.4f}"),
+    ("exposure", "exposure/ratio", "{:.2f}"),
+    ("reward", "reward/mean", "{:.2f}"),
+    ("length", "rollout/length_mean", "{:.0f}"),
+    ("ended", "rollout/eos_frac", "{:.0%}"),
+    ("truncated", "rollout/truncated", "{:.0f}"),
+    ("tokens/s", "time/tokens_per_s", "{:.0f}"),
+    ("peak MiB", "memory/peak_mib", "{:.0f}"),
+)
+# Evaluation metrics stand in this order, whatever is not named here comes last.
+_ORDER = ("avg@", "maj@", "pass@", "level/", "trait/")
+
+
+def make_console() -> Console:
+    """Return a console that prints text as it is: no markup, no highlighting, no wrapping of sentences."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:
@@ -39,6 +60,28 @@ def accuracy(row: Mapping[str, Any]) -> tuple[str, float] | None:
     return None
 
 
+class Pace:
+    """Estimates the time left from the steps seen so far."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._begin: tuple[float, int] | None = None
+        self._latest: tuple[float, int] = (0.0, 0)
+
+    def see(self, step: int) -> None:
+        """Note that a step was logged."""
+        self._latest = (monotonic(), step)
+        self._begin = self._begin or self._latest
+
+    def left(self) -> str:
+        """Return the time left, which counts down between steps; a question mark before the second row."""
+        if self._begin is None or self._latest[1] <= self._begin[1]:
+            return "?"
+        seconds_a_step = (self._latest[0] - self._begin[0]) / (self._latest[1] - self._begin[1])
+        due = self._latest[0] + seconds_a_step * (self._num_steps - self._latest[1])
+        return clock(max(0.0, due - monotonic()))
+
+
 class RunProgress:
     """Collects the rows of one run and renders its state."""
 
@@ -47,75 +90,84 @@ class RunProgress:
         self._console = console
         self._row: dict[str, Any] = {}
         self._evaluated: tuple[str, float] | None = None
-        self._begin: tuple[float, int] | None = None
+        self._pace = Pace(num_steps)
+        self._spinner = Spinner("dots")
         self._printed = -_PLAIN_EVERY_S
-        self._live: Live | None = None
+        self._is_over = False
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the panel while the block runs."""
+        """Show the panel while the block runs; its last state stays."""
         if not self._console.is_terminal:
             yield
             return
-        with Live(self._table(), console=self._console, refresh_per_second=4) as self._live:
-            yield
+        with Live(get_renderable=self._panel, console=self._console, refresh_per_second=4):
+            try:
+                yield
+            finally:
+                self._is_over = True
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Take in a logged row."""
-        if self._begin is None:
-            self._begin = (monotonic(), row["step"])
         self._row = row
-        self._evaluated = accuracy(row) or self._evaluated
-        if self._live is not None:
-            self._live.update(self._table())
-        elif monotonic() - self._printed >= _PLAIN_EVERY_S or row["step"] in (0, self._num_steps) or accuracy(row):
+        self._pace.see(row["step"])
+        found = accuracy(row)
+        self._evaluated = found or self._evaluated
+        if self._console.is_terminal:
+            return
+        if found or row["step"] in (0, self._num_steps) or monotonic() - self._printed >= _PLAIN_EVERY_S:
             self._printed = monotonic()
-            self._console.print(" ".join(f"{name} {value}" for name, value in self._fields()), soft_wrap=True)
+            self._console.print(" ".join(f"{name} {value}" for name, value in self._plain()))
 
-    def _fields(self) -> list[tuple[str, str]]:
+    def _plain(self) -> list[tuple[str, str]]:
+        return [("step", self._step()), *self._values(), ("left", self._pace.left())]
+
+    def _step(self) -> str:
+        return f"{self._row.get('step', 0)}/{self._num_steps}"
+
+    def _values(self) -> list[tuple[str, str]]:
         row = self._row
-        fields = [("step", f"{row.get('step', 0)}/{self._num_steps}")]
-        wanted = (
-            ("loss", "loss/total", "{:.4f}"),
-            ("exposure", "exposure/ratio", "{:.2f}"),
-            ("reward", "reward/mean", "{:.2f}"),
-            ("length", "rollout/length_mean", "{:.0f}"),
-            ("ended", "rollout/eos_frac", "{:.0%}"),
-            ("truncated", "rollout/truncated", "{:.0f}"),
-            ("tokens/s", "time/tokens_per_s", "{:.0f}"),
-            ("peak MiB", "memory/peak_mib", "{:.0f}"),
-        )
-        fields += [(name, form.format(row[key])) for name, key, form in wanted if key in row]
-        if self._evaluated is not None:
-            fields.append((self._evaluated[0], f"{self._evaluated[1]:.3f}"))
-        return [*fields, ("left", self._left())]
+        values = [(name, form.format(row[key])) for name, key, form in _SHOWN if key in row]
+        return values if self._evaluated is None else [*values, (self._evaluated[0], f"{self._evaluated[1]:.3f}")]
 
-    def _left(self) -> str:
-        step = self._row.get("step", 0)
-        if self._begin is None or step <= self._begin[1]:
-            return "?"
-        pace = (monotonic() - self._begin[0]) / (step - self._begin[1])
-        return clock(pace * (self._num_steps - step))
-
-    def _table(self) -> Table:
+    def _panel(self) -> RenderableType:
+        bar = ProgressBar(total=self._num_steps, completed=self._row.get("step", 0), width=_BAR_WIDTH)
+        head = Table.grid(padding=(0, 1))
+        state = f"{self._pace.left()} left" if self._row else "evaluating the start"
+        head.add_row("step", self._step(), bar, *(() if self._is_over else (state, self._spinner)))
+        values = self._values()
         table = Table(box=None, pad_edge=False)
-        fields = self._fields() if self._row else [("step", f"0/{self._num_steps}"), ("", "evaluating the start")]
-        for name, _ in fields:
+        for name, _ in values:
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_row(*(value for _, value in fields))
-        return table
+        table.add_row(*(value for _, value in values))
+        return Group(head, table) if values else head
 
 
-def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Return evaluation metrics as a table, intervals beside their value."""
+def metrics_table(metrics: Mapping[str, float], title: str, start: Mapping[str, float] | None = None) -> Table:
+    """Return evaluation metrics as a table, accuracies first, intervals (and the value before training) beside them."""
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    for key, value in metrics.items():
+    for name in (["start"] if start else []) + ["value", "95 % interval"]:
+        table.add_column(name, justify="right")
+    for key in sorted(metrics, key=_rank):
         if key.endswith(("_low", "_high")):
             continue
         low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-        interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
-        table.add_row(key.split("/", 2)[-1] if key.startswith("eval/") else key, f"{value:.3f}", interval)
+        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        before = [number(start.get(key))] if start else []
+        table.add_row(_short(key), *before, number(metrics[key]), interval)
     return table
+
+
+def number(value: float | None) -> str:
+    """Format a number that may be missing."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def _short(key: str) -> str:
+    """Drop `eval/TASK/`."""
+    return key.split("/", 2)[-1] if key.startswith("eval/") else key
+
+
+def _rank(key: str) -> int:
+    return next((place for place, prefix in enumerate(_ORDER) if _short(key).startswith(prefix)), len(_ORDER))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
-from rich.console import Console
-
-from atesd.cli.progress import RunProgress, clock, metrics_table, silence_libraries
+from atesd.cli.errors import fail
+from atesd.cli.progress import RunProgress, clock, make_console, metrics_table, silence_libraries
 from atesd.types import UserError
 
 
 def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
-    """Start or continue a run, show it, and print its final evaluation."""
+    """Start or continue a run, show it, and print its final evaluation beside that of the start."""
+    silence_libraries()
     from atesd.recipe import load_config
     from atesd.train.loop import Interrupted, Trainer
     from atesd.train.step import NonFiniteError
 
-    silence_libraries()
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if resume is not None:
         if recipe is not None or out is not None:
             raise UserError("--resume continues a run with its own recipe: give neither a recipe, overrides nor --out")
@@ -30,19 +30,33 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         console.print(f"run directory {trainer.run.path}")
     else:
         raise UserError("nothing to train: give a recipe, such as recipes/pico.toml, or --resume RUN_DIR")
+    path = trainer.run.path
+    carry_on = f"continue with: atesd train --resume {quote(str(path))}"
     progress = RunProgress(trainer.config.step.num_steps, console)
     trainer.listener = progress
     try:
         with progress.shown():
             result = trainer.train()
     except Interrupted as stop:
-        console.print(str(stop))
+        console.print(f"stopped after step {stop.step}; {carry_on}")
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        console.print(f"stopped at once, without saving step {trainer.step}; {carry_on}")
         raise SystemExit(130) from None
     except NonFiniteError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: step {trainer.step}: {error}; nothing was updated. Lower optim.lr, or look at the rollouts in "
-            f"{trainer.run.path}; atesd train --resume {trainer.run.path} continues from the last checkpoint"
+        fail(
+            f"step {trainer.step}: {error}; nothing was updated. Lower optim.lr in a new run, or look at the last "
+            f"rollouts in {path}",
+            1,
         )
-        raise SystemExit(1) from None
-    console.print(metrics_table(result["final"], f"after step {result['step']}"))
-    console.print(f"{clock(result['seconds'])}; models in {trainer.run.path}/final and {trainer.run.path}/best")
+    except Exception as error:
+        error.add_note(carry_on)
+        raise
+    title = f"after step {result['step']}, on {trainer.parts.task.name}"
+    console.print(metrics_table(result["final"], title, start=start_of(trainer.run.metrics())))
+    console.print(f"{clock(result['seconds'])}; models in {path}/final and {path}/best")
+
+
+def start_of(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """Return the metrics before the first update."""
+    return rows[0] if rows and rows[0]["step"] == 0 else None

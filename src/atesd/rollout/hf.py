@@ -31,7 +31,7 @@ class HFSampler:
         self, model: nn.Module, *, eos_ids: Sequence[int], pad_id: int, decode: Callable[[Sequence[int]], str]
     ) -> None:
         # An adapter lives inside the base model's layers, and the wrapper's `generate` only adds its own settings.
-        self._model = cast("Any", model.get_base_model() if hasattr(model, "peft_config") else model)  # type: ignore[operator]
+        self._model = cast("Any", model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._decode = decode

@@ -1,0 +1,59 @@
+"""The error policy of the command line: which errors end in one line, and what that line says.
+
+Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 1 ours, 130 interrupted with the state saved.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from typing import NoReturn
+
+from atesd.types import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_MISPLACED = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+# Libraries written in Rust (safetensors, tokenizers) raise their own errors around the system's.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def user_line(error: Exception) -> str | None:
+    """Return the line for an error that the user can mend, or None for one that is ours."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, UserError):
+        return str(error)
+    if hasattr(error, "format_message"):  # the argument parser's usage errors
+        return _usage(error)
+    number = _system_error(error)
+    what = getattr(error, "filename", None) or "the output"
+    if number in _FULL:
+        return f"disk full while writing {what}: what was complete before is untouched; free some space{notes}"
+    if number in _REFUSED:
+        return f"no permission to write {what} ({os.strerror(number)}): choose another place with --out{notes}"
+    if number in _MISPLACED:
+        return f"{what} cannot be written ({os.strerror(number)}): choose another place with --out{notes}"
+    return None
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line on stderr and exit; no line where the message is empty, because the help was printed instead."""
+    if message:
+        print("error:", message.replace("\n", " "), file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "atesd"
+    message = error.format_message()  # type: ignore[attr-defined]
+    return f"{message.rstrip('.')} ({command} --help)" if message else ""
+
+
+def _system_error(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _RUST_ERROR.search(str(error))
+    return int(found[1]) if found else 0

@@ -1,0 +1,55 @@
+"""Which errors end in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from atesd.cli.errors import fail, user_line
+from atesd.types import UserError
+
+
+def system_error(number: int, filename: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), filename)
+
+
+def test_a_user_error_is_its_own_line() -> None:
+    assert user_line(UserError("give a recipe")) == "give a recipe"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_file_and_how_to_go_on(number: int) -> None:
+    error = system_error(number, "runs/a/state.json")
+    error.add_note("continue with: atesd train --resume runs/a")
+    line = user_line(error)
+    assert line is not None
+    assert line.startswith("disk full while writing runs/a/state.json: what was complete before is untouched")
+    assert line.endswith("continue with: atesd train --resume runs/a")
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError])
+def test_a_full_disk_is_recognised_in_errors_of_rust_libraries(kind: type[Exception]) -> None:
+    line = user_line(kind("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert line is not None
+    assert "disk full" in line
+
+
+def test_refused_and_misplaced_writes_name_another_place() -> None:
+    assert "no permission to write /x (Permission denied)" in str(user_line(system_error(errno.EACCES, "/x")))
+    assert "/x cannot be written (Not a directory)" in str(user_line(system_error(errno.ENOTDIR, "/x")))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("shapes differ"), system_error(errno.EIO), FileNotFoundError(errno.ENOENT, "no", "a.py")]
+)
+def test_our_own_errors_keep_their_traceback(error: Exception) -> None:
+    assert user_line(error) is None
+
+
+def test_fail_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fail("first\nsecond", 2)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
