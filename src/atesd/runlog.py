@@ -73,6 +73,7 @@ METRICS: dict[str, str] = {
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",
     "reward/ungradable": "number of completions without a reward",
+    "reward/timeouts": "answers graded 0 because the verifier missed its time limit, since the process began",
     "route/distil_groups": "groups distilled in the step",
     "route/nll_groups": "groups trained on their reference in the step",
     "route/{}": "share of the groups on a route",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from atesd.train.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from atesd.train.record import batch_metrics, rollout_rows, timings
+from atesd.train.record import batch_metrics, grader_metrics, rollout_rows, timings
 from atesd.train.setup import Parts, assemble
 from atesd.types import Group, Measurement, Observation, Problem
 
@@ -111,6 +112,7 @@ class Trainer:
         self.step += 1
         parts.driver.sampler.sync(self.step)
         metrics = outcome.metrics | batch_metrics(groups, routes, ratios, parts.task.traits)
+        metrics |= grader_metrics(parts.driver.reward)
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
             metrics |= self._evaluate()
@@ -244,6 +246,7 @@ class Trainer:
             if self._stop_asked:
                 raise KeyboardInterrupt
             self._stop_asked = True
+            print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
 
         if threading.current_thread() is not threading.main_thread():
             yield

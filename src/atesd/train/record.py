@@ -47,6 +47,12 @@ def batch_metrics(
     return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
 
 
+def grader_metrics(reward: object) -> dict[str, float]:
+    """Return how many answers the grader gave up on so far, where it keeps count."""
+    timeouts = getattr(reward, "timeouts", 0)
+    return {"reward/timeouts": float(timeouts)} if timeouts else {}
+
+
 def rollout_rows(
     groups: Sequence[Group],
     routes: Sequence[Route],

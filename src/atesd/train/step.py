@@ -138,7 +138,9 @@ class Stepper:
             batches = self._cut(rows, range(start, min(start + size, len(rows))))
             if batches:
                 self._update(batches, outcome)
-        outcome.metrics |= stream_metrics(rows, outcome.rows) | logprob_gap(rows, outcome.rows)
+        outcome.metrics |= stream_metrics(rows, outcome.rows)
+        if self._config.loss.temperature_student in (None, self._config.rollout.temperature):
+            outcome.metrics |= logprob_gap(rows, outcome.rows)
         return outcome
 
     def _update(self, batches: Sequence[_Batch], outcome: StepOutcome) -> None:
