@@ -48,6 +48,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "exposure.look_ahead=1",
         "exposure.probe_every=1",
         "exposure.decisions_per_update=2",
+        "exposure.gt_grid=[0.0, 1.0]",
         "eval.k=1",
         "save.every=1",
         "save.rollouts_every=2",
