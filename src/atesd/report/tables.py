@@ -23,7 +23,7 @@ def result_table(study: Study, findings: Findings) -> str:
     found = [(index, arm, findings.arms[arm.name]) for index, arm in enumerate(study.arms)]
     known = [entry for entry in [start, *(entry for _, _, entry in found)] if entry is not None]
     low = math.floor(10 * min(entry["low"] for entry in known)) / 10
-    high = math.ceil(10 * max(entry["high"] for entry in known)) / 10
+    high = max(math.ceil(10 * max(entry["high"] for entry in known)) / 10, low + 0.1)
     reference = None if start is None else start["average_at_k"]
 
     def interval(entry: Mapping[str, float], index: int | None) -> str:

@@ -65,3 +65,11 @@ def test_numbers_are_written_with_their_sign() -> None:
     assert percent(0.1234) == "12.3\u00a0%"
     assert points(-0.021) == "\u22122.1"
     assert points(0.0) == "+0.0"
+
+
+def test_arms_without_any_spread_are_drawn(tmp_path: Path) -> None:
+    """Everything wrong in every arm: accuracies, intervals and differences are all 0."""
+    wrong = {1: [[0.0, 0.0], [0.0, 0.0]]}
+    study = load_study([write_graded(tmp_path / "cmp", {"learned": wrong, "full": wrong})])
+    assert cells(result_table(study, find(study)))[1][2].replace("\u00a0", " ") == "0.0 %"
+    assert len(cells(paired_table(study, find(study)))) == 1
