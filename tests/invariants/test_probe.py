@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from atesd.recipe import build_config
-from atesd.train.setup import Parts, assemble
+from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Measurement, UserError
 
 TREE: dict[str, Any] = {
@@ -95,3 +95,13 @@ def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp
     assert parts.probe.measure([]) == {}
     with pytest.raises(UserError, match="no probe problems"):
         take(parts, "probe_nll")
+
+
+def test_evaluation_may_have_a_prompt_of_its_own(parts: Parts) -> None:
+    config = build_config(TREE | {"prompt": TREE["prompt"] | {"evaluation": "#{problem}"}})
+    problems, sampling = parts.task.probe(), config.eval.sampling(config.rollout)
+    trained = parts.driver.rollout(problems, config.rollout, seed=1)
+    evaluated = for_evaluation(parts.driver, config).rollout(problems, sampling, seed=1)
+    for problem, train, evaluation in zip(problems, trained, evaluated, strict=True):
+        texts = [parts.renderer.prompt_text(group.trajectories[0].turns[0].prompt_ids) for group in (train, evaluation)]
+        assert texts == [f"<|user|>{problem.problem}<|assistant|>", f"<|user|>#{problem.problem}<|assistant|>"]

@@ -51,6 +51,8 @@ class PromptConfig(Config):
     """The teacher's prompt; must contain `{problem}` and `{hint}`."""
     answer: str = "\n\nFinal answer: \\boxed{{answer}}"
     """What follows the revealed part at ratios below 1; must contain `{answer}`, or be empty to leave it out."""
+    evaluation: str | None = None
+    """The student's prompt in evaluation; unset, that of training. OPSD's official evaluation lacks `Problem: `."""
     hint: Literal["solution", "none", "wrong_problem"] = "solution"
     """What the teacher is told: the solution, nothing (reference-free control), or another problem's solution and
     answer (control)."""
@@ -65,7 +67,12 @@ class PromptConfig(Config):
 
     @model_validator(mode="after")
     def _check_placeholders(self) -> Self:
-        needed = {"student": ("problem",), "teacher": ("problem", "hint"), "hint_none": ("problem",)}
+        needed = {
+            "student": ("problem",),
+            "teacher": ("problem", "hint"),
+            "hint_none": ("problem",),
+            "evaluation": ("problem",),
+        }
         if self.answer:
             needed["answer"] = ("answer",)
         for field, names in needed.items():
@@ -75,7 +82,7 @@ class PromptConfig(Config):
             for name in names:
                 if f"{{{name}}}" not in template:
                     raise ValueError(f"template {field!r} lacks the placeholder {{{name}}}; add it where it belongs")
-        for field in ("student", "hint_none"):
+        for field in ("student", "hint_none", "evaluation"):
             if "{hint}" in (getattr(self, field) or ""):
                 raise ValueError(f"template {field!r} contains {{hint}}, which only the teacher may see; remove it")
         return self
@@ -84,6 +91,11 @@ class PromptConfig(Config):
 def student_messages(problem: Problem, config: PromptConfig) -> list[Message]:
     """Return the student's prompt: the problem and no hint."""
     return _user(_fill(config.student, problem=problem.problem))
+
+
+def evaluation_messages(problem: Problem, config: PromptConfig) -> list[Message]:
+    """Return the student's prompt in evaluation."""
+    return _user(_fill(config.evaluation or config.student, problem=problem.problem))
 
 
 def teacher_messages(

@@ -13,7 +13,7 @@ from atesd.exposure.prompt import donors
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
 from atesd.train.model import load, load_tokenizer, resolve
-from atesd.train.setup import make_renderer, sampling_side
+from atesd.train.setup import for_evaluation, make_renderer, sampling_side
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
@@ -47,7 +47,7 @@ def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
     return evaluate(
         task.name,
         task.evaluation()[: config.eval.problems],
-        driver,
+        for_evaluation(driver, config),
         config.eval.sampling(config.rollout),
         seed=derive_seed(config.seed, "eval"),
         traits=task.traits,

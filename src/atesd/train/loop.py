@@ -28,7 +28,7 @@ from atesd.train.checkpoint import (
     save_model,
 )
 from atesd.train.record import batch_metrics, grader_metrics, rollout_rows, timings
-from atesd.train.setup import Parts, assemble
+from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
@@ -163,7 +163,7 @@ class Trainer:
             result = evaluate(
                 parts.task.name,
                 parts.eval_problems,
-                parts.driver,
+                for_evaluation(parts.driver, config),
                 config.eval.sampling(config.rollout),
                 seed=derive_seed(config.seed, "eval", self.step),
                 traits=parts.task.traits,

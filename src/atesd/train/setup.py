@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.controller import Controller
-from atesd.exposure.prompt import donors, student_messages
+from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.exposure.reveal import segmentation_warning
 from atesd.rollout.driver import Driver
 from atesd.rollout.hf import HFSampler
@@ -156,6 +156,11 @@ def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: 
         teacher_prefill=config.prompt.teacher_prefill,
         extra_eos_ids=listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else [],
     )
+
+
+def for_evaluation(driver: Driver, config: RunConfig) -> Driver:
+    """Return the driver with the prompts of evaluation."""
+    return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt))
 
 
 def _fitting(
