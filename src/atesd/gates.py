@@ -5,7 +5,7 @@ Shapes: N valid completion tokens, of one micro-batch, or of the whole batch for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -65,37 +65,6 @@ class OpenGate(Config):
 
 
 GateConfig = OpenGate
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """Several gates at once: a token is selected if all select it, and its weights multiply. None at all is open."""
-
-    gates: Sequence[Gate]
-
-    @property
-    def needs_batch(self) -> bool:
-        """One gate that needs the batch is enough."""
-        return any(gate.needs_batch for gate in self.gates)
-
-    def selection(self, stats: TokenStats) -> Tensor:
-        """Multiply the selections."""
-        return _product([gate.selection(stats) for gate in self.gates], stats)
-
-    def weights(self, stats: TokenStats) -> Tensor:
-        """Multiply the weights."""
-        return _product([gate.weights(stats) for gate in self.gates], stats)
-
-    def metrics(self, stats: TokenStats) -> Mapping[str, float]:
-        """Join the metrics of all gates."""
-        return {key: value for gate in self.gates for key, value in gate.metrics(stats).items()}
-
-
-def _product(factors: Sequence[Tensor], stats: TokenStats) -> Tensor:
-    product = torch.ones_like(stats.student_logprob)
-    for factor in factors:
-        product = product * factor.detach()
-    return product
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,9 @@ def test_masks_come_from_lengths_even_where_the_pad_id_is_an_end_token() -> None
     assert inputs.scored_BL.sum().item() == 4
     # Row lengths without the last completion id: 2 + 2 and 4 + 0.
     assert inputs.attention_mask_BL.sum(dim=1).tolist() == [4, 4]
+    assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    ragged = view_input([(3,), (4, 5, 6)], [(7,), (8,)], EOS, CPU)
+    assert ragged.position_ids_BL.tolist() == [[0, 0, 0], [0, 1, 2]], "positions begin at the first real token"
     assert inputs.input_ids_BL.tolist() == [[EOS, 4, EOS, 5], [7, EOS, 8, 9]]
 
 

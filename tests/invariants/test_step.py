@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from atesd.config import LoraConfig
+from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.train.step import NonFiniteError
 from atesd.types import TokenStats
 
@@ -23,6 +25,9 @@ class HalfGate:
 
     def weights(self, stats: TokenStats) -> Tensor:
         return torch.full_like(stats.divergence, 0.5)
+
+    def metrics(self, stats: TokenStats) -> dict[str, float]:
+        return {"gate/tokens": float(stats.divergence.numel())}
 
 
 class TopHalf:
@@ -42,6 +47,9 @@ class TopHalf:
     def weights(self, stats: TokenStats) -> Tensor:
         return torch.ones_like(stats.divergence)
 
+    def metrics(self, stats: TokenStats) -> dict[str, float]:
+        return {}
+
 
 class Nothing(TopHalf):
     """Selects no token."""
@@ -57,10 +65,11 @@ def all_divergences(outcome_rows: dict[int, object]) -> Tensor:
 def test_a_gate_scales_the_loss_but_not_its_denominator() -> None:
     rows = ragged_rows(6)
     plain, _ = make_stepper(tiny_model())
-    gated, _ = make_stepper(tiny_model(), HalfGate())
-    assert gated.optimize(rows).metrics["loss/distil"] == pytest.approx(
-        0.5 * plain.optimize(rows).metrics["loss/distil"], rel=1e-6
-    )
+    gated, _ = make_stepper(tiny_model(), HalfGate(), step={"token_budget": 1})
+    metrics = gated.optimize(rows).metrics
+    assert metrics["loss/distil"] == pytest.approx(0.5 * plain.optimize(rows).metrics["loss/distil"], rel=1e-5)
+    assert (metrics["gate/mean"], metrics["gate/kept_frac"]) == (0.5, 1.0)
+    assert metrics["gate/tokens"] == sum(len(row.completion) for row in rows), "metrics cover all micro-batches"
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
@@ -130,3 +139,23 @@ def test_gradient_clipping_bounds_the_step_and_logs_the_norm_before_it() -> None
     assert clipped.optimize(rows).metrics["optim/grad_norm"] == pytest.approx(
         free.optimize(rows).metrics["optim/grad_norm"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_recomputes_activations_and_changes_no_number(lora: bool) -> None:
+    rows = ragged_rows(4)
+    outcomes, calls = [], []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        if checkpointing:
+            enable_checkpointing(model)
+        count: list[int] = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.append(1))
+        if lora:
+            model = _with_lora(model, LoraConfig(r=2, alpha=4), 0)
+        section = {"gradient_checkpointing": checkpointing}
+        stepper, _ = make_stepper(model, model=section)
+        outcomes.append(stepper.optimize(rows).metrics["optim/grad_norm"])
+        calls.append(len(count))
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
+    assert calls == [2, 3], "teacher and student forward; the student's once more in the backward pass"

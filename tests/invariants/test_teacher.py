@@ -75,3 +75,14 @@ def test_with_lora_the_frozen_teacher_is_the_adapter_switched_off() -> None:
     with teacher.in_place():
         assert torch.equal(logits(model), first)
     assert not teacher.tensors()
+
+
+def test_every_update_of_a_step_moves_the_ema_teacher() -> None:
+    model = tiny_model()
+    first = model.model.norm.weight.detach().clone()
+    stepper, teacher = make_stepper(model, teacher={"weights": "ema", "ema_decay": 0.9})
+    stepper.optimize(ragged_rows(4))
+    moved = model.model.norm.weight.detach().clone()
+    assert not torch.equal(first, moved)
+    with teacher.in_place():
+        torch.testing.assert_close(model.model.norm.weight.data, 0.9 * first + 0.1 * moved)

@@ -16,7 +16,7 @@ from atesd.train.teacher import Teacher
 from support.models import PAD
 
 
-def make_stepper(model: torch.nn.Module, gate: Gate | None = None, **sections: Any) -> tuple[Stepper, Teacher]:
+def make_stepper(model: torch.nn.Module, gate: Gate | None = None, /, **sections: Any) -> tuple[Stepper, Teacher]:
     """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher."""
     tree: dict[str, Any] = {
         "optim": {"lr": 1e-2, "max_grad_norm": 0.0},

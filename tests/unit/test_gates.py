@@ -1,4 +1,4 @@
-"""Gates: the open gate, products, and that no gradient passes through weights."""
+"""Gates: the open gate, selection and weights, and that no gradient passes through weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from atesd.gates import Gated, OpenGate, Product, apply_gate, gate_metrics
+from atesd.gates import Gated, OpenGate, apply_gate, gate_metrics
 from atesd.losses.combine import Component, combine
 from atesd.types import TokenStats
 
@@ -45,25 +45,15 @@ def test_the_open_gate_changes_nothing() -> None:
     assert not OpenGate().needs_batch
 
 
-def test_a_product_selects_what_all_select_and_multiplies_weights() -> None:
-    product = Product([OpenGate(), Above(0.15, 0.5), Above(0.3, 1.0)])
-    gated = apply_gate(product, STATS)
+def test_weights_are_0_where_nothing_is_selected_and_metrics_cover_all_tokens() -> None:
+    gate = Above(0.3, 0.5)
+    gated = apply_gate(gate, STATS)
     assert gated.selection_N.tolist() == [0, 0, 1, 1]
-    # .5 d * d where both select: .5 * .16, .5 * .64
-    torch.testing.assert_close(gated.weights_N, torch.tensor([0.0, 0.0, 0.08, 0.32]))
-    assert gate_metrics(product, STATS, gated) == pytest.approx(
-        {"gate/kept_frac": 0.5, "gate/mean": 0.1, "gate/above_0.15": 3.0, "gate/above_0.3": 2.0}
+    # .5 d where d > .3: .5 * .4, .5 * .8; the mean over all four tokens is .15
+    torch.testing.assert_close(gated.weights_N, torch.tensor([0.0, 0.0, 0.2, 0.4]))
+    assert gate_metrics(gate, STATS, gated) == pytest.approx(
+        {"gate/kept_frac": 0.5, "gate/mean": 0.15, "gate/above_0.3": 2.0}
     )
-
-
-def test_a_product_needs_the_batch_if_one_gate_does() -> None:
-    assert not Product([OpenGate(), Above(0.1, 1.0)]).needs_batch
-    assert Product([OpenGate(), Above(0.1, 1.0, needs_batch=True)]).needs_batch
-
-
-def test_a_product_of_nothing_is_open() -> None:
-    gated = apply_gate(Product([]), STATS)
-    assert gated.selection_N.tolist() == gated.weights_N.tolist() == [1, 1, 1, 1]
 
 
 def test_no_gradient_passes_through_weights() -> None:
@@ -73,7 +63,6 @@ def test_no_gradient_passes_through_weights() -> None:
     assert not gated.weights_N.requires_grad
     combine({"distil": Component(divergence, gated.weights_N, 2)}).backward()
     torch.testing.assert_close(divergence.grad, torch.tensor([0.15, 0.25]))
-    assert not apply_gate(Product([Above(0.0, 1.0)]), stats_of(divergence)).weights_N.requires_grad
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -35,11 +35,16 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
         ) from error
     _refuse_logit_transforms(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        enable_checkpointing(model)
     if config.lora is not None:
         model = _with_lora(model, config.lora, seed)
     return cast("PreTrainedModel", model), tokenizer
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; before adapters are added, whose inputs must then need gradients."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

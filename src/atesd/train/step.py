@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from atesd.config import RunConfig
-from atesd.gates import Gate
+from atesd.gates import Gate, Gated, OpenGate, apply_gate, gate_metrics
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
 from atesd.losses.divergence import LossConfig, Scored, TokenStreams, token_streams
 from atesd.losses.target import Plain, Target
@@ -78,13 +78,6 @@ def detached(scored: Scored) -> Scored:
     return Scored(scored.hidden_NH, scored.head_VH.detach(), None if scored.bias_V is None else scored.bias_V.detach())
 
 
-class _Gated(NamedTuple):
-    """What the gate says of a micro-batch's tokens, each [N]: 0/1 selection and detached weight."""
-
-    selection_N: Tensor
-    gate_N: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """Rows of one micro-batch, all of one component, by their index in the generation batch."""
@@ -133,6 +126,8 @@ class Stepper:
     def optimize(self, rows: Sequence[Row]) -> StepOutcome:
         """Train on the rows of one generation batch. NonFiniteError stops before the weights move."""
         outcome = StepOutcome()
+        # Dropout stays inactive (as in OPSD's code); only checkpointed activations need transformers' training mode.
+        self._model.train(self._config.model.gradient_checkpointing)
         size = -(-len(rows) // self._config.step.updates_per_batch)
         for start in range(0, len(rows), size):
             batches = self._cut(rows, range(start, min(start + size, len(rows))))
@@ -149,18 +144,25 @@ class Stepper:
         counts = self._normalisers(batches, gates)
         aggregate = self._config.loss.aggregate
         losses: dict[str, float] = {}
+        listened: list[tuple[TokenStats, Gated]] = []
         for batch, scored in zip(batches, gates, strict=True):
             if not counts[batch.component]:
                 continue
             streams = self._streams(batch)
             gated = scored or self._gated(batch, streams.stats)
+            if batch.component == "distil":
+                listened.append((streams.stats, gated))
             values_N = streams.divergence_N if batch.component == "distil" else -streams.logprob_N
-            weights_N = aggregate_weights(gated.gate_N, gated.selection_N, batch.numbering(values_N.device), aggregate)
+            weights_N = aggregate_weights(
+                gated.weights_N, gated.selection_N, batch.numbering(values_N.device), aggregate
+            )
             loss = combine({batch.component: Component(values_N, weights_N, counts[batch.component])})
             self._accelerator.backward(loss)
             losses[batch.component] = losses.get(batch.component, 0.0) + float(loss.detach())
-            outcome.rows |= zip(batch.indices, split_rows(streams.stats, gated.gate_N, batch.lengths), strict=True)
+            outcome.rows |= zip(batch.indices, split_rows(streams.stats, gated.weights_N, batch.lengths), strict=True)
         outcome.add("optim/micro_batches", len(batches))
+        if listened:
+            outcome.metrics |= gate_metrics(self._gate, *_whole(listened))
         if losses:
             self._move(losses, outcome)
         else:
@@ -207,28 +209,24 @@ class Stepper:
                 batches.append(_Batch(tuple(indices[m] for m in members), tuple(chosen[m] for m in members)))
         return batches
 
-    def _score(self, batches: Sequence[_Batch]) -> list[_Gated | None]:
+    def _score(self, batches: Sequence[_Batch]) -> list[Gated | None]:
         """Take the gate over the statistics of all distilled tokens of the update, without gradient."""
         distilled = [batch for batch in batches if batch.component == "distil"]
         if not distilled:
             return [None] * len(batches)
         with torch.no_grad():
             whole = concatenate([self._streams(batch).stats for batch in distilled])
+        gated = apply_gate(self._gate, whole)
         sizes = [sum(batch.lengths) for batch in distilled]
-        pieces = zip(
-            self._gate.selection(whole).split_with_sizes(sizes),
-            self._gate.weights(whole).split_with_sizes(sizes),
-            strict=True,
-        )
-        gates = {batch.indices: _Gated(*piece) for batch, piece in zip(distilled, pieces, strict=True)}
+        pieces = zip(gated.selection_N.split_with_sizes(sizes), gated.weights_N.split_with_sizes(sizes), strict=True)
+        gates = {batch.indices: Gated(*piece) for batch, piece in zip(distilled, pieces, strict=True)}
         return [gates.get(batch.indices) for batch in batches]
 
-    def _gated(self, batch: _Batch, stats: TokenStats) -> _Gated:
+    def _gated(self, batch: _Batch, stats: TokenStats) -> Gated:
         """Gate a micro-batch by its own statistics. A gate that selects tokens needs the whole batch, so all count."""
-        every_N = torch.ones_like(stats.divergence)
-        return _Gated(every_N, self._gate.weights(stats) if batch.component == "distil" else every_N)
+        return apply_gate(self._gate if batch.component == "distil" else OpenGate(), stats)
 
-    def _normalisers(self, batches: Sequence[_Batch], gates: Sequence[_Gated | None]) -> dict[str, float]:
+    def _normalisers(self, batches: Sequence[_Batch], gates: Sequence[Gated | None]) -> dict[str, float]:
         """Count what each component is divided by: selected tokens, or sequences with a selected token."""
         counts: dict[str, float] = {}
         for batch, gated in zip(batches, gates, strict=True):
@@ -236,3 +234,11 @@ class Stepper:
             count = selected_units(selection_N, batch.numbering(torch.device("cpu")), self._config.loss.aggregate)
             counts[batch.component] = counts.get(batch.component, 0.0) + count
         return counts
+
+
+def _whole(parts: Sequence[tuple[TokenStats, Gated]]) -> tuple[TokenStats, Gated]:
+    """Join statistics and gates of micro-batches."""
+    gates = [gated for _, gated in parts]
+    return concatenate([stats for stats, _ in parts]), Gated(
+        torch.cat([gated.selection_N for gated in gates]), torch.cat([gated.weights_N for gated in gates])
+    )
