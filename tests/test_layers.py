@@ -11,10 +11,22 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "atesd"
 
 PARTS = (  # noqa: SIM905
-    "types seeds losses gates exposure routing curriculum rewards runlog tasks envs rollout evaluate "
+    "types seeds cliff losses gates selection exposure routing curriculum rewards runlog tasks envs rollout evaluate "
     "config recipe train"
 ).split()
-BELOW_CONFIG = {"types", "losses", "gates", "exposure", "routing", "curriculum", "rewards", "tasks", "envs"} | {
+BELOW_CONFIG = {
+    "types",
+    "cliff",
+    "selection",
+    "losses",
+    "gates",
+    "exposure",
+    "routing",
+    "curriculum",
+    "rewards",
+    "tasks",
+    "envs",
+} | {
     "rollout",
     "evaluate",
 }
@@ -22,9 +34,11 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "seeds": set(),
     "losses": {"types"},
-    "gates": {"types"},
-    "exposure": {"types"},
-    "routing": {"types"},
+    "cliff": {"types"},
+    "gates": {"types", "losses"},
+    "selection": {"types"},
+    "exposure": {"types", "cliff"},
+    "routing": {"types", "cliff"},
     "curriculum": {"types", "seeds"},
     "rewards": {"types"},
     "runlog": {"types"},
@@ -41,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("losses", "gates", "rollout", "train", "exposure/beta.py"),
+    "torch": ("losses", "gates", "selection", "rollout", "train", "exposure/beta.py"),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
     "safetensors": ("train",),

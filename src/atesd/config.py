@@ -5,22 +5,27 @@ Sections of the other parts stand beside what they configure. `recipe.py` reads 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from atesd.cliff import CliffConfig
 from atesd.curriculum import CurriculumConfig, RandomConfig
 from atesd.evaluate.runner import EvalConfig
+from atesd.exposure.closed_form import ClosedForm
+from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.kinds import ExposureConfig
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import RevealConfig
 from atesd.exposure.schedules import Fixed
-from atesd.gates import GateConfig, OpenGate
+from atesd.gates import GateConfig, OpenGate, SdarGate
 from atesd.losses.divergence import LossConfig
-from atesd.losses.target import Plain, TargetConfig
+from atesd.losses.policy import PolicyConfig
+from atesd.losses.target import Extrapolate, Plain, TargetConfig
 from atesd.rewards.kinds import RewardConfig
 from atesd.rollout.sampler import SamplingConfig
-from atesd.routing import DistilConfig, RoutingConfig
+from atesd.routing import CliffRouterConfig, DistilConfig, RoutingConfig
+from atesd.selection import SelectAll, SelectionConfig
 from atesd.tasks.kinds import PicoConfig, TaskConfig
 from atesd.types import Config
 
@@ -102,7 +107,9 @@ class ProbeConfig(Config):
     max_tokens: Positive = 512
     """Leading tokens of the reference solution whose log-likelihood is measured."""
     sampling_k: Positive = 1
-    """Completions a probe problem for `probe_accuracy`."""
+    """Completions a probe problem for `probe_accuracy` and for contract positions."""
+    credit_parameters: Literal["last_layer", "all"] = "last_layer"
+    """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
     log_every: Annotated[int, Field(ge=0)] = 0
     """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
 
@@ -160,10 +167,16 @@ class RunConfig(Config):
     """The distribution made from the teacher's view."""
     loss: LossConfig = LossConfig()
     """Divergence, clip, temperatures and tiles."""
+    selection: SelectionConfig = SelectAll()
+    """Which tokens are distilled at all."""
     gate: GateConfig = OpenGate()
-    """Which tokens listen."""
+    """How strongly they listen."""
     routing: RoutingConfig = DistilConfig()
     """Which loss trains a group."""
+    rl: PolicyConfig = PolicyConfig()
+    """The reinforcement branch of routers that reinforce."""
+    cliff: CliffConfig = CliffConfig()
+    """How the bound on extrapolation is measured: for the router `cliff`, `target.guard` and closed-form exposure."""
     curriculum: CurriculumConfig = RandomConfig()
     """The order of problems."""
     rollout: SamplingConfig = SamplingConfig()
@@ -195,5 +208,106 @@ class RunConfig(Config):
             raise ValueError(
                 f"step.problems = {self.step.problems} cannot be split into step.updates_per_batch = "
                 f"{self.step.updates_per_batch} equal parts: choose a divisor"
+            )
+        return self
+
+    @property
+    def cliff_c(self) -> float:
+        """The importance clip behind lambda*: the section's own, that of the sampled-token loss in use, or 5."""
+        sampled = getattr(self.loss.divergence, "importance_clip", None)
+        return self.cliff.c or sampled or 5.0
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the step-0 weights are read without a hint."""
+        measured = isinstance(self.routing, CliffRouterConfig) or isinstance(self.exposure, ClosedForm)
+        return measured or "base" in self.target.views or (self.routing.reinforces and self.rl.kl_coef > 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reinforcement_samples_untruncated(cls, tree: Any) -> Any:
+        """Truncated sampling biases the policy gradient: routers that reinforce switch it off, unless it is set."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("rollout", {}), dict):
+            return tree
+        routing = tree.get("routing")
+        kind = routing.get("kind") if isinstance(routing, dict) else getattr(routing, "kind", None)
+        if kind not in ("rl", "both", "hdpo", "retire", "cliff"):
+            return tree
+        return {**tree, "rollout": {"top_p": 1.0, "top_k": 0, **tree.get("rollout", {})}}
+
+    @model_validator(mode="after")
+    def _routing_fits(self) -> Self:
+        kind = self.routing.kind
+        if self.routing.reinforces and self.rollout.group_size < 2:
+            raise ValueError(
+                f'routing.kind = "{kind}" compares completions of a group, but rollout.group_size is '
+                f"{self.rollout.group_size}: set it to at least 2 (8 is usual)"
+            )
+        if self.routing.reinforces and self.loss.temperature_student not in (None, self.rollout.temperature):
+            raise ValueError(
+                f'routing.kind = "{kind}" needs the probabilities that were sampled from: remove '
+                f"loss.temperature_student = {self.loss.temperature_student} or set it to rollout.temperature"
+            )
+        if self.routing.shared and self.rl.aggregate != self.loss.aggregate:
+            raise ValueError(
+                f'routing.kind = "{kind}" divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" '
+                f'and loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'
+            )
+        if self.loss.prompt_weight == "paced" and self.rollout.group_size < 2:
+            raise ValueError(
+                f'loss.prompt_weight = "paced" needs pass rates, but rollout.group_size is {self.rollout.group_size}, '
+                "so every weight would be 0: set it to at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> Self:
+        target, gate = self.target, self.gate
+        extrapolates = isinstance(target, Extrapolate) and target.lambda_x > 1
+        asks = [
+            name
+            for name, asked in (
+                ('routing.kind = "cliff"', isinstance(self.routing, CliffRouterConfig)),
+                ("target.guard = true", isinstance(target, Extrapolate) and target.guard),
+                ('exposure.kind = "closed_form"', isinstance(self.exposure, ClosedForm)),
+            )
+            if asked
+        ]
+        if asks and not extrapolates:
+            raise ValueError(
+                f"{asks[0]} weighs how far the target is extrapolated, but here it is not: "
+                'set target = {kind = "extrapolate", lambda_x = 1.25}'
+            )
+        if isinstance(target, Extrapolate) and target.guard and isinstance(self.routing, CliffRouterConfig):
+            raise ValueError('routing.kind = "cliff" caps lambda itself where it must: remove target.guard')
+        if isinstance(gate, SdarGate) and gate.target == "surrogate" and target.kind != "plain":
+            raise ValueError(
+                f'the SDAR surrogate has the same gradient whatever the target, so target.kind = "{target.kind}" would '
+                'have no effect: set gate.target = "divergence" or target.kind = "plain"'
+            )
+        if not self.routing.distils:
+            idle = [
+                name
+                for name, set_ in (
+                    ("gate", self.gate.kind != "none"),
+                    ("selection", self.selection.kind != "all"),
+                    ("target", target.kind != "plain"),
+                )
+                if set_
+            ]
+            if idle:
+                raise ValueError(
+                    f'routing.kind = "{self.routing.kind}" distils nothing, so the section {idle[0]} would have no '
+                    "effect: remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _difficulty_needs_rates(self) -> Self:
+        exposure = self.exposure
+        if isinstance(exposure, Difficulty) and exposure.by == "pass_rate" and self.rollout.group_size < 2:
+            raise ValueError(
+                'exposure.by = "pass_rate" with rollout.group_size = 1 knows two difficulties, right and wrong: raise '
+                'the group size, or set exposure.by = "reference_ppl"'
             )
         return self

@@ -1,14 +1,24 @@
-"""The order in which problems are trained on."""
+"""The order in which problems are trained on.
+
+    random       a new order every epoch
+    reverse_ppl  by descending perplexity of the reference under the student: hardest first
+    forward_ppl  by ascending perplexity
+
+Perplexity curricula: SU-01, arXiv 2605.13301 (METHOD 7): PPL = exp(-(1/T) sum_t log p_S(y*_t | x, y*_<t)) over the
+tokens of the reference, without a hint; sorted, not shuffled; ties by index; independent of the seed. There the
+solution is the training target, here it is what the teacher is shown: an analogy. Ours: rescored at every epoch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from atesd.seeds import derive_seed
-from atesd.types import Config, Policy, Stateless, UserError
+from atesd.types import Config, Measurement, Observation, Policy, Stateless, UserError
 
 
 class Curriculum(Policy, Protocol):
@@ -27,7 +37,7 @@ class Shuffled(Stateless):
         self._seed = seed
         self._epoch = 0
         self._position = 0
-        self._order = self._shuffle()
+        self._order = self._sorted()
 
     def next(self, count: int) -> list[int]:
         """Return the next indices."""
@@ -38,7 +48,7 @@ class Shuffled(Stateless):
             self._position += len(part)
             if self._position == self._num_problems:
                 self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._shuffle()
+                self._order = self._sorted()
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,12 +63,60 @@ class Shuffled(Stateless):
                 f"{self._num_problems}: restore the data, or start a new run"
             )
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._shuffle()
+        self._order = self._sorted()
 
-    def _shuffle(self) -> list[int]:
+    def _sorted(self) -> list[int]:
+        """Return the order of the present epoch."""
         rng = np.random.default_rng(derive_seed(self._seed, "order", self._epoch))
         order: Sequence[int] = rng.permutation(self._num_problems).tolist()
         return list(order)
+
+
+class ByPerplexity(Shuffled):
+    """Problems sorted by the negative log-likelihood of their reference; perplexity has the same order.
+
+    Scores are asked for when the next batch will need a new epoch's order. A problem that could not be scored comes
+    last.
+    """
+
+    def __init__(self, config: PerplexityConfig, problem_ids: Sequence[str], batch: int) -> None:
+        self._config = config
+        self._ids = list(problem_ids)
+        self._batch = batch
+        self._nll: list[float | None] = []
+        super().__init__(len(self._ids), seed=0)
+
+    def wants(self, step: int) -> Sequence[Measurement]:
+        """Ask for all references before the first step, and before a step that begins an epoch."""
+        begins = self._position + self._batch >= self._num_problems and self._config.rescore == "epoch"
+        return [Measurement("reference_nll")] if step == 0 or begins else []
+
+    def observe(self, observation: Observation) -> None:
+        """Keep new scores. They sort the epoch that has not begun; one under way keeps its order."""
+        scores = observation.by_problem.get("reference_nll")
+        if scores is None or not self.wants(observation.step):
+            return
+        self._nll = [scores.get(problem) for problem in self._ids]
+        if self._position == 0:
+            self._order = self._sorted()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores and the present order besides."""
+        return {**super().state_dict(), "nll": self._nll, "order": self._order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position of an order."""
+        self._nll = list(state["nll"])
+        super().load_state_dict(state)
+        self._order = list(state["order"])
+
+    def _sorted(self) -> list[int]:
+        if not self._nll:
+            return list(range(self._num_problems))
+        sign = -1.0 if self._config.kind == "reverse_ppl" else 1.0
+        known = [(sign * score, index) for index, score in enumerate(self._nll) if score is not None]
+        missing = [index for index, score in enumerate(self._nll) if score is None]
+        return [index for _, index in sorted(known)] + missing
 
 
 class RandomConfig(Config):
@@ -66,10 +124,24 @@ class RandomConfig(Config):
 
     kind: Literal["random"] = "random"
 
-    def build(self, num_problems: int, seed: int) -> Curriculum:
+    def build(self, problem_ids: Sequence[str], batch: int, seed: int) -> Curriculum:  # noqa: ARG002
         """Return the order."""
-        assert num_problems > 0
-        return Shuffled(num_problems, seed)
+        assert problem_ids
+        return Shuffled(len(problem_ids), seed)
 
 
-CurriculumConfig = RandomConfig
+class PerplexityConfig(Config):
+    """Sort the problems by the perplexity of their reference under the student (SU-01 2605.13301)."""
+
+    kind: Literal["reverse_ppl", "forward_ppl"] = "reverse_ppl"
+    """`reverse_ppl`: hardest first, SU-01's best. `forward_ppl`: easiest first."""
+    rescore: Literal["epoch", "once"] = "epoch"
+    """Score all training problems before every epoch, or only before the first step; each costs one pass over them."""
+
+    def build(self, problem_ids: Sequence[str], batch: int, seed: int) -> Curriculum:  # noqa: ARG002
+        """Return the order."""
+        assert problem_ids
+        return ByPerplexity(self, problem_ids, batch)
+
+
+CurriculumConfig = Annotated[RandomConfig | PerplexityConfig, Field(discriminator="kind")]

@@ -1,34 +1,36 @@
-"""Gates: detached weights that say which tokens of the student's completion listen, and how strongly.
+"""Gates: how strongly each token of the student's completion listens, and what it listens to.
 
-Shapes: N valid completion tokens, of one micro-batch, or of the whole batch for a gate that needs it.
+Shapes: N valid completion tokens of one micro-batch.
+
+    gap      g_t = sigmoid(beta Delta_t)                              Delta_t = log p_T(y_t) - log p_S(y_t)
+    entropy  g_t = sigmoid(beta h_t)                                  h_t = entropy of the student, nats
+    soft_or  g_t = sigmoid(beta [1 - (1 - h_t)(1 - Delta_t)])
+
+SDAR, arXiv 2605.15155 (METHOD 3). A gate is detached: the gradient of its surrogate g_t (log p_T - log p_S) is
+-g_t grad log p_S(y_t), without the term beta Delta g (1 - g) that an undetached gate would add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from atesd.losses.divergence import TokenStreams
 from atesd.types import Config, TokenStats
 
 
 class Gate(Protocol):
-    """A rule from token statistics to weights. Stateless: the same statistics give the same answer.
+    """A rule from a token's statistics to its weight. Stateless, and blind to other tokens: `selection` sees those.
 
-    The selection decides what the mean is over (the loss is divided by the number of selected tokens); the weights
-    only scale, so that they can shrink the loss.
+    Weights only scale (the loss is divided by the number of selected tokens), so that they can shrink the loss.
     """
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether a token's answer depends on others: a score pass over the whole batch then precedes the gradient."""
-        ...
-
-    def selection(self, stats: TokenStats) -> Tensor:
-        """Return 0/1 per token, [N]."""
+    def values(self, streams: TokenStreams) -> Tensor:
+        """Return the loss per token that the weights multiply, [N], differentiable."""
         ...
 
     def weights(self, stats: TokenStats) -> Tensor:
@@ -36,7 +38,7 @@ class Gate(Protocol):
         ...
 
     def metrics(self, stats: TokenStats) -> Mapping[str, float]:
-        """Return numbers of its own for the log, by keys of the metric table."""
+        """Return numbers of its own over all tokens of an update, by keys of the metric table."""
         ...
 
 
@@ -45,11 +47,9 @@ class OpenGate(Config):
 
     kind: Literal["none"] = "none"
 
-    needs_batch: ClassVar[bool] = False
-
-    def selection(self, stats: TokenStats) -> Tensor:
-        """Select everything."""
-        return torch.ones_like(stats.student_logprob)
+    def values(self, streams: TokenStreams) -> Tensor:
+        """Listen to the divergence."""
+        return streams.divergence_N
 
     def weights(self, stats: TokenStats) -> Tensor:
         """Leave everything as it is."""
@@ -59,32 +59,67 @@ class OpenGate(Config):
         """Nothing of its own."""
         return {}
 
-    def build(self) -> Gate:
-        """Return the gate itself: it keeps no state."""
+
+class SdarGate(Config):
+    """SDAR's sigmoid gate (2605.15155). Defaults: the paper's; its coefficient .01 is `routing.coef` of `both`.
+
+    The surrogate pushes every sampled token up with weight g_t in (0, 1), so the teacher acts through the gate alone;
+    its value is minus a gated estimate of a divergence and says nothing about progress. Ours: `centered`, which has the
+    same expected gradient on-policy and less variance, and `target = "divergence"`, the gate as a multiplier.
+    """
+
+    kind: Literal["sdar"] = "sdar"
+    score: Literal["gap", "entropy", "soft_or"] = "gap"
+    """What opens the gate. `entropy` is at least 1/2; `soft_or` falls with the gap where the entropy exceeds 1 nat."""
+    beta: Annotated[float, Field(ge=0)] = 5.0
+    """Steepness (beta_gate); 0 is the constant 1/2."""
+    centered: bool = False
+    """Subtract 1/2: weights in (-1/2, 1/2). For the surrogate only; recommended there."""
+    target: Literal["surrogate", "divergence"] = "surrogate"
+    """What the gate multiplies: log p_T(y_t) - log p_S(y_t) of the sampled token (the paper), or the divergence."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.centered and self.target == "divergence":
+            raise ValueError(
+                "a centred gate has negative weights, which would maximise the divergence: "
+                'set centered = false, or target = "surrogate"'
+            )
         return self
 
+    def values(self, streams: TokenStreams) -> Tensor:
+        """Return the surrogate or the divergence."""
+        if self.target == "divergence":
+            return streams.divergence_N
+        return streams.stats.teacher_logprob - streams.logprob_N
 
-GateConfig = OpenGate
+    def weights(self, stats: TokenStats) -> Tensor:
+        """Return sigmoid(beta score), centred if asked for."""
+        gate = torch.sigmoid(self.beta * self._score(stats))
+        return gate - 0.5 if self.centered else gate
+
+    def metrics(self, stats: TokenStats) -> Mapping[str, float]:
+        """Return the share of gates above 1/2, and the gap's mean and share below 0."""
+        gap = _gap(stats)
+        return {
+            "gate/open_frac": float((self._score(stats) * self.beta > 0).double().mean()),
+            "gate/gap": float(gap.double().mean()),
+            "gate/gap_negative": float((gap < 0).double().mean()),
+        }
+
+    def _score(self, stats: TokenStats) -> Tensor:
+        gap, entropy = _gap(stats), stats.student_entropy
+        match self.score:
+            case "gap":
+                return gap
+            case "entropy":
+                return entropy
+            case "soft_or":
+                return 1 - (1 - entropy) * (1 - gap)
 
 
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """A gate's answer, detached; `weights_N` is 0 where `selection_N` is."""
-
-    selection_N: Tensor
-    weights_N: Tensor
+def _gap(stats: TokenStats) -> Tensor:
+    return stats.teacher_logprob - stats.student_logprob
 
 
-def apply_gate(gate: Gate, stats: TokenStats) -> Gated:
-    """Ask a gate about N tokens."""
-    selection_N = gate.selection(stats).detach()
-    return Gated(selection_N, selection_N * gate.weights(stats).detach())
-
-
-def gate_metrics(gate: Gate, stats: TokenStats, gated: Gated) -> dict[str, float]:
-    """Return `gate/kept_frac`, `gate/mean` and the gate's own metrics over N > 0 valid tokens."""
-    return {
-        "gate/kept_frac": gated.selection_N.mean().item(),
-        "gate/mean": gated.weights_N.mean().item(),
-        **gate.metrics(stats),
-    }
+GateConfig = Annotated[OpenGate | SdarGate, Field(discriminator="kind")]

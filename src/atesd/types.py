@@ -89,12 +89,17 @@ class Group:
     problem: Problem
     trajectories: tuple[Trajectory, ...]
 
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the gradable attempts."""
+        return [attempt.reward for attempt in self.trajectories if attempt.reward is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
     """Detached statistics of N scored completion tokens, each [N] in float32; what gates and logs read.
 
-    All come from the unclipped, unextrapolated pair of student and first teacher view. Entropies and divergence in
+    All come from the unclipped, unextrapolated pair of student and first teacher view. Entropies and divergences in
     nats; `top1_agree`, `clip_frac`, `clipped_mass`, `reversed` in [0, 1].
     """
 
@@ -109,9 +114,12 @@ class TokenStats:
     student_max_prob: Tensor
     top1_agree: Tensor
     clip_frac: Tensor
-    """Share of the position's vocabulary entries (pointwise) or 0/1 for the token (token) that the clip holds."""
+    """Share of the position's vocabulary entries (pointwise) or 0/1 for the token (token; importance weight of the
+    sampled-token loss) that the clip holds."""
     clipped_mass: Tensor
     """Teacher probability on clipped entries."""
+    reverse_kl: Tensor
+    """KL(student || teacher), whatever divergence is configured."""
     reversed: Tensor
     """1 where the clipped derivative on the teacher's top entry is positive: descent pushes it down."""
 
@@ -140,12 +148,14 @@ class Observation:
     `stats` are statistics of the last update (its batch was sampled and scored with theta_(step-1)): keys of the
     metric table such as `loss/distil`, `mismatch/top1`, `student/confidence`, `reward/mean`, `route/distil_groups`.
     It is empty at step 0. `measured` holds the requested measurements of theta_step by `Measurement.key`; a
-    measurement that could not be taken is absent.
+    measurement that could not be taken is absent. `by_problem` holds measurements of single training problems: kind,
+    then problem id.
     """
 
     step: int
     stats: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
+    by_problem: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Policy(Protocol):

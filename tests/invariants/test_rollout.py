@@ -63,10 +63,10 @@ def test_the_trainer_scores_what_the_sampler_sampled(pad_id: int) -> None:
     completions = [turn.completion_ids for turn in turns]
     inputs = view_input([turn.prompt_ids for turn in turns], completions, pad_id, CPU)
     assert int(inputs.scored_BL.sum()) == sum(len(turn.logprobs) for turn in turns)
-    student = Student(model, LossConfig(), Plain(), sampling.temperature)
+    student = Student(model, LossConfig())
     with torch.no_grad():
         view = detached(scored_hidden(model, inputs))
-        scored = student(inputs, labels(completions, CPU), [view]).logprob_N
+        scored = student(inputs, labels(completions, CPU), [view], Plain(), sampling.temperature).logprob_N
     sampled = torch.tensor([logprob for turn in turns for logprob in turn.logprobs])
     torch.testing.assert_close(scored, sampled, atol=1e-5, rtol=0)
 

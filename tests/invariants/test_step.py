@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atesd.config import LoraConfig
+from atesd.losses.divergence import TokenStreams
 from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.train.step import NonFiniteError
 from atesd.types import TokenStats
@@ -18,10 +19,8 @@ from support.steppers import make_stepper
 class HalfGate:
     """Weighs every token by one half, micro-batch by micro-batch."""
 
-    needs_batch = False
-
-    def selection(self, stats: TokenStats) -> Tensor:
-        return torch.ones_like(stats.divergence)
+    def values(self, streams: TokenStreams) -> Tensor:
+        return streams.divergence_N
 
     def weights(self, stats: TokenStats) -> Tensor:
         return torch.full_like(stats.divergence, 0.5)
@@ -38,23 +37,17 @@ class TopHalf:
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def selection(self, stats: TokenStats) -> Tensor:
+    def select(self, stats: TokenStats, seed: int) -> Tensor:
         self.seen.append(stats.divergence.numel())
         chosen = torch.zeros_like(stats.divergence)
         chosen[stats.divergence.topk(stats.divergence.numel() // 2).indices] = 1.0
         return chosen
 
-    def weights(self, stats: TokenStats) -> Tensor:
-        return torch.ones_like(stats.divergence)
-
-    def metrics(self, stats: TokenStats) -> dict[str, float]:
-        return {}
-
 
 class Nothing(TopHalf):
     """Selects no token."""
 
-    def selection(self, stats: TokenStats) -> Tensor:
+    def select(self, stats: TokenStats, seed: int) -> Tensor:
         return torch.zeros_like(stats.divergence)
 
 
@@ -73,12 +66,12 @@ def test_a_gate_scales_the_loss_but_not_its_denominator() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
-def test_a_selecting_gate_sees_the_whole_batch_and_divides_by_the_selected_count(budget: int) -> None:
-    rows, gate = ragged_rows(6), TopHalf()
-    stepper, _ = make_stepper(tiny_model(), gate, step={"token_budget": budget})
+def test_a_selection_sees_the_whole_batch_and_divides_by_the_selected_count(budget: int) -> None:
+    rows, selection = ragged_rows(6), TopHalf()
+    stepper, _ = make_stepper(tiny_model(), None, selection, step={"token_budget": budget})
     outcome = stepper.optimize(rows)
     values = all_divergences(outcome.rows)
-    assert gate.seen == [values.numel()]
+    assert selection.seen == [values.numel()]
     expected = values.topk(values.numel() // 2).values.mean()
     assert outcome.metrics["loss/distil"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -86,7 +79,7 @@ def test_a_selecting_gate_sees_the_whole_batch_and_divides_by_the_selected_count
 def test_an_empty_selection_makes_no_update_and_says_so() -> None:
     model = tiny_model()
     before = [weight.detach().clone() for weight in model.parameters()]
-    stepper, _ = make_stepper(model, Nothing())
+    stepper, _ = make_stepper(model, None, Nothing())
     outcome = stepper.optimize(ragged_rows(4))
     assert outcome.metrics["optim/empty_updates"] == 1
     assert "loss/total" not in outcome.metrics
@@ -94,7 +87,7 @@ def test_an_empty_selection_makes_no_update_and_says_so() -> None:
 
 
 def test_the_supervised_component_is_cross_entropy_of_the_completions() -> None:
-    model, rows = tiny_model(), ragged_rows(5, component="nll")
+    model, rows = tiny_model(), ragged_rows(5, components=("nll",))
     losses = []
     for row in rows:
         ids = torch.tensor([[*row.student_prompt, *row.completion]])

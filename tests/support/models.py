@@ -35,7 +35,7 @@ def tiny_model(seed: int = 0, *, tied: bool = True) -> Qwen3ForCausalLM:
     )
 
 
-def ragged_rows(count: int, seed: int = 0, *, component: str = "distil") -> list[Row]:
+def ragged_rows(count: int, seed: int = 0, *, components: tuple[str, ...] = ("distil",)) -> list[Row]:
     """Return rows of very different lengths; completions may contain pad and EOS ids anywhere."""
     rng = random.Random(seed)
 
@@ -48,7 +48,7 @@ def ragged_rows(count: int, seed: int = 0, *, component: str = "distil") -> list
             teacher_prompt=ids(1, 20),
             completion=ids(1, 12),
             sampler_logprobs=(),
-            component=component,
+            components=components,
             ratio=rng.random(),
             group=index,
         )

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller
+from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.schedules import Ratio
 from atesd.exposure.window import Baseline, Rectify
 from atesd.types import Config
@@ -167,11 +167,11 @@ class BetaConfig(Config):
             return self.alpha_min + (self.alpha_max - self.alpha_min) * draw
         return min(self.alpha_max, max(self.alpha_min, draw))
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:
-        """Return the controller. `teacher_frozen`: the grounded term depends on the ratio alone and is tabulated."""
+    def build(self, run: RunFacts) -> Controller:
+        """Return the controller. A frozen teacher's grounded term depends on the ratio alone and is tabulated."""
         from atesd.exposure.beta_controller import BetaController
 
-        return BetaController(self, total_steps, seed, teacher_frozen)
+        return BetaController(self, run.total_steps, run.seed, run.teacher_frozen)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -59,7 +59,12 @@ class BetaController:
         self._decision_log: dict[str, float] = {}
         self._step_log: dict[str, float] = {}
 
-    def propose(self, step: int, problem_ids: Sequence[str]) -> Sequence[float]:
+    def propose(
+        self,
+        step: int,
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
         """Return the held ratio for every problem; at a window boundary, draw a new one first."""
         assert step == self._step, f"update {step} was proposed for after observing theta_{self._step}"
         if self._clock.ended:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller
+from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.window import HoldClock
 from atesd.types import Config, Observation, Stateless
 
@@ -27,7 +27,7 @@ class Fixed(Config):
     ratio: Ratio = 1.0
     """Exposure ratio: 0 shows the answer only, 1 the whole solution."""
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
         """Return the controller."""
         return Schedule(lambda step: self.ratio)  # noqa: ARG005
 
@@ -43,9 +43,9 @@ class Linear(Config):
     steps: int | None = Field(default=None, ge=1)
     """Updates that the change takes; unset, the whole run."""
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        steps = self.steps or total_steps
+        steps = self.steps or run.total_steps
         return Schedule(lambda step: self.start + (self.end - self.start) * share_done(step, steps))
 
 
@@ -60,9 +60,9 @@ class Cosine(Config):
     steps: int | None = Field(default=None, ge=1)
     """Updates that the change takes; unset, the whole run."""
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        steps = self.steps or total_steps
+        steps = self.steps or run.total_steps
         rise = self.end - self.start
         return Schedule(lambda step: self.start + rise * (1.0 - cos(pi * share_done(step, steps))) / 2.0)
 
@@ -86,7 +86,7 @@ class Steps(Config):
             raise ValueError(f"boundaries {self.boundaries} do not rise; list them in order, each once")
         return self
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
         """Return the controller."""
         return Schedule(lambda step: self.values[sum(1 for boundary in self.boundaries if boundary <= step)])
 
@@ -108,9 +108,9 @@ class Uniform(Config):
             raise ValueError(f"low {self.low} is above high {self.high}; swap them")
         return self
 
-    def build(self, total_steps: int, seed: int, teacher_frozen: bool) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        return UniformController(self, seed)
+        return UniformController(self, run.seed)
 
 
 def share_done(step: int, steps: int) -> float:
@@ -124,7 +124,12 @@ class Schedule(Stateless):
     def __init__(self, ratio_at: Callable[[int], float]) -> None:
         self._ratio_at = ratio_at
 
-    def propose(self, step: int, problem_ids: Sequence[str]) -> Sequence[float]:
+    def propose(
+        self,
+        step: int,
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
         """Return the step's ratio for every problem."""
         return [self._ratio_at(step)] * len(problem_ids)
 
@@ -138,7 +143,12 @@ class UniformController(Stateless):
         self._clock = HoldClock(config.hold)
         self._ratio = config.low
 
-    def propose(self, step: int, problem_ids: Sequence[str]) -> Sequence[float]:  # noqa: ARG002
+    def propose(
+        self,
+        step: int,  # noqa: ARG002
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
         """Return the held ratio, drawn anew if the window has ended."""
         if self._clock.ended:
             self._ratio = float(self._random.uniform(self._config.low, self._config.high))

@@ -46,12 +46,17 @@ class JSD(Config):
 
 
 class SampledToken(Config):
-    """-Delta_t log p_S(y_t), Delta_t = log p_T(y_t) - log p_S(y_t) detached: in expectation reverse KL's gradient.
+    """-r_t A_t log p_S(y_t), A_t = log target(y_t) - log p_old(y_t): in expectation reverse KL's gradient.
 
-    The value is no estimate of a divergence; `TokenStats.divergence` holds the reverse KL.
+    A_t and r_t are detached. p_old are the weights that the step began with, r_t = min(p_S / p_old, importance_clip);
+    both matter only with step.updates_per_batch > 1, else A_t = log target - log p_S and r_t = 1. The target enters
+    without its constant per token, as in G-OPD's code (2602.12125). The value is no estimate of a divergence;
+    `TokenStats.divergence` holds the reverse KL.
     """
 
     kind: Literal["sampled"] = "sampled"
+    importance_clip: float = Field(5.0, gt=1)
+    """Largest importance weight r_t of a token; the c of the Extrapolation Cliff (2605.08737)."""
 
 
 Divergence = Annotated[ForwardKL | ReverseKL | JSD | SampledToken, Field(discriminator="kind")]
@@ -74,6 +79,9 @@ class LossConfig(Config):
     """Divides the student's logits; None = the sampling temperature, as OPSD's code does."""
     temperature_teacher: float | None = Field(None, gt=0)
     """Divides the teacher's logits; None = the sampling temperature, as OPSD's code does."""
+    prompt_weight: Literal["none", "paced"] = "none"
+    """`paced`: weigh every problem's loss by p (1 - p), p the mean reward of its attempts (PACED 2603.11178); problems
+    that always or never succeed get 0."""
     aggregate: Literal["token", "sequence"] = "token"
     """Average over all tokens alike (token), or first over each completion (sequence)."""
     tile_tokens: int = Field(1024, ge=1)
@@ -125,12 +133,16 @@ def token_streams(
     *,
     target: Target,
     temperature: float,
+    old_logprob_N: Tensor | None = None,
 ) -> TokenStreams:
     """Score N completion tokens; position t's hidden state predicts `labels_N[t]`.
 
     Formulas: docs/clip.md and `losses/summands.py` (2601.18734). Deviations from its code: 1. the clip is off by
     default; 2. logits of [N, V] never exist; 3. everything is computed in the wider of float32 and the inputs' dtypes,
     autocast or not; 4. the sampled-token loss refuses a clip instead of ignoring it.
+
+    `old_logprob_N` are the labels' log-probabilities under the weights that the step began with; None where they are
+    the present ones. Only the sampled-token loss reads them.
 
     `temperature` is the sampling temperature. Memory beyond inputs, gradients and per-token results is proportional to
     tile_tokens * (tile_vocab + top_k), plus a vocabulary tile of a head that has to be widened. No gradient reaches the
@@ -143,12 +155,12 @@ def token_streams(
         Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
         _scoring(views, labels_N, config, target, config.temperature_teacher or temperature),
     )
-    return _streams(scores, labels_N, config)
+    return _streams(scores, labels_N, config, target, old_logprob_N)
 
 
 def _check(student: Scored, views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target) -> None:
     vocabulary = student.head_VH.shape[0]
-    assert len(views) == target.num_views, f"the target reads {target.num_views} views, not {len(views)}"
+    assert len(views) == len(target.views), f"the target reads {len(target.views)} views, not {len(views)}"
     for scored in (student, *views):
         assert scored.hidden_NH.shape[0] == labels_N.shape[0], "one hidden state per label"
         assert scored.hidden_NH.shape[1] == scored.head_VH.shape[1], "hidden size of states and head differ"
@@ -191,13 +203,19 @@ def _summand(divergence: Divergence) -> summands.Summand:
             return summands.reverse_kl
 
 
-def _streams(scores: Scores, labels_N: Tensor, config: LossConfig) -> TokenStreams:
+def _streams(
+    scores: Scores, labels_N: Tensor, config: LossConfig, target: Target, old_logprob_N: Tensor | None
+) -> TokenStreams:
     """Finish what needs no vocabulary: the sampled-token loss, the token clip, the statistics."""
     loss, held, held_mass = scores.loss, scores.held_frac, scores.held_mass
     is_reversed = scores.top_gradient > 0
     if config.divergence.kind == "sampled":
-        gap = scores.target_logprob - scores.logprob.detach()
-        loss = -gap * scores.logprob
+        now = scores.logprob.detach()
+        old = now if old_logprob_N is None else old_logprob_N.to(now.dtype)
+        gap = target.log_target(scores.view_logprobs_NW.unbind(-1)) - old
+        ratio, limit = (now - old).exp(), config.divergence.importance_clip
+        loss = -ratio.clamp(max=limit) * gap * scores.logprob
+        held = (ratio > limit).to(now.dtype)
         # The gradient -gap (onehot(label) - q) at the top entry has the sign of -gap on the label, of gap elsewhere.
         is_reversed = torch.where(scores.target_top == labels_N, gap < 0, gap > 0)
     elif config.clip == "token":
@@ -215,6 +233,7 @@ def _streams(scores: Scores, labels_N: Tensor, config: LossConfig) -> TokenStrea
         top1_agree=scores.top1_agree.float(),
         clip_frac=held.float(),
         clipped_mass=held_mass.float(),
+        reverse_kl=scores.reverse_kl.float(),
         reversed=is_reversed.float(),
     )
     return TokenStreams(loss, scores.logprob, stats)

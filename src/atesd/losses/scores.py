@@ -36,7 +36,7 @@ class Scoring:
 
 
 class Scores(NamedTuple):
-    """Scores per token, all [N] but `support_NK`, `sparse_NK` and `view_norms_NW`."""
+    """Scores per token, all [N] but `support_NK`, `sparse_NK`, `view_norms_NW` and `view_logprobs_NW`."""
 
     loss: Tensor
     """The objective's divergence, pointwise clipped where that is asked for."""
@@ -49,11 +49,14 @@ class Scores(NamedTuple):
     student_norm: Tensor
     view_norms_NW: Tensor
     target_norm: Tensor
+    view_logprobs_NW: Tensor
+    """log-probability of the label under each view."""
     teacher_logprob: Tensor
-    """log-probability of the label under the first view."""
-    target_logprob: Tensor
+    """The first view's."""
     divergence: Tensor
     """Unclipped, full vocabulary, first view against student."""
+    reverse_kl: Tensor
+    """KL(student || first view)."""
     student_entropy: Tensor
     teacher_entropy: Tensor
     student_max_prob: Tensor
@@ -90,9 +93,10 @@ def _score_rows(student: Role, scoring: Scoring, rows: slice, dtype: torch.dtype
         student_norm=norms.student.log,
         view_norms_NW=torch.stack([norm.log for norm in norms.views], -1),
         target_norm=norms.target.log,
+        view_logprobs_NW=torch.stack([norm.label_logprob for norm in norms.views], -1),
         teacher_logprob=teacher.label_logprob,
-        target_logprob=norms.target.label_logprob,
         divergence=sums.plain.divergence.clamp(min=0),
+        reverse_kl=sums.plain.reverse_kl.clamp(min=0),
         student_entropy=-sums.plain.log_q_mean,
         teacher_entropy=-sums.plain.log_p_mean,
         student_max_prob=norms.student.top_logprobs_nk[:, 0].exp(),

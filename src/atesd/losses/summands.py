@@ -84,6 +84,9 @@ class PairSums(NamedTuple):
     log_p_mean: Tensor
     """sum_i p_i log p_i."""
     log_q_mean: Tensor
+    """sum_i q_i log q_i."""
+    reverse_kl: Tensor
+    """sum_i q_i log(q_i / p_i), the rounding of both normalisers cancelled as above."""
 
 
 def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
@@ -93,9 +96,12 @@ def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
     if shift:
         divergence += shift * (pair.q - pair.p).sum(-1)
     log_p_mean, log_q_mean = (pair.p * pair.log_p).sum(-1), (pair.q * pair.log_q).sum(-1)
+    reverse = divergence
+    if summand is not reverse_kl:
+        reverse = (pair.q * (pair.log_q - pair.log_p) + pair.p - pair.q).sum(-1)
     if tau is None:
         none = torch.zeros_like(divergence)
-        return PairSums(divergence, divergence, slope.sum(-1), none, none, log_p_mean, log_q_mean)
+        return PairSums(divergence, divergence, slope.sum(-1), none, none, log_p_mean, log_q_mean, reverse)
     held = value >= tau
     return PairSums(
         divergence=divergence,
@@ -105,6 +111,7 @@ def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
         held_mass=(pair.p * held).sum(-1),
         log_p_mean=log_p_mean,
         log_q_mean=log_q_mean,
+        reverse_kl=reverse,
     )
 
 

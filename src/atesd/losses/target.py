@@ -2,29 +2,50 @@
 
 A target is a pure, element-wise function of the views' normalised log-probabilities on the same vocabulary entries. So
 it works on vocabulary tiles; one that mixes views costs one more pass, for its normaliser.
+
+    plain         log p_T                                                    OPSD, ATESD
+    extrapolate   lambda log p_T - (lambda - 1) log p_B                      G-OPD 2602.12125, ListOPD 2605.08737
+    anchor_mix    w log p_T + (1 - w) log p_A                                beta-OPSD 2607.28582
+    residual      log p_T + s clip(log p_full - log p_T, -bound, bound)      AR-OPD 2606.10385
+
+each up to a constant per token. p_T is the teacher at the exposure ratio in force, p_B the student's step-0 weights
+without a hint, p_full and p_answer the teacher at ratios 1 and 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
+from pydantic import Field
 from torch import Tensor
 
 from atesd.types import Config
 
+View = Literal["teacher", "base", "full", "answer"]
+"""`teacher`: its hint at the ratio in force. `full`, `answer`: at ratios 1 and 0. `base`: step-0 weights, no hint."""
+
 
 class Target(Protocol):
-    """What the tiled divergence needs of a target."""
+    """What the step and the tiled divergence need of a target."""
 
     @property
-    def num_views(self) -> int:
-        """Number of teacher views that it reads."""
+    def views(self) -> tuple[View, ...]:
+        """The views that it reads, in order; the first is `teacher`, of which all token statistics are taken."""
         ...
 
     @property
     def is_first_view(self) -> bool:
         """Whether the target is the first view as it is, and so needs no normaliser of its own."""
+        ...
+
+    @property
+    def strength(self) -> float:
+        """How far it reaches beyond the teacher: 1 is the teacher itself."""
+        ...
+
+    def at(self, strength: float) -> Target:
+        """Return the target of another strength; one that has none returns itself."""
         ...
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
@@ -35,21 +56,115 @@ class Target(Protocol):
         ...
 
 
-class Plain(Config):
+class _Unscaled(Config):
+    """A target without a strength."""
+
+    @property
+    def strength(self) -> float:
+        """1: nothing is extrapolated."""
+        return 1.0
+
+    def at(self, strength: float) -> Self:  # noqa: ARG002
+        """Return the target itself."""
+        return self
+
+
+class Plain(_Unscaled):
     """One view, as it is: OPSD and ATESD."""
 
     kind: Literal["plain"] = "plain"
 
-    num_views: ClassVar[int] = 1
+    views: ClassVar[tuple[View, ...]] = ("teacher",)
     is_first_view: ClassVar[bool] = True
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         """Return the log-probabilities of the only view."""
         return log_views[0]
 
-    def build(self) -> Target:
-        """Return the target itself: it keeps no state."""
-        return self
+
+class Extrapolate(Config):
+    """Reward extrapolation: lambda log p_T - (lambda - 1) log p_B (G-OPD 2602.12125, 2605.08737; METHOD 4.1).
+
+    lambda 1 is the plain target, bit for bit and at its cost; below 1 it interpolates. G-OPD applies lambda to the
+    sampled token (`loss.divergence.kind = "sampled"`, reproduced without the constant per token); the full-vocabulary
+    form is ours.
+    """
+
+    kind: Literal["extrapolate"] = "extrapolate"
+    lambda_x: Annotated[float, Field(gt=0)] = 1.25
+    """lambda: 1 is the teacher, more goes beyond it. G-OPD's best is 1.25; 1.5 was unstable there."""
+    guard: bool = False
+    """Cap lambda at 1 + kappa (lambda* - 1), with lambda* measured as the section `cliff` says."""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The base is read only where it matters."""
+        return ("teacher",) if self.is_first_view else ("teacher", "base")
+
+    @property
+    def is_first_view(self) -> bool:
+        """Whether nothing is extrapolated."""
+        return self.lambda_x == 1
+
+    @property
+    def strength(self) -> float:
+        """lambda."""
+        return self.lambda_x
+
+    def at(self, strength: float) -> Extrapolate:
+        """Return the same target with another lambda."""
+        return self if strength == self.lambda_x else self.model_copy(update={"lambda_x": strength})
+
+    def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
+        """Return lambda log p_T - (lambda - 1) log p_B."""
+        if self.is_first_view:
+            return log_views[0]
+        teacher, base = log_views
+        return self.lambda_x * teacher - (self.lambda_x - 1) * base
 
 
-TargetConfig = Plain
+class AnchorMix(_Unscaled):
+    """softmax((1 - w) z_anchor + w z_T): a geometric mean with an anchor (beta-OPSD 2607.28582, second-hand).
+
+    With the anchor `base` it is `extrapolate` at lambda = w. Ours: the choice of anchors; w directly, as the paper's
+    map from beta to w is disputed.
+    """
+
+    kind: Literal["anchor_mix"] = "anchor_mix"
+    weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """w: the teacher's share."""
+    anchor: Literal["base", "answer"] = "base"
+    """The student's step-0 weights without a hint, or the teacher who sees the answer alone."""
+
+    is_first_view: ClassVar[bool] = False
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Teacher and anchor."""
+        return ("teacher", self.anchor)
+
+    def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
+        """Return w log p_T + (1 - w) log p_A."""
+        teacher, anchor = log_views
+        return self.weight * teacher + (1 - self.weight) * anchor
+
+
+class Residual(_Unscaled):
+    """log p_T + scale clip(log p_full - log p_T, -bound, bound): what full exposure would add (AR-OPD 2606.10385)."""
+
+    kind: Literal["residual"] = "residual"
+    scale: Annotated[float, Field(gt=0)] = 0.6
+    """Share of the residual that is added."""
+    bound: Annotated[float, Field(gt=0)] = 5.0
+    """Largest residual of an entry, in nats."""
+
+    views: ClassVar[tuple[View, ...]] = ("teacher", "full")
+    is_first_view: ClassVar[bool] = False
+
+    def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
+        """Return the teacher plus the clipped residual."""
+        teacher, full = log_views
+        return teacher + self.scale * (full - teacher).clamp(-self.bound, self.bound)
+
+
+TargetConfig = Annotated[Plain | Extrapolate | AnchorMix | Residual, Field(discriminator="kind")]

@@ -10,11 +10,13 @@ lengths, never from comparing ids with the pad id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from atesd.losses.target import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +28,30 @@ class Row:
     completion: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     """Empty where the completion was not sampled (the supervised route)."""
-    component: str
-    """Loss component that the row feeds: `distil` or `nll`; empty for a row that no component uses."""
+    components: tuple[str, ...]
+    """Loss components that the row feeds, of `distil`, `rl` and `nll`; empty for a row that is not trained on."""
     ratio: float
     """Exposure ratio behind `teacher_prompt`."""
     group: int
     """Index of the row's group in the generation batch."""
+    other_prompts: Mapping[View, tuple[int, ...]] = field(default_factory=dict)
+    """Prompts of the target's further teacher views, by view."""
+    advantage: float = 0.0
+    """Group-relative advantage, for `rl`."""
+    weight: float = 1.0
+    """Weight of the problem in the distillation loss."""
+
+    def prompt(self, view: View) -> tuple[int, ...]:
+        """Return the prompt that a view reads."""
+        if view == "teacher":
+            return self.teacher_prompt
+        return self.student_prompt if view == "base" else self.other_prompts[view]
 
     @property
     def cost(self) -> int:
-        """Input positions of the longer role."""
-        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.completion) - 1
+        """Input positions of the longest role."""
+        prompts = (self.student_prompt, self.teacher_prompt, *self.other_prompts.values())
+        return max(len(prompt) for prompt in prompts) + len(self.completion) - 1
 
 
 @dataclass(frozen=True, slots=True)

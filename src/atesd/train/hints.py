@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from atesd.config import RunConfig
+from atesd.exposure.overlap import Overlap
 from atesd.exposure.prompt import hint_text, student_messages, teacher_messages
+from atesd.losses.policy import group_advantages
+from atesd.losses.target import View
 from atesd.rollout.render import Renderer
 from atesd.routing import Route
 from atesd.train.batch import Row
@@ -34,25 +37,69 @@ class Hints:
         """Return the student's prompt."""
         return tuple(self._renderer.student_ids(student_messages(problem, self._config.prompt)))
 
-    def rows(self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float]) -> list[Row]:
-        """Return one row a completion, in order. Every completion has at least one token."""
+    def rows(
+        self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], views: Sequence[View]
+    ) -> list[Row]:
+        """Return one row a completion, in order, with what the given teacher views read.
+
+        Every completion has at least one token. A completion without a reward is not reinforced.
+        """
         rows = []
         for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True)):
-            teacher_prompt = self.teacher_ids(group.problem, ratio) if route is Route.DISTIL else ()
+            advantages = iter(self._advantages(group, route))
+            weight = self._weight(group)
             for trajectory in group.trajectories:
-                turn = trajectory.turns[-1]
+                advantage = next(advantages) if trajectory.reward is not None else None
+                components = self._components(trajectory, route, advantage)
+                shown = self._ratio(group.problem, trajectory, ratio)
+                distils = "distil" in components
                 rows.append(
                     Row(
-                        student_prompt=turn.prompt_ids,
-                        teacher_prompt=teacher_prompt,
-                        completion=turn.completion_ids,
-                        sampler_logprobs=turn.logprobs,
-                        component="" if self._masked(trajectory) or route is Route.SKIP else route.value,
-                        ratio=ratio,
+                        student_prompt=trajectory.turns[-1].prompt_ids,
+                        teacher_prompt=self.teacher_ids(group.problem, shown) if distils else (),
+                        completion=trajectory.turns[-1].completion_ids,
+                        sampler_logprobs=trajectory.turns[-1].logprobs,
+                        components=components,
+                        ratio=shown,
                         group=index,
+                        other_prompts=self._other_prompts(group.problem, views) if distils else {},
+                        advantage=advantage or 0.0,
+                        weight=weight,
                     )
                 )
         return rows
+
+    def _components(self, trajectory: Trajectory, route: Route, advantage: float | None) -> tuple[str, ...]:
+        """Return the losses that a completion feeds."""
+        if self._masked(trajectory):
+            return ()
+        barred = advantage is None or (advantage == 0 and self._config.rl.zero_variance == "drop")
+        return tuple(name for name in route.components if not (name == "rl" and barred))
+
+    def _advantages(self, group: Group, route: Route) -> list[float]:
+        """Return the advantages of the gradable completions."""
+        if "rl" not in route.components or not group.rewards:
+            return [0.0] * len(group.rewards)
+        return group_advantages(group.rewards, self._config.rl.scale)
+
+    def _weight(self, group: Group) -> float:
+        """Return the problem's weight: p (1 - p) with p the pass rate (PACED 2603.11178); 1 where none is known."""
+        if self._config.loss.prompt_weight == "none" or not group.rewards:
+            return 1.0
+        rate = min(1.0, max(0.0, sum(group.rewards) / len(group.rewards)))
+        return rate * (1.0 - rate)
+
+    def _ratio(self, problem: Problem, trajectory: Trajectory, ratio: float) -> float:
+        """Return the exposure of one completion: the controller's, or a rule's that looks at the rollout."""
+        exposure = self._config.exposure
+        if not isinstance(exposure, Overlap):
+            return ratio
+        return exposure.ratio(problem.solution, trajectory.turns[-1].text, self._config.reveal)
+
+    def _other_prompts(self, problem: Problem, views: Sequence[View]) -> dict[View, tuple[int, ...]]:
+        """Return the prompts of the views with a ratio of their own."""
+        fixed: dict[View, float] = {"full": 1.0, "answer": 0.0}
+        return {view: self.teacher_ids(problem, fixed[view]) for view in views if view in fixed}
 
     def fitting(self, problems: Sequence[Problem], context: int | None) -> tuple[list[Problem], list[str]]:
         """Split problems into those whose longer prompt and a full completion fit the context, and the others' ids.

@@ -91,7 +91,7 @@ class Trainer:
         """Measure and evaluate the untrained student: l_0, and the start of every curve."""
         clock = perf_counter()
         self.run.rewind(-1)
-        metrics = self._observe({}) | self._evaluate()
+        metrics = {"task/dropped": float(len(self.parts.dropped))} | self._observe({}) | self._evaluate()
         self._seconds += perf_counter() - clock
         self._log(metrics | self._phases.take())
 
@@ -100,18 +100,21 @@ class Trainer:
         clock = perf_counter()
         parts, config, phase = self.parts, self.config, self._phases.phase
         problems = [parts.problems[index] for index in parts.curriculum.next(config.step.problems)]
-        with phase("exposure"):
-            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems]))
         with phase("sample"):
             groups = self._rollout(problems)
+        with phase("exposure"):
+            rates = [sum(group.rewards) / len(group.rewards) if group.rewards else None for group in groups]
+            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], rates))
+        target = config.target.at(parts.router.strength(config.target.strength, sum(ratios) / len(ratios)))
         routes = parts.router.route(groups)
         with phase("exposure"):
-            rows = parts.hints.rows(groups, routes, ratios)
+            rows = parts.hints.rows(groups, routes, ratios, target.views)
+        parts.credit.remember(groups, routes, target)
         with phase("update"):
-            outcome = parts.stepper.optimize(rows)
+            outcome = parts.stepper.optimize(rows, target)
         self.step += 1
         parts.driver.sampler.sync(self.step)
-        metrics = outcome.metrics | batch_metrics(groups, routes, ratios, parts.task.traits)
+        metrics = outcome.metrics | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
@@ -147,12 +150,11 @@ class Trainer:
         wanted = [measurement for policy in policies for measurement in policy.wants(self.step)]
         if self.config.probe.log_every and self.step % self.config.probe.log_every == 0:
             wanted.append(Measurement("probe_nll"))
-        with self._phases.phase("probe"):
-            measured = parts.probe.measure(wanted)
-        metrics = {f"measure/{key}": value for key, value in measured.items()}
+        measured = parts.probe.measure(wanted, self._phases)
+        metrics = {f"measure/{key}": value for key, value in measured.values.items()}
         with self._phases.phase("exposure"):
             for policy in policies:
-                policy.observe(Observation(self.step, stats, measured))
+                policy.observe(Observation(self.step, stats, measured.values, measured.by_problem))
                 metrics |= policy.metrics()
         return metrics
 

@@ -6,6 +6,11 @@
     gt_solution@r         token-mean log-probability that the teacher at ratio r gives the reference solution
     gt_answer@r           the same of the final answer alone
     gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
+    contract@r            at positions of forced form in probe completions, per class NAME: NAME/p, NAME/b, NAME/hits,
+                          the probabilities (from mean logits) that the teacher at ratio r and the base give to the
+                          teacher's modal token, and the number of positions (METHOD 4.4)
+    influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
+    reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
 
 Probe problems are never trained on, so the exposure reaches these numbers only through learning (METHOD 2.4).
 N scored tokens.
@@ -13,26 +18,60 @@ N scored tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atesd.cliff import CLAMP, CliffConfig
 from atesd.config import RunConfig
 from atesd.exposure.reveal import reveal
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
 from atesd.rollout.driver import Driver
 from atesd.rollout.render import Renderer
+from atesd.runlog import Phases
 from atesd.seeds import derive_seed
 from atesd.train.batch import Row, labels, micro_batches, view_input
+from atesd.train.credit import Credit
 from atesd.train.hints import Hints
 from atesd.train.step import detached, label_streams, scored_hidden
 from atesd.train.teacher import Teacher
-from atesd.types import Measurement, Problem, UserError
+from atesd.types import Group, Measurement, Problem, StopReason, Turn, UserError
+
+ContractRow = tuple[Problem, tuple[int, ...], list[tuple[int, str]]]
+"""A completion's problem, its ids, and the places of its tokens of forced form with their class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured: numbers by key, and numbers of single training problems by kind and problem id."""
+
+    values: dict[str, float]
+    by_problem: dict[str, dict[str, float]]
+
+
+def contract_places(renderer: Renderer, turn: Turn, config: CliffConfig) -> list[tuple[int, str]]:
+    """Return the places of a completion's tokens that overlap a match of a contract class, and of its end token."""
+    texts = renderer.token_texts(turn.completion_ids)
+    ends = np.cumsum([len(text) for text in texts])
+    whole = "".join(texts)
+    places = []
+    for name, pattern in config.contract.items():
+        for match in re.finditer(pattern, whole):
+            start, end = match.span(1 if match.re.groups else 0)
+            places += [
+                (place, name)
+                for place, (text, stop) in enumerate(zip(texts, ends, strict=True))
+                if stop - len(text) < end and stop > start
+            ]
+    if config.eos and turn.stop is StopReason.EOS:
+        places.append((len(texts) - 1, "eos"))
+    return sorted(set(places))
 
 
 class Probe:
@@ -48,8 +87,13 @@ class Probe:
         renderer: Renderer,
         driver: Driver,
         config: RunConfig,
+        training: Sequence[Problem] = (),
+        base: Teacher | None = None,
     ) -> None:
         self._problems = problems
+        self._training = training
+        self._base = base or teacher
+        self.credit: Credit | None = None
         self._model = model
         self._teacher = teacher
         self._hints = hints
@@ -57,6 +101,8 @@ class Probe:
         self._driver = driver
         self._config = config
         self._stored: list[tuple[int, ...]] | None = None
+        self._groups: list[Group] | None = None
+        self._completions: list[ContractRow] | None = None
         self._references: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,37 +114,150 @@ class Probe:
         stored = state["stored"]
         self._stored = None if stored is None else [tuple(ids) for ids in stored]
 
-    def measure(self, wanted: Iterable[Measurement]) -> dict[str, float]:
+    def measure(self, wanted: Iterable[Measurement], phases: Phases | None = None) -> Measured:
         """Take each distinct measurement once, by key; one that cannot be taken is absent.
 
         UserError where the task has no probe problems.
         """
+        phases = phases or Phases()
         distinct = {measurement.key: measurement for measurement in wanted}
-        if distinct and not self._problems:
+        asked = [key for key, measurement in distinct.items() if measurement.kind != "reference_nll"]
+        if asked and not self._problems:
             raise UserError(
-                f"the run measures {', '.join(distinct)} but the task has no probe problems: give it some (probe_size)"
+                f"the run measures {', '.join(asked)} but the task has no probe problems: give it some (probe_size)"
             )
         self._model.eval()
+        self._groups = self._completions = None
+        values: dict[str, float] = {}
+        by_problem: dict[str, dict[str, float]] = {}
+        ratios: dict[str, list[float]] = {}
+        for measurement in distinct.values():
+            ratios.setdefault(measurement.kind, []).append(1.0 if measurement.ratio is None else measurement.ratio)
         with torch.no_grad():
-            taken = {key: self._take(measurement) for key, measurement in distinct.items()}
-        return {key: value for key, value in taken.items() if value is not None}
+            for kind in ("influence", "virtual_nll"):
+                with phases.phase("credit"):
+                    values |= self._take_credit(kind, ratios.pop(kind, []))
+            with phases.phase("probe"):
+                if ratios.pop("reference_nll", None):
+                    by_problem["reference_nll"] = self._training_nll()
+                    values["reference_nll"] = float(np.mean(list(by_problem["reference_nll"].values())))
+                for measurement in distinct.values():
+                    if measurement.kind in ratios:
+                        values |= self._take(measurement)
+        return Measured(values, by_problem)
 
-    def _take(self, measurement: Measurement) -> float | None:
+    def _take_credit(self, kind: str, ratios: Sequence[float]) -> dict[str, float]:
+        """Take all ratios of a gradient measurement together."""
+        if not ratios:
+            return {}
+        assert self.credit is not None, "the probe was built without a credit"
+        if kind == "influence":
+            found = self.credit.influence(ratios)
+        else:
+            found = self.credit.virtual(ratios, lambda: -self._mean_logprob(self.reference_rows()))
+        return {
+            Measurement(kind, ratio).key: value for ratio, value in zip(ratios, found, strict=True) if value is not None
+        }
+
+    def _take(self, measurement: Measurement) -> dict[str, float]:
+        """Take one measurement: a number by its key, several by keys below it, or none."""
         ratio = 1.0 if measurement.ratio is None else measurement.ratio
+        value: float | None
         match measurement.kind:
             case "probe_nll":
-                return -self._mean_logprob(self._reference_rows())
+                value = -self._mean_logprob(self.reference_rows())
             case "probe_kl":
-                return self._mean_divergence()
+                value = self._mean_divergence()
             case "probe_accuracy":
-                return self._accuracy()
+                value = self._accuracy()
             case "gt_solution":
-                return self._teacher_logprob(ratio, [problem.solution for problem in self._problems])
+                value = self._teacher_logprob(ratio, [problem.solution for problem in self._problems])
             case "gt_answer":
-                return self._teacher_logprob(ratio, [problem.answer or "" for problem in self._problems])
+                value = self._teacher_logprob(ratio, [problem.answer or "" for problem in self._problems])
             case "gt_hidden_only":
-                return self._teacher_logprob(ratio, [self._unrevealed(problem, ratio) for problem in self._problems])
-        raise UserError(f"no measurement is called {measurement.kind!r}")
+                value = self._teacher_logprob(ratio, [self._unrevealed(problem, ratio) for problem in self._problems])
+            case "contract":
+                return {f"{measurement.key}/{name}": number for name, number in self._contract(ratio).items()}
+            case _:
+                raise UserError(f"no measurement is called {measurement.kind!r}")
+        return {} if value is None else {measurement.key: value}
+
+    def _contract(self, ratio: float) -> dict[str, float]:
+        """Return p, b and hits of every contract class at a ratio."""
+        positions = self._contract_positions()
+        problems = [problem for problem, _, _ in positions]
+        completions = [ids for _, ids, _ in positions]
+        teacher, base = [], []
+        for start in range(0, len(positions), 32):
+            part = slice(start, start + 32)
+            prompts = [self._hints.teacher_ids(problem, ratio) for problem in problems[part]]
+            with self._teacher.in_place():
+                teacher.append(self._logits_at(prompts, completions[part], positions[part]))
+            prompts = [self._hints.student_ids(problem) for problem in problems[part]]
+            with self._base.in_place():
+                base.append(self._logits_at(prompts, completions[part], positions[part]))
+        names = [name for _, _, marked in positions for _, name in marked]
+        if not names:
+            return {}
+        teacher_logprobs, base_logprobs = torch.cat(teacher), torch.cat(base)
+        modal = teacher_logprobs.argmax(-1, keepdim=True)
+        p = teacher_logprobs.gather(1, modal)[:, 0].exp().double().clamp(CLAMP, 1 - CLAMP).logit()
+        b = base_logprobs.gather(1, modal)[:, 0].exp().double().clamp(CLAMP, 1 - CLAMP).logit()
+        numbers: dict[str, float] = {}
+        for name in sorted(set(names)):
+            chosen = torch.tensor([other == name for other in names], device=p.device)
+            numbers |= {
+                f"{name}/p": float(p[chosen].mean().sigmoid()),
+                f"{name}/b": float(b[chosen].mean().sigmoid()),
+                f"{name}/hits": float(chosen.sum()),
+            }
+        return numbers
+
+    def _logits_at(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[tuple[int, ...]],
+        positions: Sequence[ContractRow],
+    ) -> Tensor:
+        """Return log-probabilities [positions, V] at the marked tokens, at the sampling temperature."""
+        hidden = self._hidden([_row(prompt, ids) for prompt, ids in zip(prompts, completions, strict=True)])
+        starts = np.cumsum([0, *(len(ids) for ids in completions)])
+        index = [int(start) + place for start, row in zip(starts, positions, strict=False) for place, _ in row[2]]
+        logits = hidden.hidden_NH[index].float() @ hidden.head_VH.float().T
+        if hidden.bias_V is not None:
+            logits = logits + hidden.bias_V.float()
+        return (logits / self._config.rollout.temperature).log_softmax(-1)
+
+    def _contract_positions(self) -> list[ContractRow]:
+        """Return the student's probe completions with the places of forced form and their classes."""
+        if self._completions is None:
+            groups = self._sample()
+            self._completions = [
+                (group.problem, turn.completion_ids, contract_places(self._renderer, turn, self._config.cliff))
+                for group in groups
+                for turn in (attempt.turns[-1] for attempt in group.trajectories)
+            ]
+        return self._completions
+
+    def _sample(self) -> list[Group]:
+        """Sample hint-free completions of the probe problems, the same seed every time; once a call of `measure`."""
+        if self._groups is None:
+            sampling = self._config.rollout.model_copy(update={"group_size": self._config.probe.sampling_k})
+            self._groups = self._driver.rollout(self._problems, sampling, seed=derive_seed(self._config.seed, "probe"))
+        return self._groups
+
+    def _training_nll(self) -> dict[str, float]:
+        """Return the token-mean NLL of every training problem's reference, by problem."""
+        rows = [_row(self._hints.student_ids(p), self._reference(p.solution)) for p in self._training]
+        scores: dict[str, float] = {}
+        for members in micro_batches(rows, self._config.step.token_budget):
+            chosen = [rows[index] for index in members]
+            streams = label_streams(self._hidden(chosen), self._labels(chosen), self._config.loss)
+            pieces = streams.stats.student_logprob.double().split_with_sizes([len(row.completion) for row in chosen])
+            scores |= {
+                self._training[index].id: -float(piece.mean()) for index, piece in zip(members, pieces, strict=True)
+            }
+        return scores
 
     def _teacher_logprob(self, ratio: float, texts: Sequence[str]) -> float | None:
         """Return the token-mean log-probability of the texts under the teacher; None where no text is left to score."""
@@ -110,7 +269,7 @@ class Probe:
         with self._teacher.in_place():
             return self._mean_logprob(rows) if rows else None
 
-    def _reference_rows(self) -> list[Row]:
+    def reference_rows(self) -> list[Row]:
         """Return the reference solutions behind the student's prompts, rendered once."""
         if not self._references:
             self._references = [
@@ -154,8 +313,7 @@ class Probe:
 
     def _accuracy(self) -> float | None:
         """Return the mean reward of gradable completions; None where none is."""
-        sampling = self._config.rollout.model_copy(update={"group_size": self._config.probe.sampling_k})
-        groups = self._driver.rollout(self._problems, sampling, seed=derive_seed(self._config.seed, "probe"))
+        groups = self._sample()
         rewards = [attempt.reward for group in groups for attempt in group.trajectories if attempt.reward is not None]
         return float(np.mean(rewards)) if rewards else None
 
@@ -195,7 +353,7 @@ def _row(prompt: tuple[int, ...], completion: tuple[int, ...], teacher_prompt: t
         teacher_prompt=teacher_prompt,
         completion=completion,
         sampler_logprobs=(),
-        component="",
+        components=("reference",),
         ratio=0.0,
         group=0,
     )

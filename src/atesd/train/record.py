@@ -21,26 +21,34 @@ Traits = Callable[[Problem, str], dict[str, bool]]
 
 
 def batch_metrics(
-    groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], traits: Traits
+    groups: Sequence[Group], routes: Sequence[Route], rows: Sequence[Row], traits: Traits
 ) -> dict[str, float]:
     """Describe the completions, rewards, routes and exposure of a generation batch."""
+    ratios = [row.ratio for row in rows if "distil" in row.components]
     attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
     turns = [trajectory.turns[-1] for _, trajectory in attempts]
     rewards = [trajectory.reward for _, trajectory in attempts]
     graded = [reward for reward in rewards if reward is not None]
     truncated = sum(turn.stop is StopReason.LENGTH for turn in turns)
+    uniform = [len(set(group.rewards)) == 1 for group in groups]
     metrics = {
         "rollout/length_mean": float(np.mean([len(turn.completion_ids) for turn in turns])),
         "rollout/eos_frac": 1.0 - truncated / len(turns),
         "rollout/truncated": float(truncated),
         "reward/ungradable": float(len(rewards) - len(graded)),
         "optim/tokens": float(sum(len(turn.completion_ids) for turn in turns)),
-        "exposure/ratio": float(np.mean(ratios)),
-        "exposure/ratio_min": min(ratios),
-        "exposure/ratio_max": max(ratios),
-        "route/distil_groups": float(sum(route is Route.DISTIL for route in routes)),
-        "route/nll_groups": float(sum(route is Route.NLL for route in routes)),
+        "reward/ungradable_groups": float(sum(not group.rewards for group in groups)),
+        "reward/uniform_groups": float(sum(uniform)),
     }
+    for component in ("distil", "rl", "nll"):
+        metrics[f"route/{component}_groups"] = float(sum(component in route.components for route in routes))
+    metrics["route/skip_groups"] = float(sum(route is Route.SKIP for route in routes))
+    if ratios:
+        metrics |= {
+            "exposure/ratio": float(np.mean(ratios)),
+            "exposure/ratio_min": min(ratios),
+            "exposure/ratio_max": max(ratios),
+        }
     if graded:
         metrics["reward/mean"] = float(np.mean(graded))
     found = [traits(problem, trajectory.turns[-1].text) for problem, trajectory in attempts]
@@ -75,6 +83,8 @@ def rollout_rows(
             "problem": group.problem.problem,
             "level": group.problem.level,
             "route": str(route),
+            "components": list(row.components),
+            "advantage": round(row.advantage, 6),
             "ratio": row.ratio,
             "hint": hints.text(group.problem, row.ratio) if row.teacher_prompt else "",
             "student_prompt": renderer.prompt_text(row.student_prompt),

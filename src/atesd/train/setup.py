@@ -12,18 +12,20 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atesd.config import RunConfig
+from atesd.config import RunConfig, TeacherConfig
 from atesd.curriculum import Curriculum
 from atesd.envs.single_turn import SingleTurn
-from atesd.exposure.controller import Controller
+from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.exposure.reveal import segmentation_warning
+from atesd.losses.target import Extrapolate
 from atesd.rollout.driver import Driver
 from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
-from atesd.routing import Router
+from atesd.routing import Guarded, Router
 from atesd.seeds import derive_seed
 from atesd.tasks.base import Task
+from atesd.train.credit import Credit
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.model import context_length, load
 from atesd.train.optim import build_optimizer, learning_rate_factor
@@ -52,6 +54,7 @@ class Parts:
     scheduler: torch.optim.lr_scheduler.LambdaLR
     controller: Controller
     router: Router
+    credit: Credit
     curriculum: Curriculum
     probe: Probe
 
@@ -81,22 +84,55 @@ def assemble(config: RunConfig) -> Parts:
     problems, dropped = _fitting(config, hints, train, model)
     _warn_about_segments(config, problems)
     teacher = Teacher(config.teacher, model)
+    base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
+    gate = config.gate
     optimizer = build_optimizer(config.optim, model)
     updates = config.step.num_steps * config.step.updates_per_batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: learning_rate_factor(config.optim, update, updates)
     )
-    student = Student(model, config.loss, config.target.build(), config.rollout.temperature)
+    student = Student(model, config.loss)
     student, optimizer = accelerator.prepare(student, optimizer)
     stepper = Stepper(
         accelerator=accelerator,
         student=student,
         teacher=teacher,
+        base=base,
         optimizer=optimizer,
         scheduler=scheduler,
-        gate=config.gate.build(),
+        gate=gate,
+        selection=config.selection,
         config=config,
         pad_id=renderer.pad_id,
+    )
+    probe = Probe(
+        task.probe(),
+        model=model,
+        teacher=teacher,
+        hints=hints,
+        renderer=renderer,
+        driver=driver,
+        config=config,
+        training=problems,
+        base=base,
+    )
+    credit = Credit(
+        model=model,
+        stepper=stepper,
+        optimizer=optimizer,
+        gate=gate,
+        hints=hints,
+        references=probe.reference_rows,
+        config=config,
+    )
+    probe.credit = credit
+    facts = RunFacts(
+        total_steps=config.step.num_steps,
+        seed=derive_seed(config.seed, "exposure"),
+        teacher_frozen=teacher.frozen,
+        strength=config.target.strength,
+        cliff=config.cliff,
+        c=config.cliff_c,
     )
     return Parts(
         model=model,
@@ -112,21 +148,19 @@ def assemble(config: RunConfig) -> Parts:
         stepper=stepper,
         optimizer=optimizer,
         scheduler=scheduler,
-        controller=config.exposure.build(
-            config.step.num_steps, derive_seed(config.seed, "exposure"), teacher_frozen=teacher.frozen
-        ),
-        router=config.routing.build(),
-        curriculum=config.curriculum.build(len(problems), config.seed),
-        probe=Probe(
-            task.probe(),
-            model=model,
-            teacher=teacher,
-            hints=hints,
-            renderer=renderer,
-            driver=driver,
-            config=config,
-        ),
+        controller=config.exposure.build(facts),
+        router=_router(config),
+        credit=credit,
+        curriculum=config.curriculum.build([problem.id for problem in problems], config.step.problems, config.seed),
+        probe=probe,
     )
+
+
+def _router(config: RunConfig) -> Router:
+    """Return the router, with lambda capped where the target asks for it."""
+    router = config.routing.build(config.cliff, config.cliff_c)
+    guarded = isinstance(config.target, Extrapolate) and config.target.guard
+    return Guarded(router, config.cliff, config.cliff_c) if guarded else router
 
 
 def sampling_side(

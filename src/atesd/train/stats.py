@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from atesd.gates import Gate
+from atesd.losses.policy import PolicyValues
 from atesd.train.batch import Row
 from atesd.types import TokenStats
 
@@ -20,6 +22,15 @@ class RowStats:
 
     stats: TokenStats
     weight_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """How the distilled tokens of a micro-batch listen, each [N]: 0/1 selection and gate."""
+
+    stats: TokenStats
+    selection_N: Tensor
+    gate_N: Tensor
 
 
 @dataclass(slots=True)
@@ -48,14 +59,42 @@ def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(TokenStats)))
 
 
+def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float]:
+    """Describe selection and gate over all distilled tokens of an update."""
+    stats = concatenate([part.stats for part in parts])
+    selection_N, gate_N = (torch.cat([getattr(part, name) for part in parts]) for name in ("selection_N", "gate_N"))
+    return {
+        "gate/kept_frac": _mean(selection_N),
+        "gate/mean": _mean(selection_N * gate_N),
+        **gate.metrics(stats),
+    }
+
+
+def policy_metrics(parts: Sequence[PolicyValues]) -> dict[str, float]:
+    """Describe ratios, clips and corrections over all reinforced tokens of an update."""
+    return {
+        f"rl/{name}": _mean(torch.cat([getattr(part, column) for part in parts]))
+        for name, column in (
+            ("ratio", "ratio_N"),
+            ("clip_frac", "clipped_N"),
+            ("sampler_weight", "weight_N"),
+            ("kl", "kl_N"),
+        )
+    }
+
+
 def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
-    """Summarise divergence, mismatch and confidence over the distilled tokens, in all and per exposure bin."""
-    distilled = [index for index in sorted(scored) if rows[index].component == "distil"]
-    if not distilled:
+    """Summarise the student over all scored tokens, and the distilled ones in all and per exposure bin."""
+    if not scored:
         return {}
+    stats = concatenate([scored[index].stats for index in sorted(scored)])
+    metrics = {"student/entropy": _mean(stats.student_entropy), "student/confidence": _mean(stats.student_max_prob)}
+    distilled = [index for index in sorted(scored) if "distil" in rows[index].components]
+    if not distilled:
+        return metrics
     stats = concatenate([scored[index].stats for index in distilled])
     first = torch.stack([scored[index].stats.divergence[0] for index in distilled])
-    metrics = {
+    metrics |= {
         "loss/clip_frac": _mean(stats.clip_frac),
         "loss/clipped_mass": _mean(stats.clipped_mass),
         "loss/reversed_frac": _mean(stats.reversed),
@@ -63,8 +102,6 @@ def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[
         "divergence/mean": _mean(stats.divergence),
         "divergence/p99": _upper_tail(stats.divergence),
         "mismatch/top1": 1.0 - _mean(stats.top1_agree),
-        "student/entropy": _mean(stats.student_entropy),
-        "student/confidence": _mean(stats.student_max_prob),
         "teacher/entropy": _mean(stats.teacher_entropy),
     }
     return metrics | _bin_metrics(rows, scored, distilled)

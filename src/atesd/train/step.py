@@ -1,10 +1,15 @@
-"""One generation batch: forward passes of both roles, losses with global normalisation, backward, optimizer update.
+"""One generation batch: forward passes of all roles, losses with global normalisation, backward, optimizer update.
 
 N scored tokens of a micro-batch, L input positions, H hidden size.
 
-The step knows no method. It turns rows into per-token streams, multiplies them by the gate's weights, and divides by
-counts of the whole update, so cutting the batch into micro-batches changes nothing but memory. A gate that needs
-statistics of the whole batch gets them from a score pass without gradient; otherwise there is one pass.
+The step knows no method. It turns rows into per-token streams, multiplies them by selection, gate and problem weight,
+and divides by counts of the whole update, so cutting the batch into micro-batches changes nothing but memory. A
+selection that needs statistics of the whole update gets them from a score pass without gradient; otherwise there is one
+pass.
+
+    loss = sum over components of coef * sum(weight * value) / count        components: distil, rl, nll
+
+`count` is each component's own, or, where a router sends every group to one component only, that of all together.
 """
 
 from __future__ import annotations
@@ -19,15 +24,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from atesd.config import RunConfig
-from atesd.gates import Gate, Gated, OpenGate, apply_gate, gate_metrics
+from atesd.gates import Gate
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
 from atesd.losses.divergence import LossConfig, Scored, TokenStreams, token_streams
-from atesd.losses.target import Plain, Target
+from atesd.losses.policy import PolicyTokens, policy_values
+from atesd.losses.target import Plain, Target, View
+from atesd.seeds import derive_seed
+from atesd.selection import Selection
 from atesd.train.batch import Row, ViewInput, labels, micro_batches, view_input
 from atesd.train.model import decoder, head
-from atesd.train.stats import StepOutcome, concatenate, logprob_gap, split_rows, stream_metrics
+from atesd.train.stats import (
+    Listening,
+    StepOutcome,
+    concatenate,
+    listening_metrics,
+    logprob_gap,
+    policy_metrics,
+    split_rows,
+    stream_metrics,
+)
 from atesd.train.teacher import Teacher
-from atesd.types import TokenStats
 
 
 class NonFiniteError(RuntimeError):
@@ -37,28 +53,42 @@ class NonFiniteError(RuntimeError):
 class Student(nn.Module):
     """The trained model as one module from ids to per-token streams, so that wrappers see the whole forward pass."""
 
-    def __init__(self, model: nn.Module, loss: LossConfig, target: Target, temperature: float) -> None:
+    def __init__(self, model: nn.Module, loss: LossConfig) -> None:
         super().__init__()
         self.model = model
         self._loss = loss
-        self._target = target
-        self._temperature = temperature
 
-    def forward(self, inputs: ViewInput, labels_N: Tensor, views: Sequence[Scored]) -> TokenStreams:
-        """Return the divergence and log-probability streams against the teacher views.
+    def forward(
+        self,
+        inputs: ViewInput,
+        labels_N: Tensor,
+        views: Sequence[Scored],
+        target: Target,
+        temperature: float,
+        old_logprob_N: Tensor | None = None,
+    ) -> TokenStreams:
+        """Return the divergence and log-probability streams against the target made of the teacher views.
 
-        Without a view the log-probabilities are those of temperature 1, and the divergence is 0.
+        Without a view the divergence is 0, and `temperature` is the log-probabilities' own.
         """
         student = scored_hidden(self.model, inputs)
         if not views:
-            return label_streams(student, labels_N, self._loss)
-        return token_streams(student, views, labels_N, self._loss, target=self._target, temperature=self._temperature)
+            return label_streams(student, labels_N, self._loss, temperature)
+        return token_streams(
+            student,
+            views,
+            labels_N,
+            self._loss,
+            target=target,
+            temperature=temperature,
+            old_logprob_N=old_logprob_N,
+        )
 
 
-def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig) -> TokenStreams:
-    """Score labels at temperature 1 without a teacher: the student itself stands in for the view."""
+def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float = 1.0) -> TokenStreams:
+    """Score labels without a teacher: the student itself stands in for the view."""
     plain = LossConfig(tile_tokens=tiles.tile_tokens, tile_vocab=tiles.tile_vocab)
-    return token_streams(student, [student], labels_N, plain, target=Plain(), temperature=1.0)
+    return token_streams(student, [detached(student)], labels_N, plain, target=Plain(), temperature=temperature)
 
 
 def scored_hidden(model: nn.Module, inputs: ViewInput) -> Scored:
@@ -79,15 +109,23 @@ def detached(scored: Scored) -> Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows of one micro-batch, all of one component, by their index in the generation batch."""
+class MicroBatch:
+    """Rows that go through the model together, all of the same components, by their index in the generation batch."""
 
     indices: tuple[int, ...]
     rows: tuple[Row, ...]
 
     @property
-    def component(self) -> str:
-        return self.rows[0].component
+    def components(self) -> tuple[str, ...]:
+        return self.rows[0].components
+
+    @property
+    def distils(self) -> bool:
+        return "distil" in self.components
+
+    @property
+    def completions(self) -> list[tuple[int, ...]]:
+        return [row.completion for row in self.rows]
 
     @property
     def lengths(self) -> list[int]:
@@ -96,6 +134,10 @@ class _Batch:
     def numbering(self, device: torch.device) -> Tensor:
         """Number each token's row."""
         return torch.repeat_interleave(torch.tensor(self.lengths)).to(device)
+
+    def spread(self, values: Sequence[float], device: torch.device) -> Tensor:
+        """Give every token its row's number."""
+        return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
 
 
 class Stepper:
@@ -107,9 +149,11 @@ class Stepper:
         accelerator: Accelerator,
         student: nn.Module,
         teacher: Teacher,
+        base: Teacher | None,
         optimizer: Any,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         gate: Gate,
+        selection: Selection,
         config: RunConfig,
         pad_id: int,
     ) -> None:
@@ -117,56 +161,91 @@ class Stepper:
         self._student = student
         self._model = cast("Student", accelerator.unwrap_model(student)).model
         self._teacher = teacher
+        self._base = base
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._gate = gate
+        self._selection = selection
         self._config = config
-        self._pad_id = pad_id
+        self.pad_id = pad_id
+        self._target: Target = Plain()
+        self._old: dict[int, Tensor] = {}
 
-    def optimize(self, rows: Sequence[Row]) -> StepOutcome:
+    def optimize(self, rows: Sequence[Row], target: Target | None = None) -> StepOutcome:
         """Train on the rows of one generation batch. NonFiniteError stops before the weights move."""
         outcome = StepOutcome()
+        self._target = self._config.target if target is None else target
         # Dropout stays inactive (as in OPSD's code); only checkpointed activations need transformers' training mode.
         self._model.train(self._config.model.gradient_checkpointing)
         size = -(-len(rows) // self._config.step.updates_per_batch)
-        for start in range(0, len(rows), size):
-            batches = self._cut(rows, range(start, min(start + size, len(rows))))
-            if batches:
-                self._update(batches, outcome)
+        parts = [self.cut(rows, range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        self._remember_old([batch for part in parts for batch in part])
+        for part in parts:
+            if part:
+                self._update(part, outcome)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
         if self._config.loss.temperature_student in (None, self._config.rollout.temperature):
             outcome.metrics |= logprob_gap(rows, outcome.rows)
         return outcome
 
-    def _update(self, batches: Sequence[_Batch], outcome: StepOutcome) -> None:
-        """Make one optimizer update. Every component is divided by its own count over all micro-batches."""
-        gates = self._score(batches) if self._gate.needs_batch else [None] * len(batches)
-        counts = self._normalisers(batches, gates)
-        aggregate = self._config.loss.aggregate
+    def _update(self, batches: Sequence[MicroBatch], outcome: StepOutcome) -> None:
+        """Make one optimizer update. Every component is divided by its count over all micro-batches."""
+        outcome.add("optim/micro_batches", len(batches))
+        selections = self._select(batches)
+        counts = self._counts(batches, selections)
         losses: dict[str, float] = {}
-        listened: list[tuple[TokenStats, Gated]] = []
-        for batch, scored in zip(batches, gates, strict=True):
-            if not counts[batch.component]:
+        heard: list[Listening] = []
+        policies = []
+        for batch, selection_N in zip(batches, selections, strict=True):
+            active = [name for name in batch.components if counts.get(name)]
+            if not active:
                 continue
             streams = self._streams(batch)
-            gated = scored or self._gated(batch, streams.stats)
-            if batch.component == "distil":
-                listened.append((streams.stats, gated))
-            values_N = streams.divergence_N if batch.component == "distil" else -streams.logprob_N
-            weights_N = aggregate_weights(
-                gated.weights_N, gated.selection_N, batch.numbering(values_N.device), aggregate
-            )
-            loss = combine({batch.component: Component(values_N, weights_N, counts[batch.component])})
+            parts: dict[str, Component] = {}
+            device = streams.logprob_N.device
+            weights_N = torch.ones_like(streams.stats.student_logprob)
+            if "distil" in active:
+                gate_N = self._gate.weights(streams.stats).detach()
+                weights_N = selection_N * gate_N * batch.spread([row.weight for row in batch.rows], device)
+                heard.append(Listening(streams.stats, selection_N, gate_N))
+                values_N = self._gate.values(streams)
+                parts["distil"] = self._component("distil", batch, values_N, weights_N, selection_N, counts)
+            if "rl" in active:
+                policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._config.rl)
+                policies.append(policy)
+                every_N = torch.ones_like(selection_N)
+                parts["rl"] = self._component("rl", batch, policy.loss_N, every_N, every_N, counts)
+            if "nll" in active:
+                every_N = torch.ones_like(selection_N)
+                parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
+            loss = combine(parts)
             self._accelerator.backward(loss)
-            losses[batch.component] = losses.get(batch.component, 0.0) + float(loss.detach())
-            outcome.rows |= zip(batch.indices, split_rows(streams.stats, gated.weights_N, batch.lengths), strict=True)
-        outcome.add("optim/micro_batches", len(batches))
-        if listened:
-            outcome.metrics |= gate_metrics(self._gate, *_whole(listened))
+            for name, part in parts.items():
+                losses[name] = losses.get(name, 0.0) + float(combine({name: part}).detach())
+            outcome.rows |= zip(batch.indices, split_rows(streams.stats, weights_N, batch.lengths), strict=True)
+        if heard:
+            outcome.metrics |= listening_metrics(self._gate, heard)
+        if policies:
+            outcome.metrics |= policy_metrics(policies)
         if losses:
             self._move(losses, outcome)
         else:
             outcome.add("optim/empty_updates", 1)
+
+    def _component(
+        self,
+        name: str,
+        batch: MicroBatch,
+        values_N: Tensor,
+        weights_N: Tensor,
+        selection_N: Tensor,
+        counts: Mapping[str, float],
+    ) -> Component:
+        """Weigh one component's tokens by its aggregate and coefficient."""
+        aggregate = self._config.rl.aggregate if name == "rl" else self._config.loss.aggregate
+        if aggregate != "constant":
+            weights_N = aggregate_weights(weights_N, selection_N, batch.numbering(values_N.device), aggregate)
+        return Component(values_N, self._config.routing.coefs.get(name, 1.0) * weights_N, counts[name])
 
     def _move(self, losses: Mapping[str, float], outcome: StepOutcome) -> None:
         """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
@@ -186,59 +265,133 @@ class Stepper:
         self._optimizer.zero_grad()
         self._teacher.update()
 
-    def _streams(self, batch: _Batch) -> TokenStreams:
-        """Run the teacher, then the student, whose graph must not see the teacher's weights in place."""
+    def _streams(self, batch: MicroBatch) -> TokenStreams:
+        """Run the teacher views, then the student, whose graph must not see the teacher's weights in place."""
         device = self._accelerator.device
-        completions = [row.completion for row in batch.rows]
-        views = []
-        if batch.component == "distil":
-            with self._teacher.in_place():
-                prompts = [row.teacher_prompt for row in batch.rows]
-                views = [detached(scored_hidden(self._model, view_input(prompts, completions, self._pad_id, device)))]
-        inputs = view_input([row.student_prompt for row in batch.rows], completions, self._pad_id, device)
-        streams: TokenStreams = self._student(inputs, labels(completions, device), views)
+        views = [self.view(batch, view) for view in self._target.views] if batch.distils else []
+        inputs = view_input([row.student_prompt for row in batch.rows], batch.completions, self.pad_id, device)
+        old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old and batch.distils else None
+        temperature = 1.0 if batch.components == ("nll",) else self._temperature(batch)
+        streams: TokenStreams = self._student(
+            inputs, labels(batch.completions, device), views, self._target, temperature, old_N
+        )
         return streams
 
-    def _cut(self, rows: Sequence[Row], part: range) -> list[_Batch]:
-        """Cut rows into micro-batches of one component each; rows on no component are left out."""
+    def view(self, batch: MicroBatch, view: View) -> Scored:
+        """Return what a view makes of the completions: the base reads no hint and has the step-0 weights."""
+        weights = self._base if view == "base" else self._teacher
+        assert weights is not None, "a target with a base view was built without the base weights"
+        with weights.in_place():
+            return detached(self._hidden([row.prompt(view) for row in batch.rows], batch.completions))
+
+    def teacher_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scored:
+        """Run the teacher over any prompts."""
+        with self._teacher.in_place():
+            return detached(self._hidden(prompts, completions))
+
+    def _hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scored:
+        return scored_hidden(self._model, view_input(prompts, completions, self.pad_id, self._accelerator.device))
+
+    def _temperature(self, batch: MicroBatch) -> float:
+        """Return the sampling temperature; without a teacher the student's own, where one is set."""
+        own = self._config.loss.temperature_student
+        return self._config.rollout.temperature if batch.distils or own is None else own
+
+    def _remember_old(self, batches: Sequence[MicroBatch]) -> None:
+        """Score the completions under the weights that the step begins with, where several updates follow."""
+        self._old = {}
+        if len(batches) == 0 or self._config.step.updates_per_batch == 1:
+            return
+        if self._config.loss.divergence.kind != "sampled" and not self._config.routing.reinforces:
+            return
+        for batch in batches:
+            logprob_N = self._logprobs(batch)
+            self._old |= zip(batch.indices, logprob_N.split_with_sizes(batch.lengths), strict=True)
+
+    def _logprobs(self, batch: MicroBatch) -> Tensor:
+        """Return log-probabilities of the sampled tokens under the weights in place, without a hint or gradient."""
+        temperature = self._config.loss.temperature_student or self._config.rollout.temperature
+        label_N = labels(batch.completions, self._accelerator.device)
+        with torch.no_grad():
+            hidden = self._hidden([row.student_prompt for row in batch.rows], batch.completions)
+            return label_streams(hidden, label_N, self._config.loss, temperature).stats.student_logprob
+
+    def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
+        """Collect what the reinforcement branch reads."""
+        device = streams.logprob_N.device
+        now_N = streams.logprob_N.detach()
+        old_N = torch.cat([self._old[index] for index in batch.indices]).to(now_N.dtype) if self._old else now_N
+        sampled = [value for row in batch.rows for value in row.sampler_logprobs]
+        reference_N = None
+        if self._config.rl.kl_coef:
+            assert self._base is not None, "a KL term was built without the base weights"
+            with self._base.in_place():
+                reference_N = self._logprobs(batch).to(now_N.dtype)
+        return PolicyTokens(
+            advantage_N=batch.spread([row.advantage for row in batch.rows], device).to(now_N.dtype),
+            old_logprob_N=old_N,
+            sampler_logprob_N=torch.tensor(sampled, dtype=now_N.dtype, device=device),
+            reference_logprob_N=reference_N,
+            sequence_N=batch.numbering(device),
+        )
+
+    def cut(self, rows: Sequence[Row], part: range | None = None) -> list[MicroBatch]:
+        """Cut rows, or a part of them, into micro-batches of the same components; rows without one are left out."""
+        part = range(len(rows)) if part is None else part
         batches = []
-        for component in ("distil", "nll"):
-            indices = [index for index in part if rows[index].component == component]
+        kinds = sorted({rows[index].components for index in part if rows[index].components})
+        for components in kinds:
+            indices = [index for index in part if rows[index].components == components]
             chosen = [rows[index] for index in indices]
             for members in micro_batches(chosen, self._config.step.token_budget):
-                batches.append(_Batch(tuple(indices[m] for m in members), tuple(chosen[m] for m in members)))
+                batches.append(MicroBatch(tuple(indices[m] for m in members), tuple(chosen[m] for m in members)))
         return batches
 
-    def _score(self, batches: Sequence[_Batch]) -> list[Gated | None]:
-        """Take the gate over the statistics of all distilled tokens of the update, without gradient."""
-        distilled = [batch for batch in batches if batch.component == "distil"]
-        if not distilled:
-            return [None] * len(batches)
+    def _select(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient."""
+        device = self._accelerator.device
+        every = [torch.ones(sum(batch.lengths), device=device) for batch in batches]
+        distilled = [index for index, batch in enumerate(batches) if batch.distils]
+        if not distilled or not self._selection.needs_batch:
+            return every
         with torch.no_grad():
-            whole = concatenate([self._streams(batch).stats for batch in distilled])
-        gated = apply_gate(self._gate, whole)
-        sizes = [sum(batch.lengths) for batch in distilled]
-        pieces = zip(gated.selection_N.split_with_sizes(sizes), gated.weights_N.split_with_sizes(sizes), strict=True)
-        gates = {batch.indices: Gated(*piece) for batch, piece in zip(distilled, pieces, strict=True)}
-        return [gates.get(batch.indices) for batch in batches]
+            whole = concatenate([self._streams(batches[index]).stats for index in distilled])
+        seed = derive_seed(self._config.seed, "selection", self._scheduler.last_epoch)
+        selected = self._selection.select(whole, seed).detach()
+        pieces = selected.split_with_sizes([sum(batches[index].lengths) for index in distilled])
+        for index, piece in zip(distilled, pieces, strict=True):
+            every[index] = piece
+        return every
 
-    def _gated(self, batch: _Batch, stats: TokenStats) -> Gated:
-        """Gate a micro-batch by its own statistics. A gate that selects tokens needs the whole batch, so all count."""
-        return apply_gate(self._gate if batch.component == "distil" else OpenGate(), stats)
+    def _counts(self, batches: Sequence[MicroBatch], selections: Sequence[Tensor]) -> dict[str, float]:
+        """Count what each component is divided by; a component that could not move anything is left out.
 
-    def _normalisers(self, batches: Sequence[_Batch], gates: Sequence[Gated | None]) -> dict[str, float]:
-        """Count what each component is divided by: selected tokens, or sequences with a selected token."""
+        That is one without a selected token, without a problem of positive weight, with coefficient 0, or, for `rl`,
+        without any advantage or KL term.
+        """
         counts: dict[str, float] = {}
-        for batch, gated in zip(batches, gates, strict=True):
-            selection_N = torch.ones(sum(batch.lengths)) if gated is None else gated.selection_N.cpu()
-            count = selected_units(selection_N, batch.numbering(torch.device("cpu")), self._config.loss.aggregate)
-            counts[batch.component] = counts.get(batch.component, 0.0) + count
-        return counts
+        live: set[str] = set()
+        for batch, selection_N in zip(batches, selections, strict=True):
+            for name in batch.components:
+                counts[name] = counts.get(name, 0.0) + self._units(name, batch, selection_N)
+                if self._can_move(name, batch):
+                    live.add(name)
+        if self._config.routing.shared:
+            counts = dict.fromkeys(counts, sum(counts.values()))
+        return {name: count for name, count in counts.items() if name in live}
 
+    def _units(self, name: str, batch: MicroBatch, selection_N: Tensor) -> float:
+        numbering = batch.numbering(torch.device("cpu"))
+        if name == "distil":
+            return selected_units(selection_N.cpu(), numbering, self._config.loss.aggregate)
+        aggregate = self._config.rl.aggregate if name == "rl" else self._config.loss.aggregate
+        if aggregate == "constant":
+            return float(len(batch.rows) * self._config.rollout.max_new_tokens)
+        return selected_units(torch.ones(sum(batch.lengths)), numbering, aggregate)
 
-def _whole(parts: Sequence[tuple[TokenStats, Gated]]) -> tuple[TokenStats, Gated]:
-    """Join statistics and gates of micro-batches."""
-    gates = [gated for _, gated in parts]
-    return concatenate([stats for stats, _ in parts]), Gated(
-        torch.cat([gated.selection_N for gated in gates]), torch.cat([gated.weights_N for gated in gates])
-    )
+    def _can_move(self, name: str, batch: MicroBatch) -> bool:
+        if self._config.routing.coefs.get(name, 1.0) == 0:
+            return False
+        if name == "rl":
+            return self._config.rl.kl_coef > 0 or any(row.advantage for row in batch.rows)
+        return name == "nll" or any(row.weight for row in batch.rows)

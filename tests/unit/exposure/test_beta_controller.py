@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from atesd.exposure.beta_config import BetaConfig
-from atesd.exposure.controller import Controller
+from atesd.exposure.controller import Controller, RunFacts
 from atesd.types import Observation
 
 from support.exposure_toy import Toy, average, final_mean
 
 
 def build(steps: int = 100, seed: int = 0, frozen: bool = True, **fields: Any) -> Controller:
-    return BetaConfig(**({"lambda_gt": 0.0} | fields)).build(steps, seed, frozen)
+    return BetaConfig(**({"lambda_gt": 0.0} | fields)).build(RunFacts(steps, seed, frozen))
 
 
 def keys(controller: Controller, step: int) -> list[str]:

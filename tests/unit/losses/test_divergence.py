@@ -464,8 +464,12 @@ def test_statistics(config: LossConfig) -> None:
 class Extrapolated:
     """1.5 log p_first - 0.5 log p_second: a target that needs a normaliser of its own."""
 
-    num_views = 2
+    views = ("teacher", "base")
     is_first_view = False
+    strength = 1.5
+
+    def at(self, strength: float) -> Extrapolated:
+        return self
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         return 1.5 * log_views[0] - 0.5 * log_views[1]
@@ -474,7 +478,6 @@ class Extrapolated:
 @pytest.mark.parametrize("config", [
     *(LossConfig(divergence=kind) for kind in KINDS), LossConfig(clip="pointwise"),
     LossConfig(divergence=ReverseKL(), top_k=4, tail=True), LossConfig(divergence=JSD(beta=0.3), top_k=4),
-    LossConfig(divergence=SampledToken()),
 ])  # fmt: skip
 def test_a_target_of_two_views(config: LossConfig) -> None:
     student, first, labels = make()
@@ -502,6 +505,49 @@ def test_a_target_of_two_views(config: LossConfig) -> None:
         torch.testing.assert_close(getattr(streams.stats, name), getattr(plain, name))
     for name in ("clip_frac", "clipped_mass", "reversed"):
         torch.testing.assert_close(getattr(streams.stats, name), getattr(single.stats, name))
+
+
+def test_the_sampled_token_loss_takes_a_target_without_its_constant() -> None:
+    student, first, labels = make()
+    second = make(bias=False)[1]
+    streams = token_streams(
+        student, [first, second], labels, LossConfig(divergence=SampledToken()), target=Extrapolated(), temperature=1.2
+    )
+    log_q, log_t, log_b = (
+        logits_of(role, 1.2).log_softmax(-1).gather(1, labels[:, None])[:, 0] for role in (student, first, second)
+    )
+    advantage = (1.5 * log_t - 0.5 * log_b - log_q).detach()
+    torch.testing.assert_close(streams.divergence_N, -advantage * log_q)
+    for tensor, expected in zip(
+        torch.autograd.grad(streams.divergence_N.sum(), parameters(student)),
+        torch.autograd.grad((-advantage * log_q).sum(), parameters(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_the_sampled_token_loss_weighs_by_the_truncated_ratio_and_keeps_the_old_advantage() -> None:
+    # q = (.5, .5), p = (.8, .2); old probabilities .25, .4, .05 give ratios 2, 1.25 and 10, the last cut at 5.
+    student, teacher = from_logits([[0.0, 0.0]] * 3), from_logits(torch.tensor([[0.8, 0.2]] * 3).double().log())
+    labels, old = torch.tensor([0, 1, 0]), torch.tensor([0.25, 0.4, 0.05]).double().log()
+    streams = token_streams(
+        student, [teacher], labels, LossConfig(divergence=SampledToken()), target=Plain(), temperature=1.0,
+        old_logprob_N=old,
+    )  # fmt: skip
+    weights = torch.tensor([2.0 * np.log(0.8 / 0.25), 1.25 * np.log(0.2 / 0.4), 5.0 * np.log(0.8 / 0.05)])
+    torch.testing.assert_close(streams.divergence_N, -weights * np.log(0.5))
+    streams.divergence_N.sum().backward()
+    sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    torch.testing.assert_close(student.hidden_NH.grad, -0.5 * weights[:, None] * sign)
+    assert streams.stats.clip_frac.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reverse_kl_of_the_statistics_is_that_of_the_first_view(kind: Divergence) -> None:
+    student, teacher, labels = make()
+    stats = run(student, teacher, labels, LossConfig(divergence=kind, tile_vocab=4), temperature=1.0).stats
+    q, p = (logits_of(role).log_softmax(-1).exp() for role in (student, teacher))
+    torch.testing.assert_close(stats.reverse_kl.double(), (q * (q / p).log()).sum(-1).detach(), rtol=1e-6, atol=1e-7)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,0 +1,89 @@
+"""Closed-form exposure: the largest ratio that keeps the wanted lambda on the safe side of the Extrapolation Cliff.
+
+    alpha = max {alpha : lambda*(p(alpha), b, c) >= lambda}
+
+Ours (METHOD 4.5), on the formula of 2605.08737: `cliff.py` says how p and b are measured and interpolated. Where no
+ratio is safe the least one is shown (and the target should be guarded); where all are, or no contract position occurs,
+the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from atesd.cliff import CliffMeter
+from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.schedules import Ratio
+from atesd.exposure.window import HoldClock
+from atesd.types import Config, Measurement, Observation
+
+
+class ClosedForm(Config):
+    """The largest exposure at which the target's lambda is safe, by the section `cliff`; nothing is learned."""
+
+    kind: Literal["closed_form"] = "closed_form"
+    low: Ratio = 0.0
+    """Smallest exposure ratio."""
+    high: Ratio = 1.0
+    """Largest exposure ratio."""
+    hold: int = Field(default=5, ge=1)
+    """Updates that share one ratio; a step without a distilled group does not count."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
+        return self
+
+    def build(self, run: RunFacts) -> Controller:
+        """Return the controller."""
+        return ClosedFormController(self, run)
+
+
+class ClosedFormController:
+    """Reads the ratio off the measured curve at every window boundary."""
+
+    def __init__(self, config: ClosedForm, run: RunFacts) -> None:
+        self._config = config
+        self._strength = run.strength
+        self._meter = CliffMeter(run.cliff, run.c)
+        self._clock = HoldClock(config.hold)
+        self._ratio = config.high
+
+    def propose(
+        self,
+        step: int,  # noqa: ARG002
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
+        """Return the held ratio, computed anew if the window has ended."""
+        if self._clock.ended:
+            self._ratio = self._meter.largest_ratio(self._strength, self._config.low, self._config.high)
+            self._clock.start()
+        return [self._ratio] * len(problem_ids)
+
+    def wants(self, step: int) -> Sequence[Measurement]:
+        """Ask for the contract on its cadence."""
+        return self._meter.wants(step)
+
+    def observe(self, observation: Observation) -> None:
+        """Take in the contract; count the update unless nothing was distilled in it."""
+        self._meter.observe(observation)
+        if observation.step > 0 and observation.stats.get("route/distil_groups", 1.0) > 0:
+            self._clock.tick()
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return what the cliff says at the ratio in force."""
+        return self._meter.metrics(self._ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve and the open window."""
+        return {"meter": self._meter.state_dict(), "held": self._clock.held, "ratio": self._ratio}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._meter.load_state_dict(state["meter"])
+        self._clock.held, self._ratio = state["held"], state["ratio"]

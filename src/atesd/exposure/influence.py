@@ -1,0 +1,123 @@
+"""Influence credit: exposure by what each candidate ratio's gradient would do to the probe, to first order, no delay.
+
+    credit(alpha_k) = <g_probe, P g_k> / sqrt(<g_probe, P g_probe> <g_k, P g_k>)
+
+g_probe is the gradient of the student's hint-free probe NLL, g_k that of the distillation loss with the teacher at
+alpha_k on the completions of the latest step, P Adam's preconditioner: the update -eta P g_k lowers the probe NLL by
+eta <g_probe, P g_k> to first order. At every window boundary the credits enter moving averages c_k; the next ratio is
+
+    alpha = sum_k softmax(z_k / temperature) alpha_k,   z_k = (c_k - mean c) / std c.
+
+Ours (METHOD 2.5). The cosine stands for the bare product because the gradient is clipped to a norm anyway, and
+standardising makes the temperature the same for every model. Measured by `train/credit.py` on
+`probe.credit_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.schedules import Ratio
+from atesd.exposure.window import HoldClock, finite
+from atesd.types import Config, Measurement, Observation
+
+
+class Influence(Config):
+    """Exposure by first-order credit of candidate ratios at each hold window (ours)."""
+
+    kind: Literal["influence"] = "influence"
+    grid: tuple[Ratio, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Candidate ratios; each costs a teacher pass and a partial backward pass a window."""
+    start: Ratio = 0.5
+    """Exposure ratio before the first credit."""
+    hold: int = Field(default=5, ge=1)
+    """Updates that share one ratio; a step without a distilled group does not count."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """Decay of the credits' moving averages, per window."""
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    """Softness of the choice between ratios; towards 0 it takes the best one."""
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Influence:
+        if len(self.grid) < 2 or list(self.grid) != sorted(set(self.grid)):
+            raise ValueError("exposure.grid needs at least two ratios, rising, each once")
+        return self
+
+    def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
+        """Return the controller."""
+        return InfluenceController(self)
+
+
+class InfluenceController:
+    """Averages credits and mixes the candidate ratios by them."""
+
+    def __init__(self, config: Influence) -> None:
+        self._config = config
+        self._clock = HoldClock(config.hold)
+        self._ratio = config.start
+        self._credits: list[float] | None = None
+        self._latest: dict[str, float] = {}
+
+    def propose(
+        self,
+        step: int,  # noqa: ARG002
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
+        """Return the held ratio, mixed anew if the window has ended."""
+        if self._clock.ended:
+            if self._credits is not None:
+                self._ratio = mixed_ratio(self._credits, self._config.grid, self._config.temperature)
+            self._clock.start()
+        return [self._ratio] * len(problem_ids)
+
+    def wants(self, step: int) -> Sequence[Measurement]:
+        """Ask for the credits of all candidates where the window may end."""
+        if step == 0 or not self._clock.may_end:
+            return []
+        return [Measurement("influence", ratio) for ratio in self._config.grid]
+
+    def observe(self, observation: Observation) -> None:
+        """Average the credits in; a candidate without one spoils the whole set, which is then left out."""
+        self._latest = {}
+        wanted = self.wants(observation.step)
+        found = [finite(observation.measured, measurement.key) for measurement in wanted]
+        known = [credit for credit in found if credit is not None]
+        if wanted and len(known) == len(wanted):
+            decay, before = self._config.decay, self._credits or known
+            self._credits = [decay * old + (1 - decay) * new for old, new in zip(before, known, strict=True)]
+            self._latest = {
+                f"exposure/credit/{ratio:g}": credit
+                for ratio, credit in zip(self._config.grid, self._credits, strict=True)
+            }
+        elif wanted and observation.stats.get("route/distil_groups", 1.0) > 0:
+            self._latest = {"exposure/discarded": 1.0}
+        if observation.step > 0 and observation.stats.get("route/distil_groups", 1.0) > 0:
+            self._clock.tick()
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the averaged credits where they were renewed."""
+        return self._latest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return credits and open window."""
+        return {"credits": self._credits, "held": self._clock.held, "ratio": self._ratio, "latest": self._latest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._credits, self._ratio, self._latest = state["credits"], state["ratio"], dict(state["latest"])
+        self._clock.held = state["held"]
+
+
+def mixed_ratio(credits: Sequence[float], grid: Sequence[float], temperature: float) -> float:
+    """Return the softmax-weighted mean of the grid by standardised credits; its plain mean where all are equal."""
+    values = np.asarray(credits, dtype=float)
+    spread = values.std()
+    scores = (values - values.mean()) / spread / temperature if spread > 0 else np.zeros_like(values)
+    weights = np.exp(scores - scores.max())
+    return float(np.clip(weights @ np.asarray(grid) / weights.sum(), 0.0, 1.0))

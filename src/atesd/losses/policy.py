@@ -1,0 +1,125 @@
+"""The on-policy reinforcement branch: group-relative advantages and the clipped surrogate.
+
+    A_i = (R_i - mean R) / (std R + 1e-6)                                  one advantage a completion, 0 if std R is 0
+    r_t = p_S(y_t) / p_old(y_t)
+    loss_t = -w_t min(r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A) + kl_coef k3_t
+    k3_t = exp(d) - d - 1,  d = log p_ref(y_t) - log p_S(y_t)              in expectation KL(p_S || p_ref)
+
+GRPO 2402.03300; `scale = "none"` with `aggregate = "constant"`: Dr.GRPO 2503.20783; eps_high .28, `aggregate = "token"`
+and `zero_variance = "drop"`: DAPO 2503.14476; `ratio = "sequence"`: GSPO 2507.18071; dual clip: 1912.09729 (METHOD 5).
+w_t = min(p_old / p_sampler, importance_clip) corrects for a sampler whose probabilities differ from the trainer's.
+p_old are the weights that the step began with. Deviations: 1. std with ddof 0 (a group of equal rewards is no signal
+whatever ddof); 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from atesd.types import Config
+
+
+class PolicyConfig(Config):
+    """Group-relative policy optimisation (METHOD 5). Defaults: token-level mean, clips .2, no KL."""
+
+    scale: Literal["std", "none"] = "std"
+    """Divide advantages by the group's standard deviation (GRPO), or not (Dr.GRPO)."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens (DAPO), over sequences of their means (GRPO), or a sum divided by sequences times the
+    longest allowed length (Dr.GRPO)."""
+    zero_variance: Literal["keep", "drop"] = "keep"
+    """Whether groups of equal rewards, whose advantage is 0, count in the mean (GRPO) or not (DAPO)."""
+    eps_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far below 1 the ratio counts."""
+    eps_high: Annotated[float, Field(gt=0)] = 0.2
+    """How far above 1 the ratio counts; DAPO's clip-higher is .28."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound of the loss for A < 0: at most -A times this. SDAR's code: 3."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or GSPO's of the sequence: exp of the mean log ratio."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of k3 to the step-0 weights; SDAR uses .01."""
+    importance_clip: Annotated[float, Field(ge=1)] | None = 2.0
+    """Largest weight p_old / p_sampler of a token; unset, no correction."""
+
+
+class PolicyTokens(NamedTuple):
+    """What the branch needs of N tokens besides the student's log-probabilities; all detached."""
+
+    advantage_N: Tensor
+    old_logprob_N: Tensor
+    sampler_logprob_N: Tensor
+    reference_logprob_N: Tensor | None
+    """Under the step-0 weights; only with kl_coef."""
+    sequence_N: Tensor
+    """Number of the token's sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyValues:
+    """Loss per token, differentiable, and detached statistics, each [N]."""
+
+    loss_N: Tensor
+    ratio_N: Tensor
+    clipped_N: Tensor
+    """1 where a clip holds the policy term, whose gradient is then 0."""
+    weight_N: Tensor
+    kl_N: Tensor
+
+
+def group_advantages(rewards: Sequence[float], scale: Literal["std", "none"]) -> list[float]:
+    """Return A_i of one group; all 0 where the rewards are equal."""
+    mean = sum(rewards) / len(rewards)
+    std = sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    if std == 0:
+        return [0.0] * len(rewards)
+    return [(reward - mean) / (std + 1e-6 if scale == "std" else 1.0) for reward in rewards]
+
+
+def policy_values(logprob_N: Tensor, tokens: PolicyTokens, config: PolicyConfig) -> PolicyValues:
+    """Return the loss per token. `logprob_N` carries the gradient."""
+    gap_N = logprob_N - tokens.old_logprob_N
+    if config.ratio == "sequence":
+        # Values of the sequence's mean, gradients of each token times its share (GSPO-token's identity).
+        mean_N = _sequence_mean(gap_N.detach(), tokens.sequence_N)
+        gap_N = mean_N + gap_N - gap_N.detach()
+    ratio_N = gap_N.exp()
+    advantage_N = tokens.advantage_N
+    bounded_N = ratio_N.clamp(1 - config.eps_low, 1 + config.eps_high)
+    gain_N = torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
+    clipped_N = (bounded_N * advantage_N).detach() < (ratio_N * advantage_N).detach()
+    if config.dual_clip is not None:
+        floor_N = config.dual_clip * advantage_N
+        held_N = (advantage_N < 0) & (gain_N.detach() < floor_N)
+        gain_N = torch.where(held_N, floor_N, gain_N)
+        clipped_N = clipped_N | held_N
+    weight_N = torch.ones_like(advantage_N)
+    if config.importance_clip is not None:
+        weight_N = (tokens.old_logprob_N - tokens.sampler_logprob_N).exp().clamp(max=config.importance_clip)
+    kl_N = torch.zeros_like(advantage_N)
+    if tokens.reference_logprob_N is not None:
+        d_N = tokens.reference_logprob_N - logprob_N
+        kl_N = d_N.exp() - d_N - 1
+    return PolicyValues(
+        loss_N=config.kl_coef * kl_N - weight_N * gain_N,
+        ratio_N=ratio_N.detach(),
+        clipped_N=clipped_N.to(advantage_N.dtype),
+        weight_N=weight_N,
+        kl_N=kl_N.detach(),
+    )
+
+
+def _sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    _, index_N = sequence_N.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    totals_S = torch.zeros(int(index_N.max()) + 1, dtype=values_N.dtype, device=values_N.device)
+    counts_S = torch.zeros_like(totals_S)
+    totals_S.scatter_add_(0, index_N, values_N)
+    counts_S.scatter_add_(0, index_N, torch.ones_like(values_N))
+    return (totals_S / counts_S)[index_N]

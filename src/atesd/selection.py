@@ -1,0 +1,131 @@
+"""Selection: which tokens of the student's completions are distilled at all. The loss is a mean over those.
+
+Shapes: N valid completion tokens of all distilled completions of an update; padding never gets here.
+
+TIP, arXiv 2604.14084 (METHOD 6): with h^ and d^ the student's entropy (cut at its 98th percentile) and
+KL(student || teacher), each min-max normalised over the batch,
+
+    entropy      the rho N tokens of largest h^
+    q3           the same by (1 - h^) d^            overconfident and wrong
+    soft_or      the same by h^ + d^ - h^ d^
+    multinomial  rho N tokens drawn without replacement, in proportion to h_norm^a (JSD / ln 2)^g
+
+Scores are detached. Where all scores are equal the normalised ones are 0 and the first tokens win.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal, Protocol, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from atesd.types import Config, TokenStats
+
+
+class Selection(Protocol):
+    """A rule from the statistics of a whole update to a 0/1 choice."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a token's answer depends on others: a score pass over the whole update then precedes the gradient."""
+        ...
+
+    def select(self, stats: TokenStats, seed: int) -> Tensor:
+        """Return 0/1 per token, [N]; the same statistics and seed give the same answer."""
+        ...
+
+
+class SelectAll(Config):
+    """Every token."""
+
+    kind: Literal["all"] = "all"
+
+    needs_batch: ClassVar[bool] = False
+
+    def select(self, stats: TokenStats, seed: int) -> Tensor:  # noqa: ARG002
+        """Select everything."""
+        return torch.ones_like(stats.student_logprob)
+
+
+class TipSelection(Config):
+    """TIP's informative tokens (2604.14084). Ours: the score `q3`, as the paper's thresholds are not published.
+
+    Deviations: 1. the second factor of `multinomial` is the configured divergence, cut at ln 2: the released code's
+    with `loss.divergence.kind = "jsd"`; 2. ties go to the first tokens.
+    """
+
+    kind: Literal["tip"] = "tip"
+    score: Literal["soft_or", "entropy", "q3", "multinomial"] = "soft_or"
+    """By what tokens are ranked, or drawn."""
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """rho: share of the tokens that is kept, at least one; the paper reports .5 and .2."""
+    percentile: Annotated[float, Field(gt=0, le=1)] = 0.98
+    """Quantile at which entropies are cut before they are normalised; 1 cuts nothing."""
+    entropy_power: Annotated[float, Field(ge=0)] = 1.0
+    """a of `multinomial`."""
+    divergence_power: Annotated[float, Field(ge=0)] = 1.0
+    """g of `multinomial`; 0 draws by entropy alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.score == "multinomial" and self.entropy_power == self.divergence_power == 0:
+            raise ValueError("multinomial with both powers 0 draws at random: raise entropy_power or divergence_power")
+        return self
+
+    @property
+    def needs_batch(self) -> bool:
+        """A ratio of 1 keeps everything and needs no ranking."""
+        return self.ratio < 1
+
+    def select(self, stats: TokenStats, seed: int) -> Tensor:
+        """Keep max(1, floor(rho N)) tokens."""
+        count = stats.student_logprob.numel()
+        if count == 0 or self.ratio == 1:
+            return torch.ones_like(stats.student_logprob)
+        kept = max(1, math.floor(count * self.ratio + 1e-9))
+        selected = torch.zeros_like(stats.student_logprob)
+        selected[self._chosen(stats, kept, seed)] = 1.0
+        return selected
+
+    def _chosen(self, stats: TokenStats, kept: int, seed: int) -> Tensor:
+        if self.score != "multinomial":
+            return self.scores(stats).argsort(descending=True, stable=True)[:kept]
+        generator = torch.Generator().manual_seed(seed)
+        weights = self._draw_weights(stats).double().cpu() + 1e-12  # a zero weight may still have to be drawn
+        return torch.multinomial(weights, kept, replacement=False, generator=generator).to(stats.student_logprob.device)
+
+    def scores(self, stats: TokenStats) -> Tensor:
+        """Return what tokens are ranked by, [N], in [0, 1]."""
+        h = min_max(_cut(stats.student_entropy, self.percentile))
+        d = min_max(stats.reverse_kl)
+        match self.score:
+            case "entropy":
+                return h
+            case "q3":
+                return (1 - h) * d
+            case _:
+                return h + d - h * d
+
+    def _draw_weights(self, stats: TokenStats) -> Tensor:
+        largest = stats.student_entropy.max().clamp_min(torch.finfo(torch.float32).tiny)
+        h = (stats.student_entropy / largest).clamp(0, 1)
+        d = (stats.divergence if self.divergence_power else torch.ones_like(h)) / math.log(2)
+        return h**self.entropy_power * d.clamp(0, 1) ** self.divergence_power
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Stretch values to [0, 1]; 0 where all are equal."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def _cut(values: Tensor, percentile: float) -> Tensor:
+    """Cut values at the smallest one that a share `percentile` of them does not exceed."""
+    rank = max(1, math.ceil(percentile * values.numel() - 1e-9))
+    return values.clamp(max=values.kthvalue(rank).values)
+
+
+SelectionConfig = Annotated[SelectAll | TipSelection, Field(discriminator="kind")]

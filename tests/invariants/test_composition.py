@@ -1,0 +1,122 @@
+"""Everything composes: every pair of values runs, what makes no sense is refused, and a sample resumes bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.recipe import build_config
+from atesd.routing import Route
+from atesd.runlog import METRICS, RunDir, is_timing
+from atesd.train.loop import Interrupted, Trainer
+from atesd.types import UserError
+
+from support.composition import AXES, covering, every, legal, pairs, tree
+
+COVERING = covering()
+
+
+def name_of(names: dict[str, str]) -> str:
+    return "-".join(names.values())
+
+
+def train(names: dict[str, str], run: Path) -> list[dict[str, Any]]:
+    Trainer.start(build_config(tree(names)), run).train()
+    return reproducible(run)
+
+
+def reproducible(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
+
+
+def known(key: str) -> bool:
+    """Tell whether the metric table describes a key."""
+    parts = key.split("/")
+    for pattern in METRICS:
+        names = pattern.split("/")
+        head, last = names[:-1], names[-1]
+        if all(name in ("{}", part) for name, part in zip(head, parts, strict=False)) and len(parts) >= len(names):
+            rest = "/".join(parts[len(head) :])
+            if last in ("{}", rest) or ("@" in last and rest.startswith(last.split("@")[0])):
+                return True
+    return False
+
+
+def test_the_covering_array_holds_every_pair_that_makes_sense() -> None:
+    held = set().union(*(pairs(names) for names in COVERING))
+    assert all(legal(names) for names in COVERING)
+    assert held == set().union(*(pairs(names) for names in every() if legal(names)))
+    assert len(COVERING) < 150
+
+
+def test_exactly_the_combinations_that_make_no_sense_are_refused() -> None:
+    """The full product but for the order of problems, which fits everything."""
+    for names in every():
+        if names["curriculum"] != "random":
+            continue
+        if legal(names):
+            build_config(tree(names))
+        else:
+            with pytest.raises(UserError, match="set|remove"):
+                build_config(tree(names))
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("names", COVERING, ids=name_of)
+def test_every_pair_runs(names: dict[str, str], tmp_path: Path) -> None:
+    rows = train(names, tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    unknown = {key for row in rows for key in row if key != "step" and not known(key)}
+    assert not unknown
+    for row in rows[1:]:
+        groups = {name: row[f"route/{name}_groups"] for name in ("distil", "rl", "nll", "skip")}
+        assert sum(groups.values()) >= 4, "every group has a route"
+        assert "loss/total" in row or row.get("optim/empty_updates"), "no silent zero loss"
+        assert ("loss/distil" in row) <= (groups["distil"] > 0)
+        assert ("loss/rl" in row) <= (groups["rl"] > 0)
+        assert all(math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("names", COVERING[::9], ids=name_of)
+def test_a_sample_resumes_bit_for_bit(names: dict[str, str], tmp_path: Path) -> None:
+    whole = train(names, tmp_path / "whole")
+    trainer = Trainer.start(build_config(tree(names)), tmp_path / "cut")
+    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 1)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    Trainer.resume(tmp_path / "cut").train()
+    assert reproducible(tmp_path / "cut") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("names", [names for names in every() if legal(names)], ids=name_of)
+def test_the_full_product_runs(names: dict[str, str], tmp_path: Path) -> None:
+    assert [row["step"] for row in train(names, tmp_path / "run")] == [0, 1, 2]
+
+
+def test_every_route_names_its_components() -> None:
+    assert {route: route.components for route in Route} == {
+        Route.DISTIL: ("distil",),
+        Route.RL: ("rl",),
+        Route.BOTH: ("distil", "rl"),
+        Route.NLL: ("nll",),
+        Route.SKIP: (),
+    }
+
+
+def test_every_kind_of_every_axis_is_here() -> None:
+    """A new method must join the composition."""
+    schema = build_config({}).model_json_schema()
+    for axis, values in AXES.items():
+        field = schema["properties"][axis]
+        refs = [option["$ref"] for option in field.get("oneOf", field.get("anyOf", [field]))]
+        kinds: set[str] = set()
+        for ref in refs:
+            kind = schema["$defs"][ref.rpartition("/")[2]]["properties"]["kind"]
+            kinds |= set(kind.get("enum", [kind.get("const", kind.get("default"))]))
+        assert kinds == {value["kind"] for value in values.values()}, axis

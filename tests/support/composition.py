@@ -1,0 +1,128 @@
+"""The axes of the composition with one or two values each, and which combinations make sense, stated apart from src."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import combinations, product
+from typing import Any
+
+BETA = {"hold": 1, "look_ahead": 1, "decisions_per_update": 1}
+CONTROLLERS: dict[str, dict[str, Any]] = {
+    "fixed": {"kind": "fixed", "ratio": 0.5},
+    "linear": {"kind": "linear"},
+    "cosine": {"kind": "cosine"},
+    "steps": {"kind": "steps", "values": [1.0, 0.25], "boundaries": [1]},
+    "random": {"kind": "random", "hold": 1},
+    "beta": {"kind": "beta", **BETA},
+    "closed_form": {"kind": "closed_form", "hold": 1},
+    "paired": {"kind": "paired", "hold": 1},
+    "difficulty": {"kind": "difficulty", "bins": 2, "policy": BETA},
+    "difficulty_ppl": {"kind": "difficulty", "by": "reference_ppl", "policy": BETA},
+    "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
+    "overlap": {"kind": "overlap", "n": 3},
+}
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "all": {"kind": "all"},
+    "tip": {"kind": "tip"},
+    "tip_multinomial": {"kind": "tip", "score": "multinomial"},
+}
+GATES: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+    "sdar": {"kind": "sdar"},
+    "sdar_centered": {"kind": "sdar", "centered": True},
+    "sdar_multiplier": {"kind": "sdar", "target": "divergence"},
+}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "distil": {"kind": "distil"},
+    "rl": {"kind": "rl"},
+    "both": {"kind": "both"},
+    "hdpo": {"kind": "hdpo"},
+    "retire": {"kind": "retire", "patience": 1, "decay": 0.0, "min_fall": 10.0},
+    "cliff": {"kind": "cliff"},
+    "sft": {"kind": "sft"},
+}
+CURRICULA: dict[str, dict[str, Any]] = {
+    "random": {"kind": "random"},
+    "reverse_ppl": {"kind": "reverse_ppl"},
+    "forward_ppl": {"kind": "forward_ppl"},
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "plain": {"kind": "plain"},
+    "extrapolate": {"kind": "extrapolate", "lambda_x": 1.25},
+    "guarded": {"kind": "extrapolate", "lambda_x": 1.5, "guard": True},
+    "anchor_mix": {"kind": "anchor_mix"},
+    "residual": {"kind": "residual"},
+}
+AXES = {
+    "exposure": CONTROLLERS,
+    "selection": SELECTIONS,
+    "gate": GATES,
+    "routing": ROUTERS,
+    "curriculum": CURRICULA,
+    "target": TARGETS,
+}
+BASE: dict[str, Any] = {
+    "threads": 1,
+    "task": {"kind": "pico", "train_size": 6, "probe_size": 2, "eval_size": 1},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
+    "cliff": {"contract": {"answer": "#", "equals": "="}, "min_hits": 1, "every": 1},
+    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40, "group_size": 2},
+    "optim": {"lr": 1e-3},
+    "step": {"num_steps": 2, "problems": 4},
+    "eval": {"every": 2, "k": 1},
+    "save": {"every": 1, "rollouts_every": 1},
+}
+
+
+def legal(names: dict[str, str]) -> bool:
+    """Say whether a combination, or a part of one, makes sense (docs/method.md, "What composes with what")."""
+    target, router, gate = names.get("target"), names.get("routing"), names.get("gate")
+    extrapolates = target in ("extrapolate", "guarded", None)
+    if (names.get("exposure") == "closed_form" or router == "cliff") and not extrapolates:
+        return False
+    if router == "cliff" and target == "guarded":
+        return False
+    if gate in ("sdar", "sdar_centered") and target not in ("plain", None):
+        return False
+    if gate in ("sdar", "sdar_centered") and (router == "cliff" or names.get("exposure") == "closed_form"):
+        return False
+    idle = router in ("rl", "sft")
+    if idle and names.get("exposure") == "closed_form":
+        return False
+    return not (idle and (gate not in ("none", None) or names.get("selection") not in ("all", None)
+                          or target not in ("plain", None)))  # fmt: skip
+
+
+def tree(names: dict[str, str]) -> dict[str, Any]:
+    """Return the recipe of a combination."""
+    return BASE | {axis: AXES[axis][name] for axis, name in names.items()}
+
+
+def every() -> Iterator[dict[str, str]]:
+    """Return the full product, sensible or not."""
+    for values in product(*AXES.values()):
+        yield dict(zip(AXES, values, strict=True))
+
+
+def pairs(names: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
+    """Return the pairs of values in a combination."""
+    return {frozenset(pair) for pair in combinations(names.items(), 2)}
+
+
+def covering() -> list[dict[str, str]]:
+    """Return sensible combinations that hold every sensible pair of values, chosen greedily.
+
+    A library for covering arrays drops pairs where what makes sense depends on more than two axes.
+    """
+    sensible = [(names, pairs(names)) for names in every() if legal(names)]
+    missing = set().union(*(held for _, held in sensible))
+    order = random.Random(0)
+    rows = []
+    while missing:
+        first = min(missing, key=sorted)
+        holding = [row for row in sensible if first in row[1]]
+        best, held = max(order.sample(holding, min(200, len(holding))), key=lambda row: len(row[1] & missing))
+        rows.append(best)
+        missing -= held
+    return rows

@@ -1,0 +1,167 @@
+"""lambda*: METHOD's table, monotonicity, the fixed point, and what is made of measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import inf, log
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from atesd.cliff import CliffConfig, CliffMeter, contract_class, fixed_point, largest_p, threshold
+from atesd.types import Measurement, Observation, UserError
+
+TABLE = [
+    (0.9, 0.5, 5, 1.771244), (0.99, 0.5, 5, 1.352001), (0.99, 0.9, 5, 1.674544), (0.99, 0.5, 2, 1.151941),
+    (0.999, 0.5, 5, 1.233140), (0.999, 0.5, 1.2, 1.026422), (0.999, 0.9, 5, 1.341911), (0.9999, 0.99, 5, 1.348749),
+    (0.8, 0.6, 3, 2.277249), (0.7, 0.3, 1.2, 1.148303),
+]  # fmt: skip
+INVERSE = [
+    (1.22, 0.5, 5, 0.999337), (1.25, 0.5, 5, 0.998411), (1.25, 0.9, 5, 0.999822), (1.5, 0.5, 5, 0.963677),
+    (1.1, 0.5, 1.2, 0.884733),
+]  # fmt: skip
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+RISING = (0.99, 0.995, 0.994, 0.999, 0.9995)
+probabilities = st.floats(0.01, 0.999)
+
+
+@pytest.mark.parametrize(("p", "b", "c", "expected"), TABLE)
+def test_the_threshold_by_the_table_is_where_the_tails_ratio_equals_the_clip(
+    p: float, b: float, c: float, expected: float
+) -> None:
+    least = threshold(p, b, c)
+    assert least == pytest.approx(expected, abs=1e-6)
+    assert (1 - p) / (1 - fixed_point(p, b, least)) == pytest.approx(c, abs=1e-9)
+
+
+@pytest.mark.parametrize(("strength", "b", "c", "expected"), INVERSE)
+def test_the_largest_p_by_the_table(strength: float, b: float, c: float, expected: float) -> None:
+    assert largest_p(strength, b, c) == pytest.approx(expected, abs=1e-6)
+
+
+def test_with_an_even_base_the_formula_is_the_short_one() -> None:
+    assert threshold(0.97, 0.5, 4) == pytest.approx(log(0.03 / 3.97) / log(0.03 / 0.97))
+
+
+@given(probabilities, probabilities, st.floats(1.05, 20), st.floats(1.001, 1.2))
+def test_the_threshold_falls_with_p_and_rises_with_b_and_c(p: float, b: float, c: float, factor: float) -> None:
+    if p <= b + 1e-3:
+        return
+    least = threshold(p, b, c)
+    assert least > 1
+    assert threshold(1 - (1 - p) / factor, b, c) < least
+    assert threshold(p, b, c * factor) > least
+    assert threshold(p, min(b * factor, (b + p) / 2), c) > least
+    assert largest_p(least, b, c) == pytest.approx(p, abs=1e-9)
+
+
+def test_a_teacher_not_above_the_base_has_no_threshold() -> None:
+    assert threshold(0.4, 0.5, 5) == threshold(0.5, 0.5, 5) == inf
+
+
+def test_a_strength_hardly_above_1_is_safe_almost_everywhere() -> None:
+    assert 1 - largest_p(1.0 + 1e-9, 0.5, 5) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("p", "b", "c", "named"),
+    [(0.0, 0.5, 5, "p = 0.0"), (1.0, 0.5, 5, "p = 1.0"), (0.9, 0.0, 5, "b = 0.0"), (0.9, 90.0, 5, "b = 90.0"),
+     (0.9, 0.5, 1.0, "c = 1.0"), (0.9, 0.5, 0.2, "c = 0.2"), (float("nan"), 0.5, 5, "p = nan"), (0.9, 0.5, inf, "c = inf")],
+)  # fmt: skip
+def test_numbers_outside_the_domain_are_named(p: float, b: float, c: float, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        threshold(p, b, c)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, inf, float("nan")])
+def test_a_strength_that_has_no_largest_p_is_named(strength: float) -> None:
+    with pytest.raises(UserError, match=f"lambda = {strength}"):
+        largest_p(strength, 0.5, 5)
+
+
+def test_the_simulated_fixed_point() -> None:
+    """Descend KL(student || target) over one logit: it settles where the formula says."""
+    assert fixed_point(0.9, 0.6, 1.3) == pytest.approx(0.939046, abs=1e-6)
+
+
+def measured(points: Mapping[str, tuple[float, ...]], *, b: float = 0.5, hits: float = 40.0) -> dict[str, float]:
+    numbers = {}
+    for name, row in points.items():
+        for ratio, p in zip(GRID, row, strict=True):
+            key = Measurement("contract", ratio).key
+            numbers |= {f"{key}/{name}/p": p, f"{key}/{name}/b": b, f"{key}/{name}/hits": hits}
+    return numbers
+
+
+def meter(points: Mapping[str, tuple[float, ...]], **options: float) -> CliffMeter:
+    found = CliffMeter(CliffConfig(min_hits=32), 5.0)
+    found.observe(Observation(0, measured=measured(points, **options)))
+    return found
+
+
+def test_the_closed_form_ratio_by_hand() -> None:
+    """METHOD 4.5: p = (.99, .995, .994, .999, .9995), b .5, c 5, lambda 1.25 gives .681982."""
+    assert meter({"eos": RISING}).largest_ratio(1.25, 0.0, 1.0) == pytest.approx(0.681982, abs=1e-6)
+
+
+def test_a_dip_is_fitted_away_on_logits() -> None:
+    fitted = contract_class("eos", [(ratio, p, 0.5) for ratio, p in zip(GRID, RISING, strict=True)])
+    middle = 0.5 * (log(0.995 / 0.005) + log(0.994 / 0.006))
+    assert fitted.logit_p[1] == fitted.logit_p[2] == pytest.approx(middle)
+    assert fitted.p(0.125) == pytest.approx(1 / (1 + 2.718281828459045 ** -(0.5 * (log(99) + middle))))
+
+
+def test_several_classes_the_most_careful_wins_and_bounds_hold() -> None:
+    both = meter({"eos": RISING, "box": (0.9,) * 5})
+    assert both.largest_ratio(1.25, 0.0, 1.0) == pytest.approx(0.681982, abs=1e-6)
+    assert both.threshold(1.0) == pytest.approx(threshold(0.9995, 0.5, 5))
+    assert meter({"eos": (0.9995,) * 5}).largest_ratio(1.25, 0.1, 0.9) == 0.1
+    assert meter({"eos": (0.9,) * 5}).largest_ratio(1.25, 0.1, 0.9) == 0.9
+    assert meter({"eos": RISING}).largest_ratio(1.25, 0.0, 0.5) == 0.5
+
+
+def test_classes_with_few_positions_are_counted_but_not_used() -> None:
+    few = meter({"eos": RISING}, hits=31.0)
+    assert few.threshold(1.0) == inf
+    assert few.metrics(1.0) == {"cliff/classes": 0.0, "cliff/thin_classes": 1.0}
+    assert few.largest_ratio(1.25, 0.0, 1.0) == 1.0
+
+
+def test_metrics_say_what_the_threshold_is_made_of() -> None:
+    numbers = meter({"eos": RISING, "box": (0.3,) * 5}).metrics(0.75)
+    assert numbers["cliff/lambda_star"] == pytest.approx(threshold(0.999, 0.5, 5))
+    assert numbers["cliff/p/eos"] == pytest.approx(0.999)
+    assert numbers["cliff/b/eos"] == pytest.approx(0.5)
+    assert numbers["cliff/teacher_not_above_base/box"] == 1.0
+    assert numbers["cliff/teacher_not_above_base/eos"] == 0.0
+
+
+def test_a_meter_asks_on_its_cadence_ignores_other_steps_and_is_restored_from_json() -> None:
+    config = CliffConfig(every=10, grid=(0.0, 1.0))
+    asked = CliffMeter(config, 5.0)
+    assert [m.key for m in asked.wants(20)] == ["contract@0.0", "contract@1.0"]
+    assert asked.wants(21) == []
+    known = meter({"eos": RISING})
+    known.observe(Observation(1, measured=measured({"eos": (0.6,) * 5})))
+    assert known.threshold(1.0) == pytest.approx(threshold(0.9995, 0.5, 5))
+    other = CliffMeter(CliffConfig(), 5.0)
+    other.load_state_dict(json.loads(json.dumps(known.state_dict())))
+    assert other.metrics(0.3) == known.metrics(0.3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"contract": {"box": "("}}, "no regular expression"),
+        ({"contract": {"eos": "x"}}, "taken by the end token"),
+        ({"contract": {}, "eos": False}, "at least one forced form"),
+        ({"grid": (1.0, 0.0)}, "ratios that rise"),
+        ({"c": 1.0}, "greater than 1"),
+    ],
+)
+def test_sections_that_make_no_sense_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CliffConfig.model_validate(fields)

@@ -1,0 +1,202 @@
+"""Recipes: dotted overrides, errors that name file and key, and the recipes of this repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.config import RunConfig
+from atesd.exposure.beta_config import BetaConfig
+from atesd.exposure.schedules import Fixed, Uniform
+from atesd.recipe import apply_overrides, build_config, load_config, with_overrides
+from atesd.types import UserError
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+TREE: dict[str, Any] = {"seed": 3, "exposure": {"kind": "fixed", "ratio": 0.25}, "model": {"lora": {"r": 8}}}
+
+
+def error_of(*overrides: str, tree: dict[str, Any] = TREE) -> str:
+    """Return what the user reads about overrides that do not fit."""
+    with pytest.raises(UserError) as caught:
+        build_config(apply_overrides(tree, overrides), source="some.toml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("a.b=token", "token"),  # a bare word
+    ("a.b=runs/x y.jsonl", "runs/x y.jsonl"),
+    ("a.b=true", True),
+    ("a.b=7", 7),
+    ("a.b=-5e-6", -5e-6),
+    ('a.b="7"', "7"),
+    ("a.b=''", ""),  # an empty text is a value
+    ("a.b=x=y", "x=y"),  # the first = divides
+    ("a.b=[1, 2]", [1, 2]),
+    ('a.b={kind="jsd", beta=0.25}', {"kind": "jsd", "beta": 0.25}),
+    (" a.b = 7 ", 7),
+])  # fmt: skip
+def test_an_override_is_toml_or_a_bare_word(override: str, expected: object) -> None:
+    found = apply_overrides({"a": {"b": 1, "c": 2}, "d": 3}, [override])
+    assert found == {"a": {"b": expected, "c": 2}, "d": 3}
+    assert type(found["a"]["b"]) is type(expected)
+
+
+def test_an_override_reaches_a_section_that_the_recipe_lacks() -> None:
+    assert apply_overrides({}, ["seed=1", "model.lora.r=4"]) == {"seed": 1, "model": {"lora": {"r": 4}}}
+
+
+def test_an_empty_value_removes_a_key_or_a_whole_section() -> None:
+    assert apply_overrides(TREE, ["exposure.ratio="])["exposure"] == {"kind": "fixed"}
+    assert apply_overrides(TREE, ["model.lora= "])["model"] == {}
+    assert apply_overrides(TREE, ["threads="]) == TREE
+
+
+def test_a_table_replaces_the_whole_section() -> None:
+    found = build_config(apply_overrides(TREE, ['exposure={kind="random", hold=2}']))
+    assert found.exposure == Uniform(hold=2)
+
+
+def test_overrides_apply_in_order() -> None:
+    overrides = ['exposure={kind="fixed"}', "exposure.ratio=0.5", "exposure.ratio=0.75"]
+    assert apply_overrides(TREE, overrides)["exposure"] == {"kind": "fixed", "ratio": 0.75}
+
+
+def test_the_tree_that_is_overridden_stays_as_it_was() -> None:
+    tree = {"model": {"lora": {"r": 8}}}
+    apply_overrides(tree, ["model.lora.r=4", "model.lora.alpha=1", "model.path="])
+    assert tree == {"model": {"lora": {"r": 8}}}
+
+
+@pytest.mark.parametrize("override", ["exposure.ratio", "=1", "exposure..ratio=1", ".seed=1", "seed.=1"])
+def test_an_override_without_key_or_value_is_refused(override: str) -> None:
+    assert f"override {override!r} is not of the form section.key=value" in error_of(override)
+
+
+@pytest.mark.parametrize(("override", "name"), [("seed.x=1", "seed"), ("exposure.ratio.x.y=1", "ratio")])
+def test_a_key_below_a_value_is_refused(override: str, name: str) -> None:
+    assert error_of(override) == f"override {override!r}: {name!r} is a value, not a section"
+
+
+@pytest.mark.parametrize(("key", "given"), [("exposure", "'fixed'"), ("model.lora", "8")])
+def test_a_value_in_place_of_a_section_is_refused(key: str, given: str) -> None:
+    message = error_of(f"{key}={given}")
+    assert message.startswith(f"some.toml: {key}: Input should be a valid dictionary")
+    assert message.endswith(f"(given: {given})")
+
+
+@pytest.mark.parametrize("text", ["{kind=", "[1, 2", '"open', "'open", "5e", "7b/model"])
+def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
+    assert error_of(f"model.path={text}") == (
+        f"override value {text!r} is not valid TOML: quote it, or mend the brackets"
+    )
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("exposur.ratio=1", "unknown key 'exposur': did you mean 'exposure'?"),
+    ("loss.clipp=token", "unknown key 'loss.clipp': did you mean 'clip'?"),
+    # Inside a union the keys of the chosen kind alone are known: `hold` is one of `random`, `ratio` of `fixed`.
+    ("exposure.ratoi=1", "unknown key 'exposure.fixed.ratoi': did you mean 'ratio'?"),
+    ("exposure.hold=1", "unknown key 'exposure.fixed.hold': known here are kind, ratio"),
+    ('exposure={kind="steps", values=[1], boundary=[]}', "unknown key 'exposure.steps.boundary': did you mean"),
+    ("loss.divergence={kind='jsd', betta=0.5}", "unknown key 'loss.divergence.jsd.betta': did you mean 'beta'?"),
+    ("model.lora.rank=4", "unknown key 'model.lora.rank': known here are alpha, r, targets"),
+])  # fmt: skip
+def test_an_unknown_key_gets_the_nearest_one(override: str, expected: str) -> None:
+    assert expected in error_of(override)
+
+
+def test_another_kind_over_the_keys_of_the_old_one_is_refused() -> None:
+    assert "unknown key 'exposure.random.ratio'" in error_of("exposure.kind=random")
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("seed=-1", "some.toml: seed: Input should be greater than or equal to 0 (given: -1)"),
+    ("optim.lr=fast", "some.toml: optim.lr: Input should be a valid number, unable to parse string as a number "
+     "(given: 'fast')"),
+    ("optim.lr=nan", "some.toml: optim.lr: Input should be a finite number (given: nan)"),
+    ("teacher.ema_decay=0.9", 'some.toml: teacher: teacher.ema_decay has no effect with weights = "frozen": remove it'),
+    ("rollout.temperature=0", "some.toml: rollout.temperature = 0 cannot be trained with, as it divides the logits: "
+     "raise it"),
+])  # fmt: skip
+def test_an_error_names_file_key_and_what_was_given(override: str, expected: str) -> None:
+    assert error_of(override) == expected
+
+
+def test_all_errors_are_named_at_once() -> None:
+    message = error_of("seed=-1", "optim.lr=0", "exposur.ratio=1")
+    assert message.startswith("some.toml: ")
+    assert all(key in message for key in ("seed: ", "; optim.lr: ", "; unknown key 'exposur'"))
+
+
+def test_an_unknown_kind_lists_the_known_ones() -> None:
+    message = error_of("exposure.kind=fixd")
+    assert message.startswith("some.toml: exposure: Input tag 'fixd'")
+    assert all(kind in message for kind in ("'fixed'", "'random'", "'beta'"))
+
+
+def test_with_overrides_changes_what_is_named_and_sets_no_default() -> None:
+    config = build_config(TREE)
+    changed = with_overrides(config, ["exposure.ratio=0.5", "model.lora.alpha=2"])
+    assert changed == build_config(
+        {"seed": 3, "exposure": {"kind": "fixed", "ratio": 0.5}, "model": {"lora": {"r": 8, "alpha": 2}}}
+    )
+    assert changed.model_fields_set == {"seed", "exposure", "model"}
+    assert changed.model.lora is not None
+    assert changed.model.lora.model_fields_set == {"r", "alpha"}
+    assert config == build_config(TREE)
+
+
+def test_the_defaults_of_the_old_kind_are_no_leftovers() -> None:
+    """`ratio` was never set: written out as a default, it would be a key that `random` lacks."""
+    config = with_overrides(build_config({"exposure": {"kind": "fixed"}}), ["exposure.kind=random"])
+    assert config.exposure == Uniform()
+
+
+def test_with_overrides_takes_a_kind_by_a_table_and_back() -> None:
+    learned = with_overrides(build_config(TREE), ['exposure={kind="beta"}'])
+    assert learned.exposure == BetaConfig()
+    assert with_overrides(learned, ["exposure="]).exposure == Fixed()
+
+
+def test_a_wrong_override_of_a_config_is_named() -> None:
+    with pytest.raises(UserError, match=r"^override: unknown key 'sed': did you mean 'seed'\?$"):
+        with_overrides(RunConfig(), ["sed=1"])
+
+
+def test_a_recipe_is_read_with_its_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('seed = 5\n[exposure]\nkind = "fixed"\nratio = 0.25\n', encoding="utf-8")
+    assert load_config(path, ["exposure.ratio=0.5"]) == RunConfig(seed=5, exposure=Fixed(ratio=0.5))
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (b"seed = 1\nseed = 2\n", " is not TOML: "),
+    (b"seed = \xff\n", " cannot be read ("),
+    (b"sead = 1\n", ": unknown key 'sead': did you mean 'seed'?"),
+])  # fmt: skip
+def test_a_recipe_that_is_wrong_is_named(content: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert f"{path}{expected}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.toml", "."])
+def test_a_recipe_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read .*: give the path of a TOML file") as caught:
+        load_config(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_and_each_of_its_arms_loads(path: Path) -> None:
+    config = load_config(path)
+    for overrides in config.arms.values():
+        assert with_overrides(config, overrides) == load_config(path, overrides)
+
+
+def test_there_are_recipes() -> None:
+    assert "pico" in {path.stem for path in RECIPES}

@@ -1,0 +1,180 @@
+"""The run directory: what it refuses, what it writes, and what it forgets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd import runlog
+from atesd.runlog import METRICS, Phases, RunDir, dump_json, is_timing, read_jsonl, write_atomic
+from atesd.types import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / "run", {"seed": 3})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_run_has_its_config_its_environment_and_its_folders(run: RunDir) -> None:
+    assert names(run.path) == ["checkpoints", "config.json", "env.json", "eval", "rollouts"]
+    assert RunDir.open(run.path).config() == {"seed": 3}
+    environment = json.loads((run.path / "env.json").read_text())
+    assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
+    assert re.fullmatch(r"[0-9a-f]{40}|", environment["commit"])
+
+
+def test_a_folder_that_is_not_empty_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=f"{tmp_path} already exists and is not empty: continue it with --resume"):
+        RunDir.create(tmp_path, {})
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
+    assert RunDir.create(tmp_path, {"seed": 1}).config() == {"seed": 1}
+
+
+def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run directory: it has no config.json"):
+        RunDir.open(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_left_out_of_the_log(run: RunDir) -> None:
+    run.log(0, {"loss/total": 0.5, "loss/nll": nan, "divergence/p99": inf, "optim/lr": -inf})
+    run.log(1, {"loss/total": nan})
+    assert run.metrics_path.read_text() == '{"step": 0, "loss/total": 0.5}\n{"step": 1}\n'
+    assert run.metrics() == [{"step": 0, "loss/total": 0.5}, {"step": 1}]
+
+
+def test_a_config_with_a_number_that_json_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dump_json({"lr": nan})
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "loss/to', '{"step": 2}', "\n", ""])
+def test_a_torn_last_line_is_left_out(torn: str, tmp_path: Path) -> None:
+    """Even one that happens to be whole: its writer had not come to the line's end."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
+    assert list(read_jsonl(path)) == [{"step": 0}, {"step": 1}]
+
+
+def test_a_damaged_line_before_the_last_is_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0\n{"step": 1}\n')
+    with pytest.raises(json.JSONDecodeError):
+        list(read_jsonl(path))
+
+
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
+    assert list(read_jsonl(tmp_path / "metrics.jsonl")) == []
+
+
+def test_rows_come_back_as_they_were_written(run: RunDir) -> None:
+    rows: list[dict[str, Any]] = [
+        {"completion": 'a\r\n\t"\\b\x0c', "reward": None},
+        {"completion": "½ 数 🙂", "reward": 1.0},
+    ]
+    path = run.write_rows("eval", 42, iter(rows))
+    assert path == run.path / "eval" / "step_000042.jsonl"
+    assert list(read_jsonl(path)) == rows
+    run.write_rows("eval", 42, rows[:1])
+    assert list(read_jsonl(path)) == rows[:1]
+
+
+def test_rewind_forgets_every_later_step(run: RunDir) -> None:
+    for step in range(12):
+        run.log(step, {"loss/total": step / 10})
+        run.write_rows("rollouts", step, [{"step": step}])
+        run.write_rows("eval", step, [{"step": step}])
+    run.rewind(9)
+    assert run.metrics() == [{"step": step, "loss/total": step / 10} for step in range(10)]
+    kept = [f"step_{step:06d}.jsonl" for step in range(10)]
+    assert names(run.path / "rollouts") == names(run.path / "eval") == kept
+
+
+def test_rewind_mends_a_torn_line_before_the_next_is_appended(run: RunDir) -> None:
+    run.metrics_path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    run.rewind(1)
+    run.log(2, {"loss/total": 0.5})
+    assert run.metrics() == [{"step": 0}, {"step": 1}, {"step": 2, "loss/total": 0.5}]
+
+
+def test_rewind_of_a_run_without_a_step_is_harmless(run: RunDir) -> None:
+    run.rewind(0)
+    assert run.metrics() == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    write_atomic(path, "old")
+    seen: list[str] = []
+
+    def full_disk(number: int) -> None:
+        seen.extend(names(tmp_path))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert len(seen) == 2, "the failure must come after the partial file was made"
+    assert names(tmp_path) == ["result.json"]
+    assert path.read_text() == "old"
+
+
+def test_rows_that_cannot_be_written_leave_the_old_ones(run: RunDir) -> None:
+    run.write_rows("eval", 1, [{"reward": 1.0}])
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"reward": 0.0}
+        yield {"reward": nan}
+
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_rows("eval", 1, rows())
+    assert names(run.path / "eval") == ["step_000001.jsonl"]
+    assert list(read_jsonl(run.path / "eval" / "step_000001.jsonl")) == [{"reward": 1.0}]
+
+
+def test_a_run_is_complete_once_it_has_a_result(run: RunDir) -> None:
+    assert run.result() is None
+    run.finish({"step": 12, "best": {"step": 5}})
+    assert RunDir.open(run.path).result() == {"step": 12, "best": {"step": 5}}
+
+
+def test_only_seconds_and_memory_differ_between_two_runs() -> None:
+    assert {key for key in METRICS if is_timing(key)} == {"time/{}_s", "time/tokens_per_s", "memory/peak_mib"}
+    assert is_timing("time/sample_s")
+    assert not is_timing("reward/timeouts")
+    assert not is_timing("measure/time/x")
+
+
+def test_phases_add_up_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 3.0, 10.0, 14.5, 20.0, 20.25, 30.0, 37.0])
+    monkeypatch.setattr(runlog, "perf_counter", lambda: next(clock))
+    phases = Phases()
+    for name in ("sample", "step", "sample"):
+        with phases.phase(name):
+            pass
+    assert phases.take() == {"time/sample_s": 2.25, "time/step_s": 4.5}
+    assert phases.take() == {}
+
+    def fail() -> None:
+        with phases.phase("step"):
+            raise UserError("stop")
+
+    with pytest.raises(UserError):
+        fail()
+    assert phases.take() == {"time/step_s": 7.0}, "a phase that fails has taken its time"

@@ -1,0 +1,104 @@
+"""TIP's selection: scores by hand, the share that is kept, and the edge cases."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from atesd.selection import SelectAll, SelectionConfig, TipSelection
+from atesd.types import TokenStats
+
+
+def stats_of(h: list[float], d: list[float], divergence: list[float] | None = None) -> TokenStats:
+    columns = {"student_entropy": torch.tensor(h), "reverse_kl": torch.tensor(d)}
+    columns["divergence"] = torch.tensor(divergence or d)
+    return TokenStats(**{name: columns.get(name, torch.zeros(len(h))) for name in TokenStats.__slots__})
+
+
+HAND = stats_of([0.1, 0.5, 0.3, 0.2], [0.2, 0.0, 0.8, 0.4])
+
+
+def kept(selection: TipSelection, stats: TokenStats, seed: int = 0) -> list[int]:
+    return selection.select(stats, seed).nonzero()[:, 0].tolist()
+
+
+def test_scores_by_hand() -> None:
+    # h^ = (0, 1, .5, .25), d^ = (.25, 0, 1, .5)
+    scores: dict[str, list[float]] = {
+        "soft_or": [0.25, 1.0, 1.0, 0.625],
+        "q3": [0.25, 0.0, 0.5, 0.375],
+        "entropy": [0.0, 1.0, 0.5, 0.25],
+    }
+    for name, expected in scores.items():
+        selection = TipSelection(score=name, percentile=1.0)  # type: ignore[arg-type]
+        torch.testing.assert_close(selection.scores(HAND), torch.tensor(expected))
+
+
+def test_a_ratio_of_three_quarters_keeps_the_last_three_of_four() -> None:
+    assert kept(TipSelection(ratio=0.75, percentile=1.0), HAND) == [1, 2, 3]
+    assert kept(TipSelection(ratio=0.5, score="q3", percentile=1.0), HAND) == [2, 3]
+    assert kept(TipSelection(ratio=0.01), HAND) == [1], "at least one token is kept"
+
+
+def test_a_ratio_of_1_keeps_everything_without_a_score_pass() -> None:
+    everything = TipSelection(ratio=1.0)
+    assert not everything.needs_batch
+    assert TipSelection(ratio=0.99).needs_batch
+    assert everything.select(HAND, 0).tolist() == SelectAll().select(HAND, 0).tolist() == [1, 1, 1, 1]
+
+
+def test_equal_values_normalise_to_0_and_the_first_tokens_win() -> None:
+    flat = stats_of([0.4] * 4, [0.2] * 4)
+    assert TipSelection().scores(flat).tolist() == [0, 0, 0, 0]
+    assert kept(TipSelection(ratio=0.5), flat) == [0, 1]
+
+
+def test_entropies_are_cut_at_their_98th_percentile() -> None:
+    entropies = [index / 100 for index in range(99)] + [50.0]
+    cut = TipSelection(score="entropy").scores(stats_of(entropies, [0.0] * 100))
+    assert cut[97:].tolist() == [1.0, 1.0, 1.0]
+    assert float(cut[49]) == pytest.approx(0.49 / 0.97)  # without the cut it would be .0098
+
+
+def test_the_multinomial_draw_is_seeded_without_replacement_and_follows_its_weights() -> None:
+    stats = stats_of([1.0, 1.0, 0.5, 0.5], [0.0] * 4, divergence=[0.2, 0.1, 0.2, 5.0])
+    # h_norm (D / ln 2): proportional to .2, .1, .1, .5 ln 2
+    draw = TipSelection(score="multinomial", ratio=0.25)
+    weights = [0.2, 0.1, 0.1, 0.5 * math.log(2)]
+    counts: Counter[int] = Counter()
+    for seed in range(4000):
+        (chosen,) = kept(draw, stats, seed)
+        counts[chosen] += 1
+    for token, weight in enumerate(weights):
+        assert counts[token] / 4000 == pytest.approx(weight / sum(weights), abs=0.03)
+    assert kept(draw, stats, 7) == kept(draw, stats, 7)
+    most = TipSelection(score="multinomial", ratio=0.75)
+    assert all(len(kept(most, stats, seed)) == 3 for seed in range(20))
+
+
+def test_a_zero_weight_can_still_fill_the_share() -> None:
+    stats = stats_of([0.0, 0.0, 1.0, 0.0], [0.1] * 4)
+    assert len(kept(TipSelection(score="multinomial", ratio=0.75, divergence_power=0.0), stats)) == 3
+
+
+def test_nothing_to_select_from_gives_nothing() -> None:
+    empty: Tensor = TipSelection().select(stats_of([], []), 0)
+    assert empty.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio": 0.0}, "greater than 0"),
+        ({"ratio": 1.5}, "less than or equal to 1"),
+        ({"score": "multinomial", "entropy_power": 0.0, "divergence_power": 0.0}, "draws at random"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(SelectionConfig).validate_python({"kind": "tip"} | fields)

@@ -1,0 +1,205 @@
+"""Loading: which folders, tokenizers and architectures are refused, and what LoRA starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from atesd.config import LoraConfig, ModelConfig
+from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve
+from atesd.types import UserError
+
+from support.folders import write_byte_model
+from support.models import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_byte_model(tmp_path / "model")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def test_a_folder_becomes_the_model_that_was_saved_and_its_tokenizer(folder: Path) -> None:
+    model, tokenizer = load(ModelConfig(path=str(folder)), seed=0)
+    saved = transformers.Qwen3ForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(weight, saved.get_parameter(name)) for name, weight in model.named_parameters())
+    assert {(weight.dtype, weight.requires_grad) for weight in model.parameters()} == {(torch.float32, True)}
+    assert tokenizer.decode(tokenizer.encode("½ 数")) == "½ 数"
+
+
+TINY = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "bos_token_id": None}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(("architecture", "settings", "named"), [
+    ("Gemma2", {}, "final_logit_softcapping=30.0"),  # its default
+    ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+    ("Cohere", {"logit_scale": 0.25}, "logit_scale=0.25"),
+    ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
+     "lm_head_multiplier=0.5"),
+])  # fmt: skip
+def test_architectures_that_transform_their_logits_are_refused(
+    architecture: str, settings: dict[str, Any], named: str, folder: Path
+) -> None:
+    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"{architecture}ForCausalLM changes its logits by {named}.*use an archit"):
+        load(ModelConfig(path=str(folder)), seed=0)
+
+
+@pytest.mark.parametrize(("architecture", "settings"), [
+    ("Gemma2", {"final_logit_softcapping": None}),
+    ("Granite", {"logits_scaling": 1}),
+    ("Cohere", {"logit_scale": 1.0}),
+])  # fmt: skip
+def test_a_transform_that_is_switched_off_is_none(architecture: str, settings: dict[str, Any], folder: Path) -> None:
+    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
+    model, _ = load(ModelConfig(path=str(folder)), seed=0)
+    assert type(model).__name__ == f"{architecture}ForCausalLM"
+
+
+def test_an_absent_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
+    path = str(tmp_path / "absent")
+    with pytest.raises(UserError, match=f"no tokenizer could be loaded from '{path}' .*: save one beside the model"):
+        load(ModelConfig(path=path), seed=0)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_without_a_model_is_named_with_a_remedy(missing: str, folder: Path) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match="no causal language model could be loaded") as caught:
+        load(ModelConfig(path=str(folder)), seed=0)
+    assert repr(str(folder)) in str(caught.value)
+    assert str(caught.value).endswith("give a folder with config.json and safetensors weights, or a hub id")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_folder_without_a_readable_tokenizer_is_named_with_a_remedy(content: str | None, folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"no tokenizer could be loaded from .*tokenizer\.save_pretrained"):
+        load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template: use an instruction-tuned model, or add a chat_templ"):
+        load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match="has no EOS token: completions could never end; set eos_token"):
+        load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_that_encodes_nothing_is_refused(folder: Path) -> None:
+    edit(folder / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
+    with pytest.raises(UserError, match="encodes nothing: its files are missing or damaged; save them again"):
+        load_tokenizer(str(folder))
+
+
+def test_a_missing_pad_token_becomes_the_end_token_and_any_other_stays(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|end|>", tokenizer.eos_token_id)
+    edit(folder / "tokenizer_config.json", pad_token="<|user|>")
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|user|>", "<|end|>")
+
+
+class WithConfig(nn.Module):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.config = config
+
+
+def test_the_context_is_the_number_of_positions_or_unknown(folder: Path) -> None:
+    assert context_length(tiny_model()) == 64
+    adapted, _ = load(ModelConfig(path=str(folder), lora=LoraConfig(r=2)), seed=0)
+    assert context_length(adapted) == 4096
+    assert context_length(WithConfig(transformers.MambaConfig())) is None
+
+
+def test_the_head_of_a_model_with_and_without_a_bias() -> None:
+    model = tiny_model()
+    weight, bias = head(model)
+    assert weight is model.lm_head.weight
+    assert bias is None
+    model.set_output_embeddings(nn.Linear(32, 23))
+    assert head(model)[1] is model.lm_head.bias
+
+
+def adapters(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Return the weights that train with adapters on two layers."""
+    config = ModelConfig(path=str(folder), lora=LoraConfig(r=2, alpha=4, targets=("q_proj", "v_proj")))
+    model, _ = load(config, seed)
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_lora_trains_adapters_alone_from_a_start_that_the_seed_fixes(folder: Path) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = adapters(folder, seed=5)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    # Two matrices for each of two targets in each of two layers; the second half starts at 0.
+    assert sorted(name.rsplit("self_attn.")[1].split(".default")[0] for name in first) == sorted(
+        [f"{target}.lora_{half}" for target in ("q_proj", "v_proj") for half in "AB"] * 2
+    )
+    assert all(bool(weight.any()) == ("lora_A" in name) for name, weight in first.items())
+    torch.manual_seed(2)
+    again, other = adapters(folder, seed=5), adapters(folder, seed=6)
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert not any(torch.equal(weight, other[name]) for name, weight in first.items() if "lora_A" in name)
+
+
+def test_an_adapter_of_rank_r_adds_its_product_times_alpha_over_r(folder: Path) -> None:
+    config = ModelConfig(path=str(folder), lora=LoraConfig(r=2, alpha=6, targets=("q_proj",)))
+    model, _ = load(config, seed=0)
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    down = layer.get_parameter("lora_A.default.weight")
+    up = layer.get_parameter("lora_B.default.weight")
+    assert (down.shape, up.shape) == ((2, 32), (32, 2))
+    inputs = torch.randn(3, 32)
+    with torch.no_grad():
+        before = layer(inputs)
+        nn.init.constant_(up, 1.0)
+        # Every output gains 6 / 2 times the sum of the two inner values.
+        expected = before + 3.0 * (inputs @ down.T).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(layer(inputs), expected)
+
+
+def test_lora_that_fits_no_layer_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"LoRA does not fit this model .*: name its layers in model\.lora\.targets"):
+        load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("c_attn",))), seed=0)
+
+
+def test_adapters_on_a_model_in_half_precision_stay_in_float32(folder: Path) -> None:
+    config = ModelConfig(path=str(folder), dtype="bfloat16", lora=LoraConfig(r=2, targets=("q_proj",)))
+    model, _ = load(config, seed=0)
+    assert {weight.dtype for weight in model.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_names_of_packaged_models_become_folders_and_others_stay() -> None:
+    assert (Path(resolve("pico")) / "model.safetensors").is_file()
+    assert resolve("owner/name") == "owner/name"
+
+
+def test_an_error_of_many_lines_is_cut_to_its_first() -> None:
+    assert first_line(ValueError("\n first \n second")) == "first "
+    assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(KeyError()) == "KeyError"
