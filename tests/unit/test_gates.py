@@ -65,9 +65,9 @@ def test_a_beta_of_0_is_the_constant_one_half() -> None:
 
 
 def test_the_surrogates_gradient_is_the_papers_and_lacks_the_undetached_term() -> None:
-    """Gradient to logits of g (log p_T - log p_S) is -g grad log p_S; undetached, g would be g + beta Delta g (1 - g)."""
+    """The gradient of g (log p_T - log p_S) is -g grad log p_S; undetached, g would be g + beta Delta g (1 - g)."""
     logits = torch.tensor([0.2, -0.4, 1.1], dtype=torch.float64, requires_grad=True)
-    log_q, log_t, label = logits.log_softmax(-1), math.log(0.6), 1
+    log_q, log_t, label = logits.log_softmax(-1), math.log(0.2), 1
     gap = log_t - float(log_q[label].detach())
     stats = stats_of(teacher_logprob=torch.tensor([log_t]).double(), student_logprob=log_q[label : label + 1].detach())
     gate = SdarGate()

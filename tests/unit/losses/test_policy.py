@@ -1,0 +1,136 @@
+"""The reinforcement branch against numbers worked by hand and a scalar float64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atesd.losses.policy import PolicyConfig, PolicyTokens, group_advantages, policy_values
+
+
+def tokens(
+    advantage: list[float], old: list[float], *, sampler: list[float] | None = None, sequence: list[int] | None = None,
+    reference: list[float] | None = None,
+) -> PolicyTokens:  # fmt: skip
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    return PolicyTokens(
+        advantage_N=column(advantage),
+        old_logprob_N=column(old),
+        sampler_logprob_N=column(old if sampler is None else sampler),
+        reference_logprob_N=None if reference is None else column(reference),
+        sequence_N=torch.tensor(sequence or list(range(len(old)))),
+    )
+
+
+def scalar(now: float, old: float, sampler: float, reference: float, advantage: float, config: PolicyConfig) -> float:
+    """The loss of one token, spelled out."""
+    ratio = math.exp(now - old)
+    gain = min(ratio * advantage, min(max(ratio, 1 - config.eps_low), 1 + config.eps_high) * advantage)
+    if config.dual_clip is not None and advantage < 0:
+        gain = max(gain, config.dual_clip * advantage)
+    weight = 1.0 if config.importance_clip is None else min(math.exp(old - sampler), config.importance_clip)
+    d = reference - now
+    return config.kl_coef * (math.exp(d) - d - 1) - weight * gain
+
+
+def test_advantages_by_hand() -> None:
+    # mean .5, std .5: (1 - .5) / (.5 + 1e-6)
+    assert group_advantages([1, 0, 0, 1], "std") == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    assert group_advantages([1, 0, 0, 0], "none") == [0.75, -0.25, -0.25, -0.25]
+    assert group_advantages([1, 0, 0, 0], "std")[0] == pytest.approx(0.75 / (math.sqrt(3) / 4 + 1e-6))
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [0.0], [0.3, 0.3]])
+def test_equal_rewards_have_no_advantage(rewards: list[float]) -> None:
+    assert group_advantages(rewards, "std") == group_advantages(rewards, "none") == [0.0] * len(rewards)
+
+
+@given(st.lists(st.floats(-1, 0), min_size=4, max_size=4), st.floats(-2, 2), st.sampled_from([None, 3.0]))
+def test_values_and_gradients_equal_the_scalar_reference(
+    logs: list[float], advantage: float, dual_clip: float | None
+) -> None:
+    config = PolicyConfig(kl_coef=0.05, dual_clip=dual_clip, eps_high=0.28)
+    now, old, sampler, reference = logs
+    logprob = torch.tensor([3 * now], dtype=torch.float64, requires_grad=True)
+    batch = tokens([advantage], [3 * old], sampler=[sampler], reference=[reference])
+    values = policy_values(logprob, batch, config)
+    expected = scalar(3 * now, 3 * old, sampler, reference, advantage, config)
+    assert float(values.loss_N.detach()) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    values.loss_N.sum().backward()
+    step = 1e-6
+    slope = (
+        scalar(3 * now + step, 3 * old, sampler, reference, advantage, config)
+        - scalar(3 * now - step, 3 * old, sampler, reference, advantage, config)
+    ) / (2 * step)
+    at_a_kink = abs(math.exp(3 * now - 3 * old) - 0.8) < 1e-3 or abs(math.exp(3 * now - 3 * old) - 1.28) < 1e-3
+    at_a_kink |= abs(math.exp(3 * now - 3 * old) - 3.0) < 1e-3 or now == old
+    assert logprob.grad is not None
+    if not at_a_kink:
+        assert float(logprob.grad) == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "held"),
+    [(1.0, 1.0, 0), (1.3, 1.0, 1), (0.7, 1.0, 0), (1.3, -1.0, 0), (0.7, -1.0, 1), (4.0, -1.0, 1), (2.9, -1.0, 0)],
+)
+def test_where_a_clip_holds_there_is_no_gradient(ratio: float, advantage: float, held: int) -> None:
+    logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    values = policy_values(logprob, tokens([advantage], [0.0]), PolicyConfig())
+    values.loss_N.sum().backward()
+    assert values.clipped_N.tolist() == [held]
+    assert logprob.grad is not None
+    assert float(logprob.grad) == pytest.approx(0.0 if held else -ratio * advantage)
+
+
+def test_on_policy_the_gradient_is_that_of_reinforce_with_the_advantage() -> None:
+    logprob = torch.tensor([-0.5, -1.5], dtype=torch.float64, requires_grad=True)
+    batch = tokens([2.0, -1.0], [-0.5, -1.5])
+    policy_values(logprob, batch, PolicyConfig()).loss_N.sum().backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([-2.0, 1.0], dtype=torch.float64))
+
+
+def test_a_sampler_with_other_probabilities_is_corrected_up_to_the_clip() -> None:
+    batch = tokens([1.0, 1.0], [math.log(0.6), math.log(0.6)], sampler=[math.log(0.4), math.log(0.1)])
+    logprob = batch.old_logprob_N.clone()
+    assert policy_values(logprob, batch, PolicyConfig()).weight_N.tolist() == pytest.approx([1.5, 2.0])
+    free = policy_values(logprob, batch, PolicyConfig(importance_clip=None))
+    assert free.weight_N.tolist() == [1.0, 1.0]
+
+
+def test_k3_is_the_kl_in_expectation_and_never_negative() -> None:
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    r = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    batch = replace_reference(tokens([0.0] * 3, q.log().tolist()), r.log())
+    values = policy_values(q.log(), batch, PolicyConfig(kl_coef=1.0))
+    assert float((q * values.kl_N).sum()) == pytest.approx(float((q * (q / r).log()).sum()))
+    assert (values.kl_N >= 0).all()
+
+
+def replace_reference(batch: PolicyTokens, reference: Tensor) -> PolicyTokens:
+    return batch._replace(reference_logprob_N=reference)
+
+
+def test_gspo_uses_the_sequences_mean_ratio_and_its_gradient() -> None:
+    """Sequence 0 has log ratios .2 and -.1 (mean .05), sequence 1 has .1: s dA/dlogp_t = s A / |y| after the mean."""
+    logprob = torch.tensor([-0.8, -1.1, -0.9], dtype=torch.float64, requires_grad=True)
+    batch = tokens([2.0, 2.0, -1.0], [-1.0, -1.0, -1.0], sequence=[4, 4, 9])
+    values = policy_values(logprob, batch, PolicyConfig(ratio="sequence", eps_low=0.5, eps_high=0.5))
+    expected = torch.tensor([0.05, 0.05, 0.1], dtype=torch.float64).exp()
+    torch.testing.assert_close(values.ratio_N, expected)
+    (values.loss_N[:2].mean() + values.loss_N[2]).backward()
+    s = math.exp(0.05)
+    torch.testing.assert_close(logprob.grad, torch.tensor([-2 * s / 2, -2 * s / 2, math.exp(0.1)], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fields", [{"eps_low": 1.0}, {"eps_high": 0.0}, {"dual_clip": 1.0}, {"importance_clip": 0.5}])
+def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        PolicyConfig(**fields)
