@@ -60,7 +60,7 @@ def test_exactly_the_combinations_that_make_no_sense_are_refused() -> None:
         if legal(names):
             build_config(tree(names))
         else:
-            with pytest.raises(UserError, match="set|remove"):
+            with pytest.raises(UserError, match=r"set|remove"):
                 build_config(tree(names))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import inf, log
+from math import exp, inf, log
 
 import pytest
 from hypothesis import given
@@ -69,7 +69,8 @@ def test_a_strength_hardly_above_1_is_safe_almost_everywhere() -> None:
 @pytest.mark.parametrize(
     ("p", "b", "c", "named"),
     [(0.0, 0.5, 5, "p = 0.0"), (1.0, 0.5, 5, "p = 1.0"), (0.9, 0.0, 5, "b = 0.0"), (0.9, 90.0, 5, "b = 90.0"),
-     (0.9, 0.5, 1.0, "c = 1.0"), (0.9, 0.5, 0.2, "c = 0.2"), (float("nan"), 0.5, 5, "p = nan"), (0.9, 0.5, inf, "c = inf")],
+     (0.9, 0.5, 1.0, "c = 1.0"), (0.9, 0.5, 0.2, "c = 0.2"), (float("nan"), 0.5, 5, "p = nan"),
+     (0.9, 0.5, inf, "c = inf")],
 )  # fmt: skip
 def test_numbers_outside_the_domain_are_named(p: float, b: float, c: float, named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -82,8 +83,14 @@ def test_a_strength_that_has_no_largest_p_is_named(strength: float) -> None:
         largest_p(strength, 0.5, 5)
 
 
-def test_the_simulated_fixed_point() -> None:
-    """Descend KL(student || target) over one logit: it settles where the formula says."""
+def test_descent_on_the_extrapolated_target_settles_at_the_fixed_point() -> None:
+    """Student logit x, target p^1.3 / b^.3 normalised: d KL(student || target) / dx = q (1 - q) (x - target logit)."""
+    kept, other = 0.9**1.3 * 0.6**-0.3, 0.1**1.3 * 0.4**-0.3
+    x = log(0.6 / 0.4)
+    for _ in range(4000):
+        q = 1 / (1 + exp(-x))
+        x -= 0.1 * q * (1 - q) * (x - log(kept / other))
+    assert 1 / (1 + exp(-x)) == pytest.approx(0.939046, abs=1e-6)
     assert fixed_point(0.9, 0.6, 1.3) == pytest.approx(0.939046, abs=1e-6)
 
 

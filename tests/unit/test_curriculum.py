@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from atesd.curriculum import RandomConfig
-from atesd.types import UserError
+from atesd.curriculum import Curriculum, PerplexityConfig, RandomConfig
+from atesd.types import Observation, UserError
 
 
 def names(count: int) -> list[str]:
@@ -50,3 +50,62 @@ def test_a_state_of_other_data_is_refused() -> None:
     order.next(9)
     with pytest.raises(UserError, match="written with 10 training problems, the task now has 5"):
         RandomConfig().build(names(5), 1, seed=1).load_state_dict(order.state_dict())
+
+
+def scores(**nll: float) -> Observation:
+    return Observation(0, by_problem={"reference_nll": nll})
+
+
+def by_perplexity(kind: str, batch: int = 2, *, seed: int = 0, **fields: str) -> Curriculum:
+    return PerplexityConfig(kind=kind, **fields).build(names(4), batch, seed)  # type: ignore[arg-type]
+
+
+def test_perplexity_sorts_hardest_or_easiest_first_with_ties_by_index_whatever_the_seed() -> None:
+    for seed in (0, 1):
+        reverse, forward = by_perplexity("reverse_ppl", seed=seed), by_perplexity("forward_ppl", seed=seed)
+        for order in (reverse, forward):
+            order.observe(scores(p0=1.0, p1=3.0, p2=1.0, p3=2.0))
+        assert reverse.next(4) == [1, 3, 0, 2]
+        assert forward.next(4) == [0, 2, 3, 1]
+
+
+def test_each_epoch_is_sorted_by_scores_taken_before_it_begins() -> None:
+    order = by_perplexity("forward_ppl", batch=3)
+    assert [m.key for m in order.wants(0)] == ["reference_nll"]
+    order.observe(scores(p0=1.0, p1=2.0, p2=3.0, p3=4.0))
+    assert order.next(3) == [0, 1, 2]
+    assert [m.key for m in order.wants(1)] == ["reference_nll"], "the next batch of 3 begins an epoch"
+    order.observe(Observation(1, by_problem={"reference_nll": {"p0": 4.0, "p1": 3.0, "p2": 2.0, "p3": 1.0}}))
+    assert order.next(3) == [3, 3, 2], "the old epoch ends in its own order, then the new one begins"
+    once = by_perplexity("forward_ppl", batch=3, rescore="once")
+    once.observe(scores(p0=1.0, p1=2.0, p2=3.0, p3=4.0))
+    once.next(3)
+    assert once.wants(1) == []
+    assert once.next(5) == [3, 0, 1, 2, 3]
+
+
+def test_scores_are_asked_for_only_before_a_step_that_begins_an_epoch() -> None:
+    order = by_perplexity("forward_ppl", batch=1)
+    asked = []
+    for step in range(9):
+        asked.append(bool(order.wants(step)))
+        order.observe(Observation(step, by_problem={"reference_nll": dict.fromkeys(names(4), 1.0)}))
+        order.next(1)
+    assert asked == [True, False, False, True, False, False, False, True, False]
+
+
+def test_a_problem_without_a_score_comes_last_and_scores_not_asked_for_are_ignored() -> None:
+    order = by_perplexity("reverse_ppl")
+    order.observe(scores(p1=1.0, p3=2.0))
+    assert order.next(2) == [3, 1]
+    order.observe(Observation(1, by_problem={"reference_nll": {"p0": 9.0}}))
+    assert order.next(2) == [0, 2]
+
+
+def test_a_perplexity_order_is_restored_in_the_middle_of_an_epoch() -> None:
+    order = by_perplexity("reverse_ppl")
+    order.observe(scores(p0=1.0, p1=3.0, p2=1.0, p3=2.0))
+    order.next(3)
+    again = by_perplexity("reverse_ppl")
+    again.load_state_dict(json.loads(json.dumps(order.state_dict())))
+    assert again.next(5) == order.next(5) == [2, 1, 3, 0, 2]

@@ -28,8 +28,10 @@ def sigmoid(x: float) -> float:
 
 def gate_of(gate: SdarGate, gap: float, entropy: float) -> float:
     stats = stats_of(
-        teacher_logprob=torch.tensor([gap - 1.0]), student_logprob=torch.tensor([-1.0]), student_entropy=torch.tensor([entropy])
-    )  # fmt: skip
+        teacher_logprob=torch.tensor([gap - 1.0]),
+        student_logprob=torch.tensor([-1.0]),
+        student_entropy=torch.tensor([entropy]),
+    )
     return float(gate.weights(stats)[0])
 
 

@@ -1,0 +1,218 @@
+"""Controllers beyond the Beta policy: closed form, influence, paired, difficulty, overlap."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from atesd.cliff import CliffConfig
+from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.influence import mixed_ratio
+from atesd.exposure.kinds import ExposureConfig
+from atesd.exposure.overlap import Overlap
+from atesd.exposure.reveal import RevealConfig
+from atesd.types import Measurement, Observation
+
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+FACTS = RunFacts(40, 0, strength=1.25, cliff=CliffConfig(every=4))
+
+
+def build(**fields: Any) -> Controller:
+    return TypeAdapter(ExposureConfig).validate_python(fields).build(FACTS)
+
+
+def restored(controller: Controller, **fields: Any) -> Controller:
+    again = build(**fields)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    return again
+
+
+def ratio(controller: Controller, step: int) -> float:
+    first, second = controller.propose(step, ["a", "b"])
+    assert first == second
+    return first
+
+
+def measured(kind: str, values: Mapping[float, float]) -> dict[str, float]:
+    return {Measurement(kind, ratio).key: value for ratio, value in values.items()}
+
+
+def contract(step: int, *points: float) -> Observation:
+    numbers: dict[str, float] = {}
+    for at, p in zip(GRID, points, strict=True):
+        key = Measurement("contract", at).key
+        numbers |= {f"{key}/eos/p": p, f"{key}/eos/b": 0.5, f"{key}/eos/hits": 40.0}
+    return Observation(step, measured=numbers)
+
+
+def test_closed_form_reads_the_largest_safe_ratio_at_each_window() -> None:
+    fields = {"kind": "closed_form", "hold": 2}
+    controller = build(**fields)
+    assert [m.key for m in controller.wants(4)] == [f"contract@{at!r}" for at in GRID]
+    assert controller.wants(5) == []
+    controller.observe(contract(0, 0.99, 0.995, 0.994, 0.999, 0.9995))
+    assert ratio(controller, 0) == pytest.approx(0.681982, abs=1e-6)
+    controller.observe(Observation(1))
+    assert ratio(controller, 1) == pytest.approx(0.681982, abs=1e-6)
+    again = restored(controller, **fields)
+    for held in (controller, again):
+        held.observe(Observation(2))
+        held.observe(Observation(3))
+        held.observe(contract(4, *(0.9995,) * 5))
+        assert ratio(held, 4) == 0.0, "no ratio is safe: the least"
+    assert controller.metrics()["cliff/lambda_star"] < 1.25
+
+
+def test_closed_form_without_a_measurement_shows_the_most_and_says_so() -> None:
+    controller = build(kind="closed_form", high=0.8)
+    controller.observe(Observation(0))
+    assert ratio(controller, 0) == 0.8
+    assert controller.metrics()["cliff/classes"] == 0.0
+
+
+def test_influence_mixes_the_grid_by_standardised_credit() -> None:
+    # credits (0, 1): z = (-1, 1), weights e^-2, e^2 at temperature .5
+    assert mixed_ratio([0.0, 1.0], (0.0, 1.0), 0.5) == pytest.approx(1 / (1 + 2.718281828459045**-4))
+    assert mixed_ratio([0.3, 0.3], (0.2, 0.6), 0.5) == pytest.approx(0.4)
+    assert mixed_ratio([1e-9, 2e-9, 1e-9], (0.0, 0.5, 1.0), 0.1) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_influence_asks_at_window_ends_and_averages_credits() -> None:
+    fields: dict[str, Any] = {"kind": "influence", "hold": 2, "grid": [0.0, 1.0], "start": 0.3, "decay": 0.5}
+    controller = build(**fields)
+    controller.observe(Observation(0))
+    assert controller.wants(0) == []
+    assert ratio(controller, 0) == 0.3
+    assert controller.wants(1) == []
+    controller.observe(Observation(1, measured=measured("influence", {0.0: 9.0, 1.0: -9.0})))
+    assert ratio(controller, 1) == 0.3, "credits that were not asked for are ignored"
+    assert [m.key for m in controller.wants(2)] == ["influence@0.0", "influence@1.0"]
+    controller.observe(Observation(2, measured=measured("influence", {0.0: 0.1, 1.0: 0.5})))
+    assert ratio(controller, 2) == pytest.approx(mixed_ratio([0.1, 0.5], (0.0, 1.0), 0.5))
+    again = restored(controller, **fields)
+    for held in (controller, again):
+        held.observe(Observation(3))
+        held.observe(Observation(4, measured=measured("influence", {0.0: 0.9, 1.0: 0.1})))
+        assert held.metrics() == pytest.approx({"exposure/credit/0": 0.5, "exposure/credit/1": 0.3})
+        assert ratio(held, 4) < 0.1
+
+
+def test_influence_keeps_its_ratio_where_a_credit_is_missing_and_says_so() -> None:
+    controller = build(kind="influence", hold=1, grid=[0.0, 1.0])
+    controller.observe(Observation(0))
+    ratio(controller, 0)
+    controller.observe(Observation(1, measured=measured("influence", {0.0: 0.1})))
+    assert controller.metrics() == {"exposure/discarded": 1.0}
+    assert ratio(controller, 1) == 0.5
+
+
+def test_a_step_without_a_distilled_group_does_not_count() -> None:
+    for kind in ("closed_form", "influence", "paired"):
+        controller = build(kind=kind, hold=2)
+        controller.observe(Observation(0))
+        controller.propose(0, ["a"])
+        for step in (1, 2, 3):
+            controller.observe(Observation(step, {"route/distil_groups": 0.0}))
+        assert controller.state_dict()["held"] == 0, kind
+
+
+def test_paired_climbs_the_difference_of_both_sides() -> None:
+    fields: dict[str, Any] = {"kind": "paired", "hold": 1, "start": 0.5, "delta": 0.2, "rate": 0.1}
+    controller = build(**fields)
+    controller.observe(Observation(0))
+    assert ratio(controller, 0) == 0.5
+    assert [m.key for m in controller.wants(1)] == ["virtual_nll@0.3", "virtual_nll@0.7"]
+    # more exposure lowers the NLL: credit (2 - 1.9) / .4 = .25, and the first credit is its own scale
+    controller.observe(Observation(1, measured=measured("virtual_nll", {0.3: 2.0, 0.7: 1.9})))
+    assert controller.metrics() == pytest.approx({"exposure/paired_credit": 0.25})
+    assert ratio(controller, 1) == pytest.approx(0.6)
+    again = restored(controller, **fields)
+    for held in (controller, again):
+        low, high = (m.ratio for m in held.wants(2))
+        assert (low, high) == pytest.approx((0.4, 0.8))
+        held.observe(Observation(2, measured=measured("virtual_nll", {low: 1.9, high: 1.95})))  # type: ignore[dict-item]
+        # credit -.125 over the root mean square sqrt((.25^2 + .125^2) / 2) = .19764
+        assert ratio(held, 2) == pytest.approx(0.6 - 0.1 * 0.125 / 0.197642, abs=1e-5)
+
+
+def test_paired_stays_within_its_bounds_and_keeps_its_ratio_without_a_measurement() -> None:
+    controller = build(kind="paired", hold=1, start=0.95, high=1.0, rate=0.2)
+    controller.observe(Observation(0))
+    ratio(controller, 0)
+    low, high = (m.ratio for m in controller.wants(1))
+    assert high == 1.0
+    controller.observe(Observation(1, measured=measured("virtual_nll", {low: 2.0, high: 1.0})))  # type: ignore[dict-item]
+    assert ratio(controller, 1) == 1.0
+    controller.observe(Observation(2))
+    assert controller.metrics() == {"exposure/discarded": 1.0}
+    assert ratio(controller, 2) == 1.0
+
+
+def test_difficulty_gives_each_bin_its_own_policy() -> None:
+    controller = build(kind="difficulty", bins=3)
+    controller.observe(Observation(0, measured={"probe_nll": 1.0}))
+    easy, medium, hard, unknown = controller.propose(0, ["a", "b", "c", "d"], [1.0, 0.5, 0.0, None])
+    assert len({easy, medium, hard}) == 3
+    assert unknown == medium
+    metrics = controller.metrics()
+    assert [metrics[f"exposure/bin{number}/share"] for number in range(3)] == [0.25, 0.5, 0.25]
+    assert {f"exposure/bin{number}/ka" for number in range(3)} <= set(metrics)
+    again = build(kind="difficulty", bins=3)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert again.propose(0, ["a", "b"], [1.0, 0.0]) == [easy, hard]
+
+
+def test_difficulty_by_perplexity_cuts_at_quantiles_of_the_references() -> None:
+    controller = build(kind="difficulty", by="reference_ppl")
+    assert Measurement("reference_nll") in controller.wants(0)
+    assert Measurement("reference_nll") not in controller.wants(1)
+    nll = {name: float(place) for place, name in enumerate("abcdef")}
+    controller.observe(Observation(0, measured={"probe_nll": 1.0}, by_problem={"reference_nll": nll}))
+    ratios = controller.propose(0, [*"abcdef", "new"])
+    assert ratios[0] == ratios[1] != ratios[2] == ratios[3] != ratios[4] == ratios[5]
+    assert ratios[6] == ratios[2]
+
+
+REFERENCE = "a3*4=7\nb7+2=9\nc9-5=4\n#4"
+
+
+@pytest.mark.parametrize(
+    ("rollout", "n", "extra", "segments"),
+    [
+        ("a3*4=7\nb7+2=1\nc1-5=6\n#6", 5, 1, 2),
+        ("a3*4=7\nb7+2=9\nc9-5=4\n#4", 5, 1, 4),
+        ("a3*4=1\nb1+2=3\n#3", 5, 1, 1),
+        ("a3*4=7\nb7+2=1", 5, 0, 1),
+        ("a3*4=1", 2, 1, 2),  # the pair `a3 *` is enough to count the first line
+        ("", 5, 1, 1),
+        ("", 5, 0, 0),
+    ],
+)
+def test_overlap_reveals_up_to_where_the_rollout_follows(rollout: str, n: int, extra: int, segments: int) -> None:
+    assert Overlap(n=n, extra=extra).ratio(REFERENCE, rollout, RevealConfig(unit="line")) == pytest.approx(segments / 4)
+
+
+def test_overlap_counts_a_segment_shorter_than_the_gram_as_a_whole() -> None:
+    rule = Overlap(n=8, extra=0)
+    assert rule.ratio("one two. three four five. six", "so three four five it is", RevealConfig(unit="sentence")) == 0.0
+    assert rule.ratio("one two. three four five. six", "three four five. six", RevealConfig(unit="sentence")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "closed_form", "low": 0.8, "high": 0.2}, "swap them"),
+        ({"kind": "influence", "grid": [0.5]}, "at least two ratios"),
+        ({"kind": "influence", "grid": [1.0, 0.0]}, "rising"),
+        ({"kind": "paired", "start": 0.9, "high": 0.5}, "outside"),
+        ({"kind": "difficulty", "bins": 1}, "greater than or equal to 2"),
+        ({"kind": "overlap", "n": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_sections_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ExposureConfig).validate_python(fields)
