@@ -9,8 +9,8 @@ lambda logit p - (lambda - 1) logit b, and lambda* is where (1 - p) / (1 - q) = 
 Ours (METHOD 4.4, 4.5): 1. how p and b are measured: contract positions are tokens of forced form in the student's own
 probe completions; per class the mean logit of the token that the teacher finds most probable there; 2. they are
 measured on a grid of exposure ratios, fitted by a curve that does not fall (isotonic, on logits) and read off at the
-ratio in force, so that lambda* follows the exposure between two measurements; b is the mean over the grid; 3. the
-lambda* of the run is the least over classes; 4. guard, router and closed-form exposure, which the paper does not have. With the
+ratio in force, so that lambda* follows the exposure between two measurements; b is the mean over the grid; 3. a run's
+lambda* is the least over classes; 4. guard, router and closed-form exposure, which the paper does not have. With the
 full-vocabulary divergence, which carries no importance weight, all of them are heuristics.
 """
 

@@ -103,6 +103,7 @@ class Probe:
         self._stored: list[tuple[int, ...]] | None = None
         self._groups: list[Group] | None = None
         self._completions: list[ContractRow] | None = None
+        self._base_logprobs: Tensor | None = None
         self._references: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Probe:
                 f"the run measures {', '.join(asked)} but the task has no probe problems: give it some (probe_size)"
             )
         self._model.eval()
-        self._groups = self._completions = None
+        self._groups = self._completions = self._base_logprobs = None
         values: dict[str, float] = {}
         by_problem: dict[str, dict[str, float]] = {}
         ratios: dict[str, list[float]] = {}
@@ -185,24 +186,21 @@ class Probe:
     def _contract(self, ratio: float) -> dict[str, float]:
         """Return p, b and hits of every contract class at a ratio."""
         positions = self._contract_positions()
-        problems = [problem for problem, _, _ in positions]
-        completions = [ids for _, ids, _ in positions]
-        teacher, base = [], []
-        for start in range(0, len(positions), 32):
-            part = slice(start, start + 32)
-            prompts = [self._hints.teacher_ids(problem, ratio) for problem in problems[part]]
-            with self._teacher.in_place():
-                teacher.append(self._logits_at(prompts, completions[part], positions[part]))
-            prompts = [self._hints.student_ids(problem) for problem in problems[part]]
-            with self._base.in_place():
-                base.append(self._logits_at(prompts, completions[part], positions[part]))
         names = [name for _, _, marked in positions for _, name in marked]
         if not names:
             return {}
-        teacher_logprobs, base_logprobs = torch.cat(teacher), torch.cat(base)
-        modal = teacher_logprobs.argmax(-1, keepdim=True)
-        p = teacher_logprobs.gather(1, modal)[:, 0].exp().double().clamp(CLAMP, 1 - CLAMP).logit()
-        b = base_logprobs.gather(1, modal)[:, 0].exp().double().clamp(CLAMP, 1 - CLAMP).logit()
+        if self._base_logprobs is None:
+            with self._base.in_place():
+                self._base_logprobs = self._logprobs_at(
+                    [self._hints.student_ids(problem) for problem, _, _ in positions]
+                )
+        with self._teacher.in_place():
+            logprobs = self._logprobs_at([self._hints.teacher_ids(problem, ratio) for problem, _, _ in positions])
+        modal = logprobs.argmax(-1, keepdim=True)
+        p, b = (
+            scored.gather(1, modal)[:, 0].double().exp().clamp(CLAMP, 1 - CLAMP).logit()
+            for scored in (logprobs, self._base_logprobs)
+        )
         numbers: dict[str, float] = {}
         for name in sorted(set(names)):
             chosen = torch.tensor([other == name for other in names], device=p.device)
@@ -213,20 +211,21 @@ class Probe:
             }
         return numbers
 
-    def _logits_at(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        completions: Sequence[tuple[int, ...]],
-        positions: Sequence[ContractRow],
-    ) -> Tensor:
-        """Return log-probabilities [positions, V] at the marked tokens, at the sampling temperature."""
-        hidden = self._hidden([_row(prompt, ids) for prompt, ids in zip(prompts, completions, strict=True)])
-        starts = np.cumsum([0, *(len(ids) for ids in completions)])
-        index = [int(start) + place for start, row in zip(starts, positions, strict=False) for place, _ in row[2]]
-        logits = hidden.hidden_NH[index].float() @ hidden.head_VH.float().T
-        if hidden.bias_V is not None:
-            logits = logits + hidden.bias_V.float()
-        return (logits / self._config.rollout.temperature).log_softmax(-1)
+    def _logprobs_at(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return log-probabilities [P, V] at the P contract positions, behind the given prompts of their completions."""
+        found = []
+        for start in range(0, len(prompts), 32):
+            positions = self._contract_positions()[start : start + 32]
+            completions = [ids for _, ids, _ in positions]
+            rows = [_row(prompt, ids) for prompt, ids in zip(prompts[start : start + 32], completions, strict=True)]
+            hidden = self._hidden(rows)
+            starts = np.cumsum([0, *(len(ids) for ids in completions)])
+            places = [int(first) + place for first, row in zip(starts, positions, strict=False) for place, _ in row[2]]
+            logits = hidden.hidden_NH[places].float() @ hidden.head_VH.float().T
+            if hidden.bias_V is not None:
+                logits = logits + hidden.bias_V.float()
+            found.append((logits / self._config.rollout.temperature).log_softmax(-1))
+        return torch.cat(found)
 
     def _contract_positions(self) -> list[ContractRow]:
         """Return the student's probe completions with the places of forced form and their classes."""
