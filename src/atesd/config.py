@@ -5,7 +5,7 @@ Sections of the other parts stand beside what they configure. `recipe.py` reads 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -223,17 +223,19 @@ class RunConfig(Config):
         measured = isinstance(self.routing, CliffRouterConfig) or isinstance(self.exposure, ClosedForm)
         return measured or "base" in self.target.views or (self.routing.reinforces and self.rl.kl_coef > 0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reinforcement_samples_untruncated(cls, tree: Any) -> Any:
-        """Truncated sampling biases the policy gradient: routers that reinforce switch it off, unless it is set."""
-        if not isinstance(tree, dict) or not isinstance(tree.get("rollout", {}), dict):
-            return tree
-        routing = tree.get("routing")
-        kind = routing.get("kind") if isinstance(routing, dict) else getattr(routing, "kind", None)
-        if kind not in ("rl", "both", "hdpo", "retire", "cliff"):
-            return tree
-        return {**tree, "rollout": {"top_p": 1.0, "top_k": 0, **tree.get("rollout", {})}}
+    @model_validator(mode="after")
+    def _reinforcement_samples_untruncated(self) -> Self:
+        """Truncated sampling biases the policy gradient: routers that reinforce switch it off, unless it is set.
+
+        What is filled in here does not count as set, so that an override of the router alone takes it back.
+        """
+        untruncated = {"top_p": 1.0, "top_k": 0}
+        missing = {name: value for name, value in untruncated.items() if name not in self.rollout.model_fields_set}
+        if self.routing.reinforces and missing:
+            rollout = self.rollout.model_copy(update=missing)
+            rollout.model_fields_set.difference_update(missing)
+            object.__setattr__(self, "rollout", rollout)
+        return self
 
     @model_validator(mode="after")
     def _routing_fits(self) -> Self:

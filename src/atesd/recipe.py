@@ -57,9 +57,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         names = key.strip().split(".")
         if not equals or not all(names):
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        section = result
+        section: Any = result
         for name in names[:-1]:
-            section = section.setdefault(name, {})
+            section = section.setdefault(name, {}) if text.strip() else section.get(name, {})
             if not isinstance(section, dict):
                 raise UserError(f"override {override!r}: {name!r} is a value, not a section")
         if text.strip():

@@ -49,6 +49,8 @@ class Router(Policy, Protocol):
     """Chooses the route of every group of a step."""
 
     source: Source
+    reads_exposure: bool
+    """Whether routes depend on the exposure: then a hold window goes on through steps without distillation."""
 
     def strength(self, wanted: float, ratio: float) -> float:
         """Return the lambda to distil with in this step, where `wanted` is the target's, at a mean exposure ratio."""
@@ -63,6 +65,7 @@ class FixedRouter(Stateless):
     """A router that asks no measurement and remembers nothing."""
 
     source: Source = "student"
+    reads_exposure: bool = False
 
     def strength(self, wanted: float, ratio: float) -> float:  # noqa: ARG002
         """Return the wanted strength."""
@@ -172,6 +175,8 @@ class CliffRouter(FixedRouter):
     hysteresis, and stays at least `min_stay` steps. Without a known contract class lambda* is infinite.
     """
 
+    reads_exposure: bool = True
+
     def __init__(self, config: CliffRouterConfig, cliff: CliffConfig, c: float) -> None:
         self._config = config
         self._cliff = cliff
@@ -237,6 +242,7 @@ class Guarded:
 
     def __init__(self, router: Router, cliff: CliffConfig, c: float) -> None:
         self.source: Source = router.source
+        self.reads_exposure = router.reads_exposure
         self._router = router
         self._kappa = cliff.kappa
         self._meter = CliffMeter(cliff, c)

@@ -85,6 +85,7 @@ METRICS: dict[str, str] = {
     "route/rl_groups": "groups reinforced in the step",
     "route/nll_groups": "groups trained on their reference in the step",
     "route/skip_groups": "groups that no loss was taken on in the step",
+    "route/paused": "1 where the step does not count in the exposure's hold window: nothing was distilled",
     "route/retired": "1 once the teacher has retired (router `retire`)",
     "route/mismatch_ema": "moving average of mismatch/top1 that the retirement follows",
     "cliff/lambda_star": "lambda* at the exposure in force, least over contract classes; absent where it is infinite",
@@ -151,9 +152,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read the objects of a JSON Lines file written by this module; a torn last line (a crash) is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            yield json.loads(line)
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a text may hold separators that splitlines would cut at
+    yield from (json.loads(line) for line in lines if line.strip())
 
 
 def step_name(step: int) -> str:
@@ -212,7 +212,7 @@ class RunDir:
         write_atomic(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         for folder in ("rollouts", "eval"):
             for path in (self.path / folder).glob("step_*.jsonl"):
-                if path.stem > step_name(step):
+                if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
 
     def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:

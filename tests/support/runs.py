@@ -1,8 +1,9 @@
 """Synthetic run directories, written through `RunDir` as `train` and `compare` write them.
 
 The numbers are made up, but shaped like a real comparison: arms differ, evaluations are sampled per problem, the
-learned arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Everything
-follows from the seed, so two calls write the same files.
+learned arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Two further arms
+can be asked for: `composed` has every other control, `grpo` has no teacher. Everything follows from the seed, so two
+calls write the same files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from atesd.runlog import RunDir, dump_json, write_atomic
 
 LEVELS = ("5 steps", "7 steps", "9 steps")
 START = 0.36
-END = {"full": 0.53, "half": 0.74, "random": 0.58, "learned": 0.69}
+ARMS = ("full", "half", "random", "learned")
+END = {"full": 0.53, "half": 0.74, "random": 0.58, "learned": 0.69, "composed": 0.71, "grpo": 0.62}
 OVERRIDES = {
     "full": ['exposure={kind="fixed", ratio=1.0}'],
     "half": ['exposure={kind="fixed", ratio=0.5}'],
@@ -30,12 +32,25 @@ EXPOSURE: dict[str, dict[str, Any]] = {
     "half": {"kind": "fixed", "ratio": 0.5},
     "random": {"kind": "random", "low": 0.0, "high": 1.0},
     "learned": {"kind": "beta", "hold": 5, "lookahead": 10},
+    "composed": {"kind": "influence", "grid": [0.0, 0.5, 1.0], "hold": 5},
+    "grpo": {"kind": "fixed", "ratio": 1.0},
 }
+CONTROLS: dict[str, dict[str, Any]] = {
+    "composed": {
+        "target": {"kind": "extrapolate", "lambda_x": 1.35, "guard": False},
+        "selection": {"kind": "tip", "score": "soft_or", "ratio": 0.5},
+        "gate": {"kind": "sdar", "score": "gap", "beta": 5.0, "centered": False, "target": "divergence"},
+        "routing": {"kind": "cliff", "uniform": "distil"},
+        "curriculum": {"kind": "reverse_ppl", "rescore": "epoch"},
+    },
+    "grpo": {"routing": {"kind": "rl"}},
+}
+PROBLEMS = 32  # of a step
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def write_compare(
-    path: Path, *, arms: Sequence[str] = tuple(END), seeds: Sequence[int] = (1, 2), steps: int = 60, **options: Any
+    path: Path, *, arms: Sequence[str] = ARMS, seeds: Sequence[int] = (1, 2), steps: int = 60, **options: Any
 ) -> Path:
     """Write a comparison: `compare.json` and one run for each arm and seed."""
     path.mkdir(parents=True, exist_ok=True)
@@ -77,7 +92,7 @@ def write_run(
             metrics |= evaluation_metrics(rows, k)
         run.log(step, metrics)
         if step and (step % max(1, steps // 4) == 0 or step == 1):
-            run.write_rows("rollouts", step, rollout_rows(step, ratios[step - 1], rng, hostile=hostile))
+            run.write_rows("rollouts", step, rollout_rows(step, ratios[step - 1], rng, hostile=hostile, arm=arm))
     if finished:
         final = evaluation_metrics(evaluation_rows(arm, seed, step=steps, steps=steps, problems=problems, k=k), k)
         run.finish({"step": steps, "seconds": 70.0 + 3.0 * seed, "final": final, "best": {"step": steps, **final}})
@@ -86,16 +101,26 @@ def write_run(
 
 def run_config(arm: str, seed: int, steps: int) -> dict[str, Any]:
     """Return the sections of a resolved recipe that a report puts into words."""
+    neutral = {
+        "target": {"kind": "plain"},
+        "selection": {"kind": "all"},
+        "gate": {"kind": "none"},
+        "routing": {"kind": "distil"},
+        "curriculum": {"kind": "random"},
+    }
     return {
         "seed": seed,
         "model": {"path": "pico", "dtype": "float32", "lora": None},
         "task": {"kind": "pico"},
         "exposure": EXPOSURE.get(arm, {"kind": "fixed", "ratio": 0.25}),
         "teacher": {"weights": "frozen", "ema_decay": None},
-        "loss": {"divergence": {"kind": "forward_kl"}, "clip": "none"},
+        "loss": {"divergence": {"kind": "forward_kl"}, "clip": "none", "prompt_weight": "none"},
+        **neutral,
+        **CONTROLS.get(arm, {}),
+        "rl": {"scale": "std", "aggregate": "token", "ratio": "token", "eps_low": 0.2, "eps_high": 0.2, "kl_coef": 0.0},
         "rollout": {"temperature": 1.0, "max_new_tokens": 96, "group_size": 1},
         "optim": {"lr": 1e-3, "schedule": "linear"},
-        "step": {"num_steps": steps, "problems": 32},
+        "step": {"num_steps": steps, "problems": PROBLEMS},
         "eval": {"every": max(1, steps // 6), "k": 4, "temperature": 1.0},
     }
 
@@ -106,6 +131,7 @@ def exposure_ratios(arm: str, steps: int, rng: np.random.Generator) -> list[floa
     while len(ratios) < steps:
         centre = 0.5 - 0.12 * len(ratios) / steps
         drawn = {"full": 1.0, "half": 0.5, "random": rng.uniform(), "learned": rng.beta(8 * centre, 8 * (1 - centre))}
+        drawn["composed"] = centre
         ratios += [float(drawn.get(arm, 0.25))] * 5
     return ratios[:steps]
 
@@ -131,9 +157,69 @@ def step_metrics(
         "optim/grad_norm": 1.0 + 0.1 * rng.normal(),
         "time/sample_s": 0.5 + 0.05 * rng.uniform(),
         "time/step_s": 0.3 + 0.05 * rng.uniform(),
+        **route_metrics(distil=PROBLEMS),
     }
     if arm == "learned":
         metrics |= controller_metrics(step, progress, rng)
+    if arm == "composed":
+        metrics |= composed_metrics(step, progress, ratio, rng)
+    if arm == "grpo":
+        of_teacher = ("exposure/", "divergence/", "mismatch/", "teacher/", "loss/distil")
+        metrics = {key: value for key, value in metrics.items() if not key.startswith(of_teacher)}
+        metrics |= route_metrics(rl=PROBLEMS) | policy_metrics(rng)
+    return metrics
+
+
+def route_metrics(*, distil: int = 0, rl: int = 0, nll: int = 0, skip: int = 0) -> dict[str, float]:
+    """Groups of a step by what they were trained by."""
+    counts = {"distil": distil, "rl": rl, "nll": nll, "skip": skip}
+    return {f"route/{name}_groups": float(count) for name, count in counts.items()}
+
+
+def policy_metrics(rng: np.random.Generator) -> dict[str, float]:
+    """What the reinforcement branch logs."""
+    return {
+        "loss/rl": 0.05 * rng.normal(),
+        "reward/uniform_groups": float(rng.integers(8, 16)),
+        "rl/ratio": 1.0,
+        "rl/clip_frac": 0.01 * rng.uniform(),
+        "rl/sampler_weight": 1.0 + 1e-8 * rng.uniform(),
+        "rl/kl": 0.0,
+    }
+
+
+def composed_metrics(step: int, progress: float, ratio: float, rng: np.random.Generator) -> dict[str, float]:
+    """What gate, cliff router and influence credit log.
+
+    Reinforcing alternates every ten steps; lambda* is infinite, so absent, in every twentieth step. In steps 16 to 20
+    every group is reinforced, so that nothing has an exposure.
+    """
+    reinforcing, alone = step % 20 in {0, *range(11, 20)}, 16 <= step <= 20
+    least = (1.25 if reinforcing else 1.5) - 0.1 * progress
+    skipped = int(rng.integers(0, 4))
+    rl = PROBLEMS if alone else int(rng.integers(12, 20)) if reinforcing else 0
+    metrics = route_metrics(distil=0 if alone else PROBLEMS - rl - skipped, rl=rl, skip=0 if alone else skipped)
+    metrics |= {
+        "cliff/lambda": 1 + 0.9 * (least - 1) if reinforcing else 1.35,
+        "cliff/lambda_star": math.inf if step % 20 == 5 else least,
+        "cliff/reinforcing": float(reinforcing),
+        "cliff/p/product": 0.97 + 0.02 * progress,
+        "cliff/b/product": 0.55 + 0.1 * progress,
+    }
+    if alone:
+        metrics |= dict.fromkeys(("exposure/ratio", "exposure/ratio_min", "exposure/ratio_max"), math.nan)
+    else:
+        metrics |= {
+            "gate/kept_frac": 0.5,
+            "gate/mean": 0.24 + 0.02 * rng.normal(),
+            "gate/open_frac": 0.6 + 0.1 * progress,
+            "gate/gap": -1.2 + 0.6 * progress,
+            "gate/gap_negative": 0.4 - 0.1 * progress,
+        }
+    if reinforcing:
+        metrics |= policy_metrics(rng)
+    if step % 5 == 0:
+        metrics |= {f"exposure/credit/{g:g}": 0.3 - abs(g - ratio) * (0.2 + 0.1 * progress) for g in (0.0, 0.5, 1.0)}
     return metrics
 
 
@@ -194,9 +280,36 @@ def evaluation_metrics(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, f
     }
 
 
-def rollout_rows(step: int, ratio: float, rng: np.random.Generator, *, hostile: bool) -> list[dict[str, Any]]:
-    """Eight completions of one update with their per-token streams."""
-    return [_rollout(step, number, ratio, rng, hostile=hostile and number == 0) for number in range(8)]
+def rollout_rows(
+    step: int, ratio: float, rng: np.random.Generator, *, hostile: bool, arm: str = ""
+) -> list[dict[str, Any]]:
+    """Eight completions of one update with their per-token streams; one on every route in the arm `composed`."""
+    routes = {"composed": ("distil", "rl", "both", "nll", "skip"), "grpo": ("rl",)}.get(arm, ("distil",))
+    rows = [_rollout(step, number, ratio, rng, hostile=hostile and number == 0) for number in range(8)]
+    if arm == "composed":
+        rows = [gated(row) for row in rows]
+    return [routed(row, routes[number % len(routes)]) for number, row in enumerate(rows)]
+
+
+def gated(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of which every second token is selected, at a weight of sigmoid(5 gap)."""
+    gaps = np.array(row["teacher_logprob"]) - np.array(row["student_logprob"])
+    weights = np.where(np.arange(len(gaps)) % 2 == 0, 1 / (1 + np.exp(-5 * gaps)), 0.0)
+    return {**row, "gate": weights.round(6).tolist()}
+
+
+def routed(row: Mapping[str, Any], route: str) -> dict[str, Any]:
+    """Return a distilled row as it is written on a route; one that no loss is taken on has no streams."""
+    components = {"both": ["distil", "rl"], "skip": []}.get(route, [route])
+    changed: dict[str, Any] = {"route": route, "components": components}
+    if "rl" in components:
+        changed["advantage"] = 0.968246 if row["reward"] else -1.032796
+    if "distil" not in components:
+        nothing, full = ([value] * len(row["tokens"]) for value in (0.0, 1.0))
+        changed |= {"hint": "", "teacher_prompt": "", "divergence": nothing, "gate": full}
+        changed["teacher_logprob"] = row["student_logprob"]
+    streams = {"divergence", "student_logprob", "teacher_logprob", "student_entropy", "gate"}
+    return {key: value for key, value in {**row, **changed}.items() if components or key not in streams}
 
 
 def _rollout(step: int, number: int, ratio: float, rng: np.random.Generator, *, hostile: bool) -> dict[str, Any]:
@@ -223,6 +336,8 @@ def _rollout(step: int, number: int, ratio: float, rng: np.random.Generator, *, 
         "problem": f"Compute {problem} from left to right.",
         "level": LEVELS[number % len(LEVELS)],
         "route": "distil",
+        "components": ["distil"],
+        "advantage": 0.0,
         "ratio": ratio,
         "hint": hint,
         "student_prompt": f"Compute {problem} from left to right.",

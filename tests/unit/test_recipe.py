@@ -195,7 +195,15 @@ def test_a_recipe_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
 def test_every_recipe_and_each_of_its_arms_loads(path: Path) -> None:
     config = load_config(path)
     for overrides in config.arms.values():
-        assert with_overrides(config, overrides) == load_config(path, overrides)
+        assert load_config(path, overrides).arms == config.arms
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_an_arm_means_the_same_over_a_recipe_and_over_its_config(path: Path) -> None:
+    """`compare` reads arms over the config, and the runs that it starts read them over the file."""
+    config = load_config(path)
+    for arm, overrides in config.arms.items():
+        assert with_overrides(config, overrides) == load_config(path, overrides), arm
 
 
 def test_there_are_recipes() -> None:

@@ -28,6 +28,7 @@ from atesd.exposure.window import (
     discounted_progress,
     finite,
     ramp,
+    step_counts,
 )
 from atesd.types import Measurement, Observation
 
@@ -96,9 +97,9 @@ class BetaController:
         self._step = observation.step
         self._step_log = {}
         if self._step > 0:
-            if observation.stats.get("route/distil_groups", 1.0) > 0:
+            if step_counts(observation.stats):
                 self._clock.tick()
-            else:
+            if observation.stats.get("route/distil_groups", 1.0) == 0:
                 self._discard(self._open)
         self._state.observe(observation, self._ratio)
         self._tabulate(observation)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from atesd.cliff import CliffMeter
 from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock
+from atesd.exposure.window import HoldClock, step_counts
 from atesd.types import Config, Measurement, Observation
 
 
@@ -72,7 +72,7 @@ class ClosedFormController:
     def observe(self, observation: Observation) -> None:
         """Take in the contract; count the update unless nothing was distilled in it."""
         self._meter.observe(observation)
-        if observation.step > 0 and observation.stats.get("route/distil_groups", 1.0) > 0:
+        if observation.step > 0 and step_counts(observation.stats):
             self._clock.tick()
 
     def metrics(self) -> Mapping[str, float]:

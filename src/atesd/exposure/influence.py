@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, finite
+from atesd.exposure.window import HoldClock, finite, step_counts
 from atesd.types import Config, Measurement, Observation
 
 
@@ -97,7 +97,7 @@ class InfluenceController:
             }
         elif wanted and observation.stats.get("route/distil_groups", 1.0) > 0:
             self._latest = {"exposure/discarded": 1.0}
-        if observation.step > 0 and observation.stats.get("route/distil_groups", 1.0) > 0:
+        if observation.step > 0 and step_counts(observation.stats):
             self._clock.tick()
 
     def metrics(self) -> Mapping[str, float]:

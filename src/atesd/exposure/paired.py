@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, finite
+from atesd.exposure.window import HoldClock, finite, step_counts
 from atesd.types import Config, Measurement, Observation
 
 
@@ -85,7 +85,7 @@ class PairedController:
         self._latest = {}
         wanted = self.wants(observation.step)
         found = [finite(observation.measured, measurement.key) for measurement in wanted]
-        if observation.step > 0 and observation.stats.get("route/distil_groups", 1.0) > 0:
+        if observation.step > 0 and step_counts(observation.stats):
             self._clock.tick()
         values = [value for value in found if value is not None]
         if len(values) == 2:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.window import HoldClock
+from atesd.exposure.window import HoldClock, step_counts
 from atesd.types import Config, Observation, Stateless
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -157,7 +157,7 @@ class UniformController(Stateless):
 
     def observe(self, observation: Observation) -> None:
         """Count the update unless nothing was distilled in it."""
-        if observation.stats.get("route/distil_groups", 1.0) > 0:
+        if step_counts(observation.stats):
             self._clock.tick()
 
     def state_dict(self) -> dict[str, Any]:

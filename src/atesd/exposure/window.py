@@ -111,9 +111,17 @@ class Average:
         return self.value / self.first
 
 
+def step_counts(stats: Mapping[str, float]) -> bool:
+    """Tell whether a step counts in its hold window: it distilled, or its router reads the exposure and must see it move.
+
+    Otherwise a router that stopped distilling at one exposure would never be shown another.
+    """
+    return stats.get("route/distil_groups", 1.0) > 0 or stats.get("route/paused", 1.0) == 0
+
+
 @dataclass(slots=True)
 class HoldClock:
-    """Counts the updates of a hold window. A step that distils no group does not count."""
+    """Counts the updates of a hold window, as `step_counts` says."""
 
     period: int
     held: int | None = None

@@ -72,19 +72,21 @@ def _section(part: Section) -> str:
 
 
 def _figures(panels: Sequence[Panel]) -> str:
-    choices = any(len(panel.choices) > 1 for panel in panels)
+    choices = any(any(panel.choices) for panel in panels)
     figures = "".join(_figure(panel, spaced=choices) for panel in panels)
     return f'<div class="figures">{figures}</div>' if panels else ""
 
 
 def _figure(panel: Panel, *, spaced: bool) -> str:
-    """A place for a figure, under a choice where there are several, or under a space that keeps a row level."""
+    """A place for a figure, under a choice where there are several, the label of the only one, or a space in a row."""
     choice = '<div class="choice space"></div>' if spaced else ""
     if len(panel.choices) > 1:
         options = "".join(
             f"<option value={index}>{escape(label)}</option>" for index, label in enumerate(panel.choices)
         )
         choice = f'<label class="choice">Show <select data-figure="{panel.name}">{options}</select></label>'
+    elif only := next(iter(panel.choices)):
+        choice = f'<div class="choice">Shown: {escape(only)}</div>'
     label = escape(panel.description, quote=True)
     return (
         f'<figure>{choice}<div class="plot" id="figure-{panel.name}" role="img" aria-label="{label}"></div>'

@@ -229,11 +229,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return _checked(path, lambda: list(read_jsonl(path)))
 
 
+def setting(config: Mapping[str, Any], path: str) -> Any:
+    """Return a setting of a resolved recipe by its dotted path; None where the recipe does not have it."""
+    value: Any = config
+    for name in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
+
+
 def _single(path: Path) -> Study:
     run = load_run(path, path.resolve().name, None)
     return Study(
         title=run.arm,
-        task=str(_section(run.config, "task").get("kind", "")),
+        task=str(setting(run.config, "task.kind") or ""),
         is_comparison=False,
         arms=(Arm(run.arm, (), (run,)),),
         k=run.evaluations[-1].rewards.shape[1] if run.evaluations else 0,
@@ -253,11 +263,6 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 def _renamed(arm: Arm, name: str) -> Arm:
     return Arm(name, arm.overrides, tuple(replace(run, arm=name) for run in arm.runs))
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _step(path: Path) -> int:

@@ -62,18 +62,35 @@ const VALUES = [
   ["student entropy, nats", (streams, i) => streams[ENTROPY][i]],
   ["gate", (streams, i) => streams[GATE][i]],
 ];
-// How a token is coloured: share in [-1, 1] of the strongest colour; negative shares are blue.
+const ROUTES = {
+  distil: "distilled", rl: "reinforced", both: "distilled and reinforced", nll: "trained on its reference", skip: "skipped",
+};
+// What a token is trained by, in words. A distilled token of weight 0 does not feed the distillation loss.
+const KINDS = {
+  distil: "distilled towards the teacher", rl: "reinforced by the reward", both: "distilled and reinforced",
+  nll: "trained on as the reference", none: "in no loss",
+};
+// How a token is coloured: share in [-1, 1] of the strongest colour, negative shares blue; or by the losses it feeds.
+// `taught` are colours that only a completion scored by a teacher has.
 const COLOURINGS = {
   "divergence": {
+    taught: true,
     share: (streams, i) => Math.sqrt(Math.min(1, Math.max(0, streams[DIVERGENCE][i]) / data.rollouts.scale)),
     low: "0", high: () => `${data.rollouts.scale} nats or more`,
   },
+  "gate: weight in the distillation loss": {
+    taught: true, weight: true,
+    share: (streams, i) => Math.max(-1, Math.min(1, streams[GATE][i])),
+    low: "0: does not listen", high: () => "1: full weight",
+    bottom: "\u22121: pushed away",
+  },
+  "component: which losses it feeds": { kinds: true },
   "teacher minus student log-prob": {
+    taught: true,
     share: (streams, i) => Math.max(-1, Math.min(1, (streams[STUDENT][i] - streams[TEACHER][i]) / 3)),
-    low: "teacher finds it likelier (+3)", high: () => "less likely (\u22123)", both: true,
+    bottom: "teacher finds it likelier (+3)", high: () => "less likely (\u22123)", both: true,
   },
   "student entropy": { share: (streams, i) => Math.min(1, streams[ENTROPY][i] / 2), low: "0", high: () => "2 nats or more" },
-  "gate": { share: (streams, i) => Math.min(1, Math.abs(streams[GATE][i])), low: "0: ignored", high: () => "1: full weight" },
 };
 
 function element(tag, attributes = {}, ...children) {
@@ -103,6 +120,7 @@ function inspector(root) {
   });
   const problem = picker("Problem", () => show());
   const colouring = picker("Colour by", () => show());
+  const colourings = Object.keys(COLOURINGS).filter((name) => data.rollouts.taught || !COLOURINGS[name].taught);
   const reading = element("div");
   const tooltip = element("div", { class: "tooltip", role: "status", hidden: "" });
   const steps = () => runs[Number(run.select.value)].steps;
@@ -110,13 +128,13 @@ function inspector(root) {
   root.append(element("div", { class: "pickers" }, run.label, step.label, problem.label, colouring.label), reading);
   document.body.append(tooltip);
   fill(run.select, runs.map((one) => one.label), 0);
-  fill(colouring.select, Object.keys(COLOURINGS), 0);
+  fill(colouring.select, colourings, 0);
   refill();
 
   function refill() {
     const found = steps().findIndex((one) => one.step === wanted);
     const index = Math.max(0, found);
-    fill(step.select, steps().map((one) => `${one.step} (ratio ${round(one.rows[0].ratio, 2)})`), index);
+    fill(step.select, steps().map(dated), index);
     fill(problem.select, steps()[index].rows.map(named), Number(problem.select.value) || 0);
     show();
   }
@@ -124,14 +142,15 @@ function inspector(root) {
   function show() {
     hide();
     const row = steps()[Number(step.select.value)].rows[Number(problem.select.value)];
-    const style = COLOURINGS[Object.keys(COLOURINGS)[Number(colouring.select.value)]];
+    const style = COLOURINGS[colourings[Number(colouring.select.value)]];
     reading.replaceChildren(
       element("div", { class: "reading" },
         block("Problem", row.problem),
-        block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)})`, row.hint || "No hint: no teacher view was scored."),
+        distilled(row) ? block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)})`, row.hint)
+          : block("Hint", "None: no teacher read this completion."),
         element("div", { class: "wide" },
           element("h3", {}, `The student's completion: ${outcome(row)}`),
-          tokens(row, style), scalebar(row, style),
+          training(row), tokens(row, style), key(row, style),
           ...[["What the student read", row.student], ["What the teacher read", row.teacher]].filter(([, text]) => text)
             .map(([title, text]) => element("details", {}, element("summary", {}, title), element("pre", { class: "text" }, text))))),
     );
@@ -142,7 +161,9 @@ function inspector(root) {
     const box = element("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Completion; arrow keys move between tokens" });
     row.tokens.forEach((text, i) => {
       const span = element("span", { "data-token": i }, visible(text));
-      if (scored) paint(span, style.share(row.streams, i));
+      if (style.kinds) span.classList.add("kind", `kind-${kind(row, i)}`);
+      else if (scored) paint(span, style.share(row.streams, i));
+      if (scored && style.weight && row.streams[GATE][i] === 0) span.classList.add("weightless");
       box.append(span);
     });
     if (row.hidden) box.append(element("span", { class: "special" }, ` ... (${row.hidden} more tokens)`));
@@ -168,6 +189,7 @@ function inspector(root) {
     span.classList.add("chosen");
     const rows = VALUES.map(([name, value]) => element("tr", {},
       element("th", { scope: "row" }, name), element("td", { class: "number" }, round(value(row.streams, i), 3))));
+    rows.push(element("tr", {}, element("th", { scope: "row" }, "component"), element("td", {}, KINDS[kind(row, i)])));
     tooltip.replaceChildren(element("b", {}, `${i + 1}: ${JSON.stringify(row.tokens[i])}`), element("table", {}, element("tbody", {}, ...rows)));
     tooltip.hidden = false;
     const place = span.getClientRects()[0] || span.getBoundingClientRect();
@@ -190,12 +212,53 @@ function paint(span, share) {
   span.style.setProperty("--share", Math.abs(share).toFixed(3));
 }
 
+// How the group and the completion were trained.
+function training(row) {
+  const fact = (name, value) => element("li", {}, `${name}: `, element("b", {}, value));
+  const reinforced = row.components.includes("rl");
+  const sign = row.advantage > 0 ? "+" : "";
+  return element("ul", { class: "facts" },
+    ...(row.route ? [fact("Route of the group", ROUTES[row.route] || row.route)] : []),
+    fact("Components", row.components.join(", ") || "none, not trained on"),
+    fact("Advantage", row.advantage === null || !(reinforced || row.advantage) ? "none" : sign + round(row.advantage, 3)));
+}
+
+function distilled(row) {
+  return row.components.includes("distil");
+}
+
+function kind(row, i) {
+  const weight = row.streams.length ? row.streams[GATE][i] : 1;
+  const distils = distilled(row) && weight !== 0;
+  const reinforced = row.components.includes("rl");
+  if (distils) return reinforced ? "both" : "distil";
+  if (reinforced) return "rl";
+  return row.components.includes("nll") ? "nll" : "none";
+}
+
+function key(row, style) {
+  return style.kinds ? kindlist(row) : scalebar(row, style);
+}
+
+// The losses that tokens of this completion feed, each drawn as its tokens are, in words, with its number of tokens.
+function kindlist(row) {
+  const counts = {};
+  row.tokens.forEach((_, i) => { counts[kind(row, i)] = (counts[kind(row, i)] || 0) + 1; });
+  return element("ul", { class: "kinds", "aria-label": "Losses that the tokens feed" },
+    ...Object.keys(KINDS).filter((name) => counts[name]).map((name) => element("li", {},
+      element("span", { class: `kind kind-${name}` }, name), `${KINDS[name]}: ${counts[name]} of ${row.tokens.length} tokens`)));
+}
+
 function scalebar(row, style) {
-  if (!row.streams.length) return element("p", { class: "muted" }, "This completion was not scored by a teacher.");
+  if (!row.streams.length) return element("div", { class: "scalebar" }, "No loss was taken on this completion.");
+  if (style.taught && !distilled(row)) {
+    return element("div", { class: "scalebar" }, "No teacher scored this completion: it can be coloured by component or by entropy.");
+  }
+  const both = style.both || (style.weight && row.streams[GATE].some((value) => value < 0));
   const ramp = element("span", { class: "ramp", "aria-hidden": "true" });
   const strong = (tint) => `color-mix(in srgb, var(${tint}) 62%, transparent)`;
-  ramp.style.background = `linear-gradient(90deg, ${style.both ? strong("--cool") + ", " : ""}transparent, ${strong("--heat")})`;
-  return element("div", { class: "scalebar" }, style.low, ramp, style.high());
+  ramp.style.background = `linear-gradient(90deg, ${both ? strong("--cool") + ", " : ""}transparent, ${strong("--heat")})`;
+  return element("div", { class: "scalebar" }, both ? style.bottom : style.low, ramp, style.high());
 }
 
 function block(title, text) {
@@ -203,7 +266,14 @@ function block(title, text) {
 }
 
 function named(row, index) {
-  return `${index + 1}: ${row.id}${row.level ? `, ${row.level}` : ""}, ${graded(row)}`;
+  const losses = row.components.join(" + ") || "no loss";
+  return `${index + 1}: ${row.id}${row.level ? `, ${row.level}` : ""}, ${graded(row)}${losses === "distil" ? "" : `, ${losses}`}`;
+}
+
+// The exposure ratio belongs to the first completion that a teacher read.
+function dated(one) {
+  const read = one.rows.find(distilled);
+  return read ? `${one.step} (ratio ${round(read.ratio, 2)})` : String(one.step);
 }
 
 function graded(row) {

@@ -30,10 +30,20 @@ CURVES = {
     "time/step_s": "Seconds a step",
     "time/sample_s": "Seconds a step spent in sampling",
 }
+CHANGING_CURVES = {  # shown where they change
+    "loss/rl": "Policy loss",
+    "reward/uniform_groups": "Groups of equal rewards, which reinforce nothing",
+    "rl/ratio": "Importance ratio of reinforced tokens",
+    "rl/clip_frac": "Share of reinforced tokens held by a clip",
+    "rl/sampler_weight": "Weight that corrects for the sampler",
+    "rl/kl": "KL from the step-0 weights, nats",
+    "exposure/paired_credit": "Paired credit: what more exposure would gain, nats",
+}
+SAME = 1e-6  # numbers that differ by less do not change
 CAPTIONS = {
     "accuracy": "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
     "Step 0 is the model before training.",
-    "exposure": "The share of the solution that the teacher saw in every step.",
+    "exposure": "The share of the solution that the teacher saw in every step with a teacher.",
     "density": "Where the learned policy puts its next draw: strong colour is likely. "
     "The line is the ratio that was drawn.",
     "levels": "Final accuracy with 95 % intervals.",
@@ -46,10 +56,11 @@ CAPTIONS = {
     "Both also change as training goes on, and arms differ in that: read them together with the training curves.",
 }
 REWARD_TERMS = {
-    "exposure/reward": "reward",
-    "exposure/reward_lp": "learning progress",
-    "exposure/reward_gt": "teacher-grounded",
+    "reward": "reward",
+    "reward_lp": "learning progress",
+    "reward_gt": "teacher-grounded",
 }
+WHOLE = "exposure/"  # prefix of the policy that all problems share
 
 
 @dataclass(frozen=True)
@@ -88,26 +99,31 @@ def accuracy_curve(arm: Arm) -> list[tuple[int, dict[str, float]]]:
 def exposure_panel(study: Study) -> Panel | None:
     """The exposure ratio of every step: the mean over seeds, or the runs of one seed."""
     seeds = list(dict.fromkeys(run.seed for run in study.runs))
-    choices = {f"seed {seed}": _exposure(study, [seed]) for seed in seeds[:EXPOSURE_SEEDS]}
-    if len(seeds) > 1:
-        choices = {"mean over seeds": _exposure(study, seeds), **choices}
-    if not any(figure["data"] for figure in choices.values()):
+    if len(seeds) == 1:
+        choices = {"": _exposure(study, seeds)}
+    else:
+        choices = {"mean over seeds": _exposure(study, seeds)}
+        choices |= {f"seed {seed}": _exposure(study, [seed]) for seed in seeds[:EXPOSURE_SEEDS]}
+    choices = {label: figure for label, figure in choices.items() if figure["data"]}
+    if not choices:
         return None
     return Panel("exposure", "Exposure ratio over training steps", CAPTIONS["exposure"], choices)
 
 
 def density_panel(study: Study) -> Panel | None:
-    """The Beta policy's density over steps, with the ratios that were drawn; one choice a run."""
-    learned = [
-        (index, run)
+    """The Beta policy's density over steps, with the ratios that were drawn; one choice a run, or a difficulty bin."""
+    learned = {
+        label: (run, index, prefix)
         for index, arm in enumerate(study.arms)
         for run in arm.runs
-        if len(run.series("exposure/ka", "exposure/kb"))
-    ]
+        for label, prefix in policies(run).items()
+    }
     if not learned:
         return None
-    choices = {run.label: _density(run, index) for index, run in learned[:DENSITY_RUNS]}
-    rest = f" Shown for {DENSITY_RUNS} of {len(learned)} runs." if len(learned) > DENSITY_RUNS else ""
+    choices = {label: _density(*found) for label, found in list(learned.items())[:DENSITY_RUNS]}
+    rest = f" Shown for {DENSITY_RUNS} of {len(learned)} policies." if len(learned) > DENSITY_RUNS else ""
+    if any(prefix != WHOLE for _, _, prefix in learned.values()):
+        rest += " For a difficulty bin, whose draws are not logged, the line is the policy's mean."
     return Panel("density", "Density of the learned exposure policy over steps", CAPTIONS["density"] + rest, choices)
 
 
@@ -136,12 +152,13 @@ def mismatch_panels(study: Study) -> list[Panel]:
 
 
 def reward_panel(study: Study) -> Panel | None:
-    """The controller's reward and its two terms, each on its own scale; one choice a run."""
+    """The controller's reward and its two terms, each on its own scale; one choice a run, or a difficulty bin."""
     choices = {
-        run.label: _rewards(run, index)
+        label: _rewards(run, index, prefix)
         for index, arm in enumerate(study.arms)
         for run in arm.runs
-        if len(run.series("exposure/reward"))
+        for label, prefix in policies(run).items()
+        if len(run.series(f"{prefix}reward"))
     }
     return (
         Panel("rewards", "Reward of the exposure controller and its terms", CAPTIONS["rewards"], choices)
@@ -191,10 +208,11 @@ def trait_panel(study: Study) -> Panel | None:
 def curve_panel(study: Study) -> Panel | None:
     """Logged quantities of training over steps, mean over seeds; one choice a quantity."""
     choices = {}
-    for key, label in CURVES.items():
-        lines = [(index, arm.name, _mean_series(arm, key)) for index, arm in _arms(study)]
-        data = [line(index, name, points) for index, name, points in lines if len(points)]
-        if data:
+    for key, label in (CURVES | CHANGING_CURVES | _contract_curves(study)).items():
+        lines = [(index, arm.name, mean_series(arm, key)) for index, arm in _arms(study)]
+        lines = [(index, name, points) for index, name, points in lines if len(points)]
+        if lines and (key not in CHANGING_CURVES or changes(points for _, _, points in lines)):
+            data = [line(index, name, points) for index, name, points in lines]
             choices[label] = {"data": data, "layout": layout("step", label)}
     return Panel("curves", "Logged quantities over training steps", CAPTIONS["curves"], choices) if choices else None
 
@@ -205,6 +223,48 @@ def beta_density(ratios: Floats, ka: Floats, kb: Floats) -> Floats:
     logs = np.outer(np.log(ratios), ka - 1) + np.outer(np.log1p(-ratios), kb - 1) + np.array(constants)
     density: Floats = np.exp(logs)
     return density
+
+
+def policies(run: Run) -> dict[str, str]:
+    """Return label and key prefix of a run's Beta policies: of the only one, or of one for each difficulty bin."""
+    keys = {key for row in run.rows for key in row if key.startswith("exposure/") and key.endswith("/ka")}
+    bins = sorted(key.removesuffix("ka") for key in keys - {f"{WHOLE}ka"})
+    whole = {run.label: WHOLE} if f"{WHOLE}ka" in keys else {}
+    return whole | {f"{run.label}, {difficulty(number, len(bins))}": prefix for number, prefix in enumerate(bins)}
+
+
+def difficulty(number: int, bins: int) -> str:
+    """Name a difficulty bin."""
+    ends = {0: "easiest problems", bins - 1: "hardest problems"}
+    return ends.get(number, f"problems of difficulty {number + 1} of {bins}")
+
+
+def mean_series(arm: Arm, key: str) -> Floats:
+    """Return [n, 2]: steps and means over the runs that logged the key there."""
+    return mean_by_step(run.series(key) for run in arm.runs)
+
+
+def mean_by_step(series: Iterable[Floats]) -> Floats:
+    """Return one row a step: the mean of the rows that the series have for it."""
+    stacked = _stacked(series)
+    steps = np.unique(stacked[:, 0])
+    means = np.array([stacked[stacked[:, 0] == step].mean(axis=0) for step in steps])
+    return means.reshape(-1, stacked.shape[1])
+
+
+def changes(series: Iterable[Floats]) -> bool:
+    """Tell whether the second column of any series changes."""
+    return any(bool(np.ptp(points[:, 1]) > SAME) for points in series)
+
+
+def _contract_curves(study: Study) -> dict[str, str]:
+    """Return the keys of the cliff's contract classes with their words."""
+    words = {
+        "cliff/p/": "Teacher's probability of the forced token",
+        "cliff/b/": "Base's probability of the forced token",
+    }
+    keys = sorted({key for run in study.runs for row in run.rows for key in row if key.startswith(tuple(words))})
+    return {key: f"{words[key[:8]]}, {key[8:]}" for key in keys}
 
 
 def _arms(study: Study) -> list[tuple[int, Arm]]:
@@ -256,13 +316,6 @@ def _trait_series(arm: Arm, trait: str) -> Floats:
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
-def _mean_series(arm: Arm, key: str) -> Floats:
-    """Return [n, 2]: steps and means over the runs that logged the key there."""
-    stacked = _stacked(run.series(key) for run in arm.runs)
-    steps = np.unique(stacked[:, 0])
-    return np.array([[step, stacked[stacked[:, 0] == step, 1].mean()] for step in steps]).reshape(-1, 2)
-
-
 def _stacked(series: Iterable[Floats]) -> Floats:
     return np.concatenate(list(series))
 
@@ -270,23 +323,23 @@ def _stacked(series: Iterable[Floats]) -> Floats:
 def _exposure(study: Study, seeds: Sequence[int | None]) -> Figure:
     """One line an arm over the runs with one of the seeds."""
     arms = [
-        (index, replace(arm, runs=tuple(run for run in arm.runs if run.seed in seeds and _has_teacher(run))))
+        (index, replace(arm, runs=tuple(_distilled(run) for run in arm.runs if run.seed in seeds)))
         for index, arm in _arms(study)
     ]
-    lines = [(index, arm.name, _mean_series(arm, "exposure/ratio")) for index, arm in arms if arm.runs]
+    lines = [(index, arm.name, mean_series(arm, "exposure/ratio")) for index, arm in arms if arm.runs]
     frame = layout("step", "exposure ratio")
     frame["yaxis"] |= {"range": [-0.03, 1.03]}
     data = [line(index, name, points, shape="hv", width=1.8) for index, name, points in lines if len(points)]
     return {"data": data, "layout": frame}
 
 
-def _has_teacher(run: Run) -> bool:
-    """Tell whether any group was distilled: supervised training logs an exposure ratio that nobody sees."""
-    return any(row.get("route/distil_groups", 1) > 0 for row in run.rows)
+def _distilled(run: Run) -> Run:
+    """Keep the steps in which a group was distilled: early logs have exposure ratios that nobody saw."""
+    return replace(run, rows=[row for row in run.rows if row.get("route/distil_groups", 1) > 0])
 
 
-def _density(run: Run, arm: int) -> Figure:
-    points = thin(run.series("exposure/ka", "exposure/kb"), DENSITY_STEPS)
+def _density(run: Run, arm: int, prefix: str) -> Figure:
+    points = thin(run.series(f"{prefix}ka", f"{prefix}kb"), DENSITY_STEPS)
     grid = np.linspace(0.0125, 0.9875, 40)
     heat = {
         "type": "heatmap",
@@ -298,7 +351,8 @@ def _density(run: Run, arm: int) -> Figure:
         "colorbar": {"title": {"text": "density", "side": "right"}, "thickness": 10, "outlinewidth": 0, "len": 0.9},
         "hovertemplate": "step %{x}, ratio %{y:.2f}<br>density %{z:.3~g}<extra></extra>",
     }
-    drawn = line(arm, "drawn ratio", run.series("exposure/ratio"), shape="hv", width=1.2)
+    name, key = ("drawn ratio", "exposure/ratio") if prefix == WHOLE else ("mean of the policy", f"{prefix}mean")
+    drawn = line(arm, name, _distilled(run).series(key), shape="hv", width=1.2)
     drawn["line"]["color"] = "@text"
     del drawn["meta"]
     frame = layout("step", "exposure ratio")
@@ -306,8 +360,8 @@ def _density(run: Run, arm: int) -> Figure:
     return {"data": [heat, drawn], "layout": frame}
 
 
-def _rewards(run: Run, arm: int) -> Figure:
-    terms = {key: label for key, label in REWARD_TERMS.items() if len(run.series(key))}
+def _rewards(run: Run, arm: int, prefix: str) -> Figure:
+    terms = {prefix + key: label for key, label in REWARD_TERMS.items() if len(run.series(prefix + key))}
     frame = layout("step", "") | {"annotations": []}
     data = []
     for row, (key, label) in enumerate(terms.items()):

@@ -18,13 +18,16 @@ TOKENS = 600  # tokens a completion
 CHARACTERS = 8_000  # of a prompt, problem or hint
 
 STREAMS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "gate")
+OF_TEACHER = ("divergence", "teacher_logprob", "gate")  # without meaning where nothing is distilled
+COMPONENTS = {"distil": ["distil"], "rl": ["rl"], "both": ["distil", "rl"], "nll": ["nll"], "skip": []}
 
 
 def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
-    """Return the inspector's data: `runs` with their steps and completions, `shown`, `total`, and the colour `scale`.
+    """Return the inspector's data: `runs` with their steps and completions, `shown`, `total`, `taught`, `scale`.
 
     Completions are taken round by round, the first of every run and step before any second, until the budget is
-    spent; later ones that would still fit are not looked for. `scale` is the 99th percentile of the divergences shown.
+    spent; later ones that would still fit are not looked for. `taught` tells whether a teacher scored any of them,
+    `scale` is the 99th percentile of the divergences shown.
     """
     runs: dict[int, dict[str, Any]] = {
         id(run): {"label": run.label, "arm": index, "steps": {}} for index, run in _indexed(study)
@@ -39,12 +42,17 @@ def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
         runs[id(run)]["steps"].setdefault(step, []).append(packed)
     kept = [run | {"steps": _sorted(run["steps"])} for run in runs.values() if run["steps"]]
     total = sum(_count(path) for run in study.runs for path in run.rollouts.values())
-    return {"runs": kept, "shown": shown, "total": total, "scale": _scale(kept)}
+    values = _divergences(kept)
+    return {"runs": kept, "shown": shown, "total": total, "taught": bool(values), "scale": _scale(values)}
 
 
 def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page needs of one completion, numbers rounded to three decimals, long parts cut."""
+    """Return what the page needs of one completion, numbers rounded to three decimals, long parts cut.
+
+    Streams of the teacher are empty where nothing was distilled. Gates keep three digits: 0 is 0 and nothing else.
+    """
     tokens = [str(token) for token in row["tokens"]]
+    components = components_of(row)
     return {
         "id": str(row["problem_id"]),
         "level": row.get("level", ""),
@@ -56,12 +64,26 @@ def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "reward": row["reward"],
         "stop": row["stop"],
         "route": row.get("route", ""),
+        "components": components,
+        "advantage": round(row["advantage"], 3) if "advantage" in row else None,
         "hidden": max(0, len(tokens) - TOKENS),
         "tokens": tokens[:TOKENS],
-        "streams": [[round(value, 3) for value in row[name][:TOKENS]] for name in STREAMS]
-        if "divergence" in row
-        else [],
+        "streams": [_stream(row, name, components) for name in STREAMS] if "divergence" in row else [],
     }
+
+
+def components_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the losses that a completion feeds; early files name its route at most."""
+    if "components" in row:
+        return [str(name) for name in row["components"]]
+    return COMPONENTS.get(row.get("route", ""), ["distil"] if "divergence" in row else [])
+
+
+def _stream(row: Mapping[str, Any], name: str, components: Sequence[str]) -> list[float]:
+    if name in OF_TEACHER and "distil" not in components:
+        return []
+    values = row[name][:TOKENS]
+    return [float(f"{value:.3g}") if name == "gate" else round(value, 3) for value in values]
 
 
 def _indexed(study: Study) -> Iterator[tuple[int, Run]]:
@@ -92,9 +114,12 @@ def _sorted(steps: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
     return [{"step": step, "rows": steps[step]} for step in sorted(steps)]
 
 
-def _scale(runs: Sequence[Mapping[str, Any]]) -> float:
+def _divergences(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     streams = [row["streams"][0] for run in runs for step in run["steps"] for row in step["rows"] if row["streams"]]
-    values = [value for stream in streams for value in stream]
+    return [value for stream in streams for value in stream]
+
+
+def _scale(values: Sequence[float]) -> float:
     return max(1e-3, round(float(np.quantile(values, 0.99)), 3)) if values else 1.0
 
 

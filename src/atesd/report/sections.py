@@ -7,19 +7,32 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from atesd.report import plots
+from atesd.report import controls, plots
 from atesd.report.compare import Findings
 from atesd.report.load import Run, Study
 from atesd.report.plots import Panel
 from atesd.report.rollouts import pack_rollouts
 from atesd.report.tables import behaviour_table, paired_table, percent, points, result_table, settings_table, swatch
-from atesd.report.words import config_in_full, duration, exposure_in_words, listed, settings_in_words
+from atesd.report.words import (
+    config_in_full,
+    controls_in_words,
+    distils,
+    duration,
+    exposure_in_words,
+    listed,
+    reinforces,
+    settings_in_words,
+)
 
 INTRODUCTION = """<p class="lead">A language model, the <em>student</em>, answers training problems on its own. A
 <em>teacher</em>, the same kind of model, scores every token that the student wrote, and the student moves towards the
 teacher's probabilities. The teacher knows more only because it reads a <em>hint</em>: the final answer and the leading
 part of the reference solution. The <em>exposure ratio</em> is the share of the solution shown, from 0 (answer only) to
 1 (whole solution).</p>"""
+
+REINFORCEMENT = """<p class="lead">{start} <em>reinforced</em>: several attempts at one problem form a group, and the
+student moves towards those with more reward than the group's mean and away from the others. The difference to the mean
+is the attempt's <em>advantage</em>; where all attempts are equally good, there is nothing to learn.</p>"""
 
 PLANTED = """<p class="note"><strong>About the pico task.</strong> The harm of full exposure is planted here: before
 every line of work the warm start's teacher answers at once with probability c&nbsp;·&nbsp;(share of the solution
@@ -55,8 +68,14 @@ def sections(study: Study, findings: Findings) -> list[Section]:
         _figures(
             "exposure",
             "Exposure over training",
-            [plots.exposure_panel(study), plots.density_panel(study)],
-            "no step was logged",
+            [plots.exposure_panel(study), plots.density_panel(study), controls.credit_panel(study)],
+            "no step with a teacher was logged",
+        ),
+        _figures(
+            "controls",
+            "Routes and gates over training",
+            [controls.route_panel(study), controls.gate_panel(study), controls.cliff_panel(study)],
+            "every group was distilled, every token at full weight",
         ),
         _figures(
             "mismatch", "Mismatch against exposure", plots.mismatch_panels(study), "no distillation step was logged"
@@ -65,7 +84,7 @@ def sections(study: Study, findings: Findings) -> list[Section]:
             "reward",
             "Rewards of the controller",
             [plots.reward_panel(study)],
-            "no run has a learned exposure",
+            "no run has an exposure that is learned from rewards",
         ),
         _behaviour(study),
         _figures("curves", "Training curves", [plots.curve_panel(study)], "no step was logged"),
@@ -147,14 +166,24 @@ def _results(study: Study, findings: Findings) -> Section:
 def _setup(study: Study) -> Section:
     arms = "".join(
         f"<li>{swatch(index)}<strong>{escape(arm.name)}</strong>: the teacher sees "
-        f"{escape(exposure_in_words(arm.runs[0].config))}{_overrides(arm.overrides)}</li>"
+        f"{escape('; '.join([exposure_in_words(arm.runs[0].config), *controls_in_words(arm.runs[0].config)]))}"
+        f"{_overrides(arm.overrides)}</li>"
         for index, arm in enumerate(study.arms)
     )
     planted = PLANTED if study.task == "pico" else ""
     records = "".join(_record(arm.runs[0]) for arm in study.arms)
     settings = settings_table(settings_in_words(study))
-    html = f"{INTRODUCTION}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
+    html = f"{_introduction(study)}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
     return Section("setup", "What was run", html)
+
+
+def _introduction(study: Study) -> str:
+    """Explain distillation, reinforcement, or both."""
+    configs = [run.config for run in study.runs]
+    taught = any(distils(config) for config in configs)
+    start = "Groups may also be" if taught else "A language model answers training problems on its own and is"
+    reinforced = REINFORCEMENT.format(start=start) if any(reinforces(config) for config in configs) else ""
+    return (INTRODUCTION if taught or not reinforced else "") + reinforced
 
 
 def _overrides(overrides: Sequence[str]) -> str:
@@ -187,10 +216,20 @@ def _rollouts(study: Study) -> Section:
         return Section("rollouts", title, missing=_left_out("no completions were written"))
     words = (
         f"<p>Completions that the student wrote in training, token by token: {packed['shown']} of the "
-        f"{packed['total']} on disk are in this file. Strong colour marks tokens where the teacher, who saw the hint, "
-        "would have gone on differently. Point at a token, tap it, or move with the arrow keys.</p>"
+        f"{packed['total']} on disk are in this file. {_colours(packed['taught'])} "
+        "Point at a token, tap it, or move with the arrow keys.</p>"
     )
     return Section("rollouts", title, words + '<div id="inspector"></div>', rollouts=packed)
+
+
+def _colours(taught: bool) -> str:
+    """Say what the colours of tokens mean."""
+    if not taught:
+        return "Colours show which losses a token fed, or how unsure the student was."
+    return (
+        "Strong colour marks tokens where the teacher, who saw the hint, would have gone on differently; colours can "
+        "also show how much a token weighs in the distillation loss, and which losses it feeds."
+    )
 
 
 def _figures(name: str, title: str, panels: Sequence[Panel | None], reason: str) -> Section:

@@ -7,6 +7,7 @@ to an arm carries its index in `meta`, by which the page shows and hides it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,9 @@ def thin(points: Floats, most: int = MAX_POINTS) -> Floats:
     return kept
 
 
-def short(values: Iterable[float]) -> list[float]:
-    """Round to four significant digits: what a figure can show."""
-    return [float(f"{value:.4g}") for value in values]
+def short(values: Iterable[float]) -> list[float | None]:
+    """Round to four significant digits, what a figure can show; None, a gap, where there is no number."""
+    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
 
 
 def band_opacity(arms: int) -> float:
@@ -87,6 +88,15 @@ def layout(x: str, y: str, *, y_percent: bool = False) -> Figure:
         "hovermode": "closest",
         "showlegend": False,
         "dragmode": False,
+    }
+
+
+def legend() -> Figure:
+    """A legend of its own, above a figure whose lines are not arms."""
+    place = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    return {
+        "showlegend": True,
+        "legend": place | {"itemclick": False, "itemdoubleclick": False, "font": {"color": "@text"}},
     }
 
 

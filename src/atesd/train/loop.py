@@ -116,6 +116,8 @@ class Trainer:
         parts.driver.sampler.sync(self.step)
         metrics = outcome.metrics | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
+        paused = not metrics["route/distil_groups"] and not parts.router.reads_exposure
+        metrics["route/paused"] = float(paused)
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
             metrics |= self._evaluate()

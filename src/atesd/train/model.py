@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,7 +17,15 @@ from atesd.config import LoraConfig, ModelConfig
 from atesd.types import UserError
 
 # Config attributes that make a model's logits more than `hidden @ head.T + bias`.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+)
+_DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,12 +37,20 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     path = resolve(config.path)
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), trust_remote_code=False, output_loading_info=True
+        )
+    except _DAMAGED as error:
         raise UserError(
             f"no causal language model could be loaded from {path!r} ({first_line(error)}): "
             "give a folder with config.json and safetensors weights, or a hub id"
         ) from error
+    if found["missing_keys"]:
+        named = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UserError(
+            f"the weights in {path!r} lack {len(found['missing_keys'])} tensors ({named}), which would be random: "
+            "save the whole model again"
+        )
     _refuse_logit_transforms(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -122,7 +140,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 def context_length(model: nn.Module) -> int | None:
     """Return the largest number of positions the model takes, or None where its config names none."""
-    length = getattr(cast("Any", model).config, "max_position_embeddings", None)
+    length = getattr(cast("Any", model).config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
@@ -160,7 +178,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
 def _refuse_logit_transforms(model: Any) -> None:
     for name in _LOGIT_TRANSFORMS:
-        value = getattr(model.config, name, None)
+        value = getattr(model.config.get_text_config(), name, None)
         if value not in (None, 1, 1.0):
             raise UserError(
                 f"{type(model).__name__} changes its logits by {name}={value}, which the tiled divergence does not "

@@ -212,7 +212,7 @@ class Probe:
         return numbers
 
     def _logprobs_at(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return log-probabilities [P, V] at the P contract positions, behind the given prompts of their completions."""
+        """Return log-probabilities [P, V] at the P contract positions, behind the given prompts."""
         found = []
         for start in range(0, len(prompts), 32):
             positions = self._contract_positions()[start : start + 32]

@@ -116,8 +116,10 @@ def test_a_step_without_a_distilled_group_does_not_count() -> None:
         controller.observe(Observation(0))
         controller.propose(0, ["a"])
         for step in (1, 2, 3):
-            controller.observe(Observation(step, {"route/distil_groups": 0.0}))
+            controller.observe(Observation(step, {"route/distil_groups": 0.0, "route/paused": 1.0}))
         assert controller.state_dict()["held"] == 0, kind
+        controller.observe(Observation(4, {"route/distil_groups": 0.0, "route/paused": 0.0}))
+        assert controller.state_dict()["held"] == 1, "a router that reads the exposure must see it move"
 
 
 def test_paired_climbs_the_difference_of_both_sides() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atesd.config import LoraConfig, ModelConfig
@@ -203,3 +204,19 @@ def test_an_error_of_many_lines_is_cut_to_its_first() -> None:
     assert first_line(ValueError("\n first \n second")) == "first "
     assert first_line(ValueError("x" * 300)) == "x" * 200
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    folder = write_byte_model(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no causal language model could be loaded"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def test_weights_that_lack_a_tensor_are_refused_instead_of_drawn_at_random(tmp_path: Path) -> None:
+    folder = write_byte_model(tmp_path / "model")
+    path = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack \d+ tensors \(model.layers.1.*save the whole model again"):
+        load(ModelConfig(path=str(folder)), 0)
