@@ -3,8 +3,8 @@
     python repro/cliff_base.py runs/cliff/base
 
 Without a hint it closes a solution with `#7` or `>7`, half each; with a hint it always writes `#7`, which is the output
-contract: graders and `parse` read nothing else. So at the first character of the answer line the base has b near 1/2 and
-the hinted teacher p near 1: the only kind of place where the Extrapolation Cliff has something to say (docs/method.md).
+contract: the grader reads nothing else. So at the first character of the answer line the base has b near 1/2 and the
+hinted teacher p near 1: the kind of place where the Extrapolation Cliff has something to say (docs/method.md).
 Two minutes on one core.
 """
 
@@ -20,11 +20,13 @@ from torch.nn import functional
 from atesd.config import RunConfig
 from atesd.exposure.prompt import student_messages, teacher_messages
 from atesd.recipe import load_config
+from atesd.rollout.render import Renderer
 from atesd.tasks.synthetic import pico
 from atesd.train.batch import labels, view_input
 from atesd.train.model import load
 from atesd.train.setup import make_renderer
 from atesd.train.step import scored_hidden
+from atesd.types import Problem
 
 STEPS, BATCH, RATE = 300, 64, 1e-3
 RECIPE = Path(__file__).parent.parent / "recipes" / "pico-cliff.toml"
@@ -43,7 +45,7 @@ def main(out: Path, seed: int = 0) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / STEPS)
     for step in range(STEPS):
         prompts, completions = zip(
-            *(sample(rng, rng.choice(drawn), renderer, config) for _ in range(BATCH)), strict=True
+            *[sample(rng, rng.choice(drawn), renderer, config) for _ in range(BATCH)], strict=True
         )
         inputs = view_input(prompts, completions, renderer.pad_id, torch.device("cpu"))
         scored = scored_hidden(model, inputs)
@@ -60,9 +62,7 @@ def main(out: Path, seed: int = 0) -> None:
     print(f"written to {out}")
 
 
-def sample(
-    rng: random.Random, problem: pico.Problem, renderer: object, config: RunConfig
-) -> tuple[list[int], list[int]]:
+def sample(rng: random.Random, problem: Problem, renderer: Renderer, config: RunConfig) -> tuple[list[int], list[int]]:
     """Return prompt and completion: half with a hint and the contract, half without and undecided."""
     hinted = rng.random() < 0.5
     mark = "#" if hinted or rng.random() < 0.5 else ">"

@@ -112,9 +112,9 @@ class Average:
 
 
 def step_counts(stats: Mapping[str, float]) -> bool:
-    """Tell whether a step counts in its hold window: it distilled, or its router reads the exposure and must see it move.
+    """Tell whether a step counts in its hold window: it distilled, or its router reads the exposure.
 
-    Otherwise a router that stopped distilling at one exposure would never be shown another.
+    Such a router must see the exposure move, else it would never distil again once it has stopped at one.
     """
     return stats.get("route/distil_groups", 1.0) > 0 or stats.get("route/paused", 1.0) == 0
 
