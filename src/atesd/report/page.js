@@ -81,7 +81,7 @@ const COLOURINGS = {
   "gate: weight in the distillation loss": {
     taught: true, weight: true,
     share: (streams, i) => Math.max(-1, Math.min(1, streams[GATE][i])),
-    low: "0: does not listen", high: () => "1: full weight",
+    low: "0: ignored", high: () => "1: full weight",
     bottom: "\u22121: pushed away",
   },
   "component: which losses it feeds": { kinds: true },

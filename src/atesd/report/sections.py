@@ -166,8 +166,7 @@ def _results(study: Study, findings: Findings) -> Section:
 def _setup(study: Study) -> Section:
     arms = "".join(
         f"<li>{swatch(index)}<strong>{escape(arm.name)}</strong>: the teacher sees "
-        f"{escape('; '.join([exposure_in_words(arm.runs[0].config), *controls_in_words(arm.runs[0].config)]))}"
-        f"{_overrides(arm.overrides)}</li>"
+        f"{escape(_in_words(arm.runs[0]))}{_overrides(arm.overrides)}</li>"
         for index, arm in enumerate(study.arms)
     )
     planted = PLANTED if study.task == "pico" else ""
@@ -175,6 +174,11 @@ def _setup(study: Study) -> Section:
     settings = settings_table(settings_in_words(study))
     html = f"{_introduction(study)}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
     return Section("setup", "What was run", html)
+
+
+def _in_words(run: Run) -> str:
+    """What the teacher sees, and a sentence for every other control that is not neutral."""
+    return ". ".join([exposure_in_words(run.config), *controls_in_words(run.config)])
 
 
 def _introduction(study: Study) -> str:

@@ -47,11 +47,11 @@ GATE_SCORES = {
     "soft_or": "the gap or the student's entropy",
 }
 GATE_TARGETS = {
-    "surrogate": "it weighs the gap of the sampled token",
-    "divergence": "it weighs the divergence",
+    "surrogate": "log-probability gap",
+    "divergence": "divergence",
 }
 ANCHORS = {"base": "the step-0 weights without a hint", "answer": "a teacher who sees the answer alone"}
-ORDERS = {"reverse_ppl": "hardest problems first", "forward_ppl": "easiest problems first"}
+ORDERS = {"reverse_ppl": "Hardest problems first", "forward_ppl": "Easiest problems first"}
 
 
 def exposure_in_words(config: Mapping[str, Any]) -> str:
@@ -89,7 +89,7 @@ def exposure_in_words(config: Mapping[str, Any]) -> str:
 
 
 def controls_in_words(config: Mapping[str, Any]) -> list[str]:
-    """Say in a sentence each what target, selection, gate, router and curriculum do, where they are not neutral."""
+    """Say in a sentence each, without its full stop, what target, tokens, router and order are where not neutral."""
     found = [
         _target(_section(config, "target")),
         _selection(_section(config, "selection")),
@@ -173,17 +173,17 @@ def _target(target: Mapping[str, Any]) -> str:
             if strength == 1:
                 return ""
             where = "goes beyond the teacher" if strength > 1 else "stays between the step-0 weights and the teacher"
-            return f"the target {where}: λ {strength:g}" + (
+            return f"The target {where}: λ {strength:g}" + (
                 ", capped by the measured λ*" if target.get("guard") else ""
             )
         case "anchor_mix":
             anchor = ANCHORS.get(str(target.get("anchor", "base")), str(target.get("anchor")))
-            return f"the target mixes {_percent(target.get('weight', 0.5))} of the teacher with {anchor}"
+            return f"The target mixes {_percent(target.get('weight', 0.5))} of the teacher with {anchor}"
         case "residual":
             added, bound = target.get("scale", 0.6), target.get("bound", 5.0)
-            return f"the target adds {_percent(added)} of what full exposure would add, at most {bound:g} nats a token"
+            return f"The target adds {_percent(added)} of what full exposure would add, at most {bound:g} nats a token"
         case kind:
-            return f"target: {kind}"
+            return f"Target: {kind}"
 
 
 def _selection(selection: Mapping[str, Any]) -> str:
@@ -191,10 +191,10 @@ def _selection(selection: Mapping[str, Any]) -> str:
     if kind == "all" or selection.get("ratio") == 1:
         return ""
     if kind != "tip":
-        return f"selection: {kind}"
+        return f"Selection: {kind}"
     score = str(selection.get("score", "soft_or"))
     share = _percent(selection.get("ratio", 0.5))
-    return f"of the tokens {share} are distilled, {SELECTIONS.get(score, score)} (TIP)"
+    return f"Of the tokens {share} are distilled, {SELECTIONS.get(score, score)} (TIP)"
 
 
 def _gate(gate: Mapping[str, Any]) -> str:
@@ -202,18 +202,18 @@ def _gate(gate: Mapping[str, Any]) -> str:
     if kind == "none":
         return ""
     if kind != "sdar":
-        return f"gate: {kind}"
+        return f"Gate: {kind}"
     score, target = str(gate.get("score", "gap")), str(gate.get("target", "surrogate"))
     centred = ", less 1/2" if gate.get("centered") else ""
     return (
-        f"tokens listen through a gate, the sigmoid of {gate.get('beta', 5.0):g} times "
-        f"{GATE_SCORES.get(score, score)}{centred}; {GATE_TARGETS.get(target, target)} (SDAR)"
+        f"Every token's {GATE_TARGETS.get(target, target)} is weighed by a gate: the sigmoid of "
+        f"{gate.get('beta', 5.0):g} times {GATE_SCORES.get(score, score)}{centred} (SDAR)"
     )
 
 
 def _weighting(config: Mapping[str, Any]) -> str:
     paced = setting(config, "loss.prompt_weight") == "paced"
-    return "problems weigh p (1 - p) by their pass rate p (PACED)" if paced else ""
+    return "Problems weigh p (1 - p) by their pass rate p (PACED)" if paced else ""
 
 
 def _routing(routing: Mapping[str, Any]) -> str:
@@ -222,14 +222,14 @@ def _routing(routing: Mapping[str, Any]) -> str:
         "distil": "",
         "sft": "",  # exposure_in_words says it
         "rl": "",
-        "both": f"every group is reinforced and distilled, the distillation loss times {coef}",
-        "hdpo": "groups without any success are distilled, the others reinforced",
-        "retire": f"groups are reinforced and distilled (times {coef}) until the mismatch stops shrinking, "
+        "both": f"Every group is reinforced and distilled, the distillation loss times {coef}",
+        "hdpo": "Groups without any success are distilled, the others reinforced",
+        "retire": f"Groups are reinforced and distilled (times {coef}) until the mismatch stops shrinking, "
         "then only reinforced",
-        "cliff": "groups are distilled while the target's λ is at most the measured λ*, else reinforced",
+        "cliff": "Groups are distilled while the target's λ is at most the measured λ*, else reinforced",
     }
     kind = str(routing.get("kind", "distil"))
-    return words.get(kind, f"router: {kind}")
+    return words.get(kind, f"Router: {kind}")
 
 
 def _curriculum(curriculum: Mapping[str, Any]) -> str:
@@ -237,7 +237,7 @@ def _curriculum(curriculum: Mapping[str, Any]) -> str:
     if kind == "random":
         return ""
     if kind not in ORDERS:
-        return f"curriculum: {kind}"
+        return f"Curriculum: {kind}"
     when = "before the first step" if curriculum.get("rescore") == "once" else "before every epoch"
     return f"{ORDERS[kind]}, by the perplexity of the reference, scored {when}"
 
