@@ -10,7 +10,7 @@ import pytest
 
 from atesd.report.html import write_report
 
-from support.runs import HOSTILE, write_compare
+from support.runs import ARMS, HOSTILE, write_compare
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -26,7 +26,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_compare(tmp_path_factory.mktemp("runs") / "cmp", steps=20, problems=12, hostile=True)
+    arms = (*ARMS, "composed")
+    folder = write_compare(tmp_path_factory.mktemp("runs") / "cmp", arms=arms, steps=20, problems=12, hostile=True)
     return write_report([folder], folder / "report.html")
 
 
@@ -71,7 +72,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visits(browser: Browser, report: Path) -> Callable[..., Visit]:
-    """Pages by width and scheme, opened once: drawing nine figures takes a while."""
+    """Pages by width and scheme, opened once: drawing thirteen figures takes a while."""
     opened: dict[tuple[int, bool], Visit] = {}
 
     def visit(*, width: int, dark: bool = False) -> Visit:
@@ -88,7 +89,7 @@ def test_the_page_is_quiet_and_fits(visits: Callable[..., Visit], width: int, da
     visit = visits(width=width, dark=dark)
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     drawn = visit.page.eval_on_selector_all(".plot", "plots => plots.map(p => p.querySelectorAll('.main-svg').length)")
-    assert len(drawn) == 9
+    assert len(drawn) == 13
     assert all(drawn)
     assert visit.trouble == []
 
@@ -129,18 +130,97 @@ def test_the_inspector_shows_the_chosen_completion_and_its_values(visits: Callab
     assert visit.page.locator(".tokens span").count() == len(data["tokens"])
     visit.page.locator('.tokens [data-token="4"]').hover()
     tooltip = visit.page.locator(".tooltip")
-    shown = [cell.replace("\u2212", "-") for cell in tooltip.locator("td").all_inner_texts()]
+    shown = [cell.replace("\u2212", "-") for cell in tooltip.locator("td.number").all_inner_texts()]
     assert [float(cell) for cell in shown] == [stream[4] for stream in data["streams"]]
     visit.page.locator(".tokens").focus()
     visit.page.keyboard.press("ArrowRight")
     assert visit.page.locator(".tokens .chosen").get_attribute("data-token") == "5"
     visit.page.keyboard.press("Escape")
     assert tooltip.is_hidden()
-    for index in range(4):
+    for index in (1, 2, 3, 4, 0):
         colours.select_option(index=index)
     # a run that has the same step stays at it
     run.select_option(label="full, seed 1")
     assert step.input_value() == "0"
+    assert visit.trouble == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tokens_show_the_losses_that_they_feed_in_words_too(visits: Callable[..., Visit], width: int) -> None:
+    """The composed arm has one completion on every route, and of the distilled ones every second token selected."""
+    visit = visits(width=width)
+    run, step, problem, colours = (visit.page.locator(".pickers select").nth(index) for index in range(4))
+    run.select_option(label="composed, seed 1")
+    step.select_option(index=0)
+    colours.focus()
+    visit.page.keyboard.press("Home")
+    for _ in range(2):
+        visit.page.keyboard.press("ArrowDown")
+    assert colours.locator("option:checked").inner_text() == "component: which losses it feeds"
+    facts = visit.page.locator("#inspector .facts li")
+    kinds = visit.page.locator(".kinds li")
+    expected = [
+        ("distilled", "distil", "none", ["distil", "none"]),
+        ("reinforced", "rl", None, ["rl"]),
+        ("distilled and reinforced", "distil, rl", None, ["rl", "both"]),
+        ("trained on its reference", "nll", "none", ["nll"]),
+        ("skipped", "none, not trained on", "none", ["none"]),
+    ]
+    for index, (route, components, advantage, names) in enumerate(expected):
+        problem.select_option(index=index)
+        shown = facts.all_inner_texts()
+        assert shown[:2] == [f"Route of the group: {route}", f"Components: {components}"]
+        if advantage is None:  # of a right and of a wrong completion
+            assert shown[2] in {"Advantage: +0.968", "Advantage: \u22121.033"}
+        else:
+            assert shown[2] == f"Advantage: {advantage}"
+        total = visit.page.locator(".tokens span").count()
+        counts = [visit.page.locator(f".tokens span.kind-{name}").count() for name in names]
+        assert sum(counts) == total
+        legend = [text.split(": ") for text in kinds.all_inner_texts()]
+        assert [text[0].split()[0] for text in legend] == names
+        assert [text[1] for text in legend] == [f"{count} of {total} tokens" for count in counts]
+        assert counts[0] == (total // 2 if names == ["rl", "both"] else (total + 1) // 2 if len(names) == 2 else total)
+    # lines under the tokens differ besides the colour
+    problem.select_option(index=2)
+    lines = [
+        visit.page.locator(f".tokens span.kind-{name}").first.evaluate("s => getComputedStyle(s).textDecorationLine")
+        for name in ("rl", "both")
+    ]
+    assert lines == ["overline", "underline overline"]
+    visit.page.locator(".tokens").focus()
+    visit.page.keyboard.press("ArrowRight")
+    assert visit.page.locator(".tooltip td").last.inner_text() == "distilled and reinforced"
+    visit.page.keyboard.press("Escape")
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    colours.select_option(index=0)
+    assert visit.trouble == []
+
+
+def test_gates_colour_tokens_by_their_weight(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1280)
+    run, step, problem, colours = (visit.page.locator(".pickers select").nth(index) for index in range(4))
+    run.select_option(label="composed, seed 1")
+    step.select_option(index=0)
+    problem.select_option(index=5)  # distilled
+    colours.select_option(label="gate: weight in the distillation loss")
+    gates = visit.page.evaluate(
+        "JSON.parse(document.getElementById('data').textContent).rollouts.runs"
+        ".find(run => run.label === 'composed, seed 1').steps[0].rows[5].streams[4]"
+    )
+    spans = visit.page.locator(".tokens span")
+    shares = spans.evaluate_all("all => all.map(s => Number(s.style.getPropertyValue('--share') || 0))")
+    assert shares == pytest.approx([gate if gate > 0.02 else 0.0 for gate in gates], abs=1e-3)
+    ignored = spans.evaluate_all("all => all.map(s => s.classList.contains('weightless'))")
+    assert ignored == [gate == 0 for gate in gates]
+    assert any(ignored)
+    problem.select_option(index=1)  # reinforced: no teacher
+    assert visit.page.locator(".scalebar").inner_text().startswith("No teacher scored this completion")
+    assert "no teacher read" in visit.page.locator("#inspector pre").nth(1).inner_text()
+    visit.page.locator('.tokens [data-token="1"]').hover()
+    assert visit.page.locator(".tooltip td").all_inner_texts().count("n/a") == 3
+    visit.page.keyboard.press("Escape")
+    colours.select_option(index=0)
     assert visit.trouble == []
 
 
@@ -157,12 +237,12 @@ def test_a_tap_shows_values_inside_a_phone_screen(visits: Callable[..., Visit]) 
 def test_an_arm_can_be_hidden_in_every_figure(visits: Callable[..., Visit]) -> None:
     visit = visits(width=1280)
     lines = visit.page.locator("#figure-accuracy .scatterlayer .trace")
-    assert lines.count() == 8  # a band and a line for each of four arms
+    assert lines.count() == 10  # a band and a line for each of five arms
     chip = visit.page.get_by_role("button", name="half")
     chip.click()
     assert chip.get_attribute("aria-pressed") == "false"
-    assert lines.count() == 6
-    assert visit.page.locator("#figure-curves .scatterlayer .trace").count() == 3
-    chip.click()
     assert lines.count() == 8
+    assert visit.page.locator("#figure-curves .scatterlayer .trace").count() == 4
+    chip.click()
+    assert lines.count() == 10
     assert visit.trouble == []

@@ -246,7 +246,7 @@ function kindlist(row) {
   row.tokens.forEach((_, i) => { counts[kind(row, i)] = (counts[kind(row, i)] || 0) + 1; });
   return element("ul", { class: "kinds", "aria-label": "Losses that the tokens feed" },
     ...Object.keys(KINDS).filter((name) => counts[name]).map((name) => element("li", {},
-      element("span", { class: `kind kind-${name}` }, name), `${KINDS[name]}: ${counts[name]} of ${row.tokens.length} tokens`)));
+      element("span", { class: `kind kind-${name}` }, name), ` ${KINDS[name]}: ${counts[name]} of ${row.tokens.length} tokens`)));
 }
 
 function scalebar(row, style) {

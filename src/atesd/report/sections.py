@@ -169,7 +169,7 @@ def _setup(study: Study) -> Section:
         f"{escape(_in_words(arm.runs[0]))}{_overrides(arm.overrides)}</li>"
         for index, arm in enumerate(study.arms)
     )
-    planted = PLANTED if study.task == "pico" else ""
+    planted = PLANTED if study.task == "pico" and any(distils(run.config) for run in study.runs) else ""
     records = "".join(_record(arm.runs[0]) for arm in study.arms)
     settings = settings_table(settings_in_words(study))
     html = f"{_introduction(study)}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
@@ -185,7 +185,11 @@ def _introduction(study: Study) -> str:
     """Explain distillation, reinforcement, or both."""
     configs = [run.config for run in study.runs]
     taught = any(distils(config) for config in configs)
-    start = "Groups may also be" if taught else "A language model answers training problems on its own and is"
+    start = (
+        "Groups may also be"
+        if taught
+        else "A language model, the <em>student</em>, answers training problems on its own and is"
+    )
     reinforced = REINFORCEMENT.format(start=start) if any(reinforces(config) for config in configs) else ""
     return (INTRODUCTION if taught or not reinforced else "") + reinforced
 

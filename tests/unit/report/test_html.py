@@ -120,7 +120,9 @@ def test_missing_sections_say_why(tmp_path: Path) -> None:
         "no evaluation was written",
         "no step was logged",
         "no distillation step was logged",
-        "no run has a learned exposure",
+        "no step with a teacher was logged",
+        "every group was distilled, every token at full weight",
+        "no run has an exposure that is learned from rewards",
         "no completions were written",
     ):
         assert f"Left out: {reason}." in text

@@ -9,17 +9,18 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from atesd.report import plots
+from atesd.report import controls, plots
 from atesd.report.load import Study, load_study
 from atesd.report.traces import MAX_POINTS, short, thin
 from atesd.runlog import RunDir
 
-from support.runs import write_compare, write_graded, write_run
+from support.runs import ARMS, write_compare, write_graded, write_run
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return load_study([write_compare(tmp_path_factory.mktemp("runs") / "cmp", steps=30, problems=6)])
+    folder = tmp_path_factory.mktemp("runs") / "cmp"
+    return load_study([write_compare(folder, arms=(*ARMS, "composed", "grpo"), steps=30, problems=6)])
 
 
 def panels(study: Study) -> list[plots.Panel]:
@@ -32,6 +33,10 @@ def panels(study: Study) -> list[plots.Panel]:
         plots.level_panel(study),
         plots.trait_panel(study),
         plots.curve_panel(study),
+        controls.credit_panel(study),
+        controls.route_panel(study),
+        controls.gate_panel(study),
+        controls.cliff_panel(study),
     ]
     return [panel for panel in found if panel is not None]
 
@@ -45,7 +50,7 @@ def test_every_figure_is_a_valid_plotly_figure(study: Study) -> None:
             return [real(inner) for inner in value]
         return "#123456" if isinstance(value, str) and value.startswith("@") else value
 
-    assert len(panels(study)) == 9
+    assert len(panels(study)) == 13
     for panel in panels(study):
         for figure in panel.choices.values():
             go.Figure(real(figure))  # raises on an unknown property or a wrong value
@@ -150,7 +155,7 @@ def test_long_series_are_thinned_but_keep_their_ends() -> None:
     thinned = thin(points)
     assert len(thinned) == MAX_POINTS
     assert (thinned[0, 0], thinned[-1, 0]) == (0, 9_999)
-    assert short([0.123456, 1234.56]) == [0.1235, 1235.0]
+    assert short([0.123456, 1234.56, float("nan")]) == [0.1235, 1235.0, None]
 
 
 def test_any_number_of_arms_can_be_told_apart(tmp_path: Path) -> None:

@@ -47,6 +47,49 @@ def test_a_completion_outside_every_loss_has_no_streams() -> None:
     assert pack_row(given)["streams"] == []
 
 
+def test_a_reinforced_completion_has_no_streams_of_a_teacher() -> None:
+    given = row() | {
+        "tokens": ["a", "b"],
+        "components": ["rl"],
+        "advantage": -0.3779645,
+        "divergence": [0.0, 0.0],
+        "student_logprob": [-1.0, -2.0],
+        "teacher_logprob": [-1.0, -2.0],
+        "student_entropy": [0.5, 0.25],
+        "gate": [1.0, 1.0],
+    }
+    packed = pack_row(given)
+    assert packed["streams"] == [[], [-1.0, -2.0], [], [0.5, 0.25], []]
+    assert (packed["components"], packed["advantage"]) == (["rl"], -0.378)
+
+
+def test_a_small_gate_is_not_rounded_to_0() -> None:
+    """0 means that a token is not selected or does not listen at all."""
+    number = len(row()["tokens"])  # type: ignore[arg-type]
+    packed = pack_row(row() | {"gate": [4.5398e-05] + [0.0] * (number - 1)})
+    assert packed["streams"][4][:2] == [4.54e-05, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("route", "components"),
+    [("distil", ["distil"]), ("both", ["distil", "rl"]), ("nll", ["nll"]), ("skip", []), (None, ["distil"])],
+)
+def test_files_without_components_have_those_of_their_route(route: str | None, components: list[str]) -> None:
+    given = {key: value for key, value in row().items() if key not in {"components", "advantage", "route"}}
+    packed = pack_row(given if route is None else given | {"route": route})
+    assert (packed["components"], packed["advantage"]) == (components, None)
+
+
+def test_a_run_without_a_teacher_says_so(tmp_path: Path) -> None:
+    packed = pack_rollouts(load_study([write_run(tmp_path / "run", arm="grpo", steps=4, problems=2).path]))
+    assert (packed["taught"], packed["scale"]) == (False, 1.0)
+    assert packed["shown"] == 4 * 8  # files at steps 1, 2, 3, 4
+    composed = pack_rollouts(load_study([write_run(tmp_path / "c", arm="composed", steps=4, problems=2).path]))
+    kinds = [found["components"] for found in composed["runs"][0]["steps"][0]["rows"][:5]]
+    assert kinds == [["distil"], ["rl"], ["distil", "rl"], ["nll"], []]
+    assert composed["taught"]
+
+
 def test_everything_is_shown_while_it_fits(tmp_path: Path) -> None:
     study = load_study([write_compare(tmp_path / "cmp", steps=8, problems=2)])
     packed = pack_rollouts(study)
@@ -81,4 +124,6 @@ def test_a_run_without_completions_shows_none(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=4, problems=2)
     for file in (run.path / "rollouts").iterdir():
         file.unlink()
-    assert pack_rollouts(load_study([run.path])) == {"runs": [], "shown": 0, "total": 0, "scale": 1.0}
+    assert pack_rollouts(load_study([run.path])) == {
+        "runs": [], "shown": 0, "total": 0, "taught": False, "scale": 1.0,
+    }  # fmt: skip

@@ -1,0 +1,185 @@
+"""Gradient credit, contract measurement and reference scores, against plain forward passes and finite differences."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atesd.cliff import CliffConfig
+from atesd.recipe import build_config
+from atesd.routing import Route
+from atesd.train.probe import contract_places
+from atesd.train.setup import Parts, assemble
+from atesd.types import Measurement, StopReason, Turn
+
+from support.composition import BASE
+
+RATIOS = (0.0, 0.5, 1.0)
+TREE: dict[str, Any] = BASE | {"probe": {"credit_parameters": "all"}, "optim": {"lr": 1e-3, "max_grad_norm": 0.0}}
+
+
+def assembled(**sections: Any) -> Parts:
+    """Return the parts of a run whose first generation batch has been sampled and is remembered."""
+    parts = assemble(build_config(TREE | sections))
+    groups = parts.driver.rollout(parts.problems[:3], build_config(TREE).rollout, seed=1)
+    parts.credit.remember(groups, [Route.DISTIL, Route.DISTIL, Route.SKIP], build_config(TREE | sections).target)
+    return parts
+
+
+def taken(parts: Parts, *wanted: Measurement) -> dict[str, float]:
+    return parts.probe.measure(wanted).values
+
+
+def weights(parts: Parts) -> list[Tensor]:
+    return [weight.detach().clone() for weight in parts.model.parameters()]
+
+
+def logs(parts: Parts, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    """Return log-probabilities [T, V] of a plain forward pass."""
+    found: Tensor = parts.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return found
+
+
+def distil_loss(parts: Parts, ratio: float) -> Tensor:
+    """Compute KL(teacher at the ratio || student) over the remembered completions, one by one and dense."""
+    values = []
+    assert parts.credit._batch is not None
+    for group in parts.credit._batch[0]:
+        for attempt in group.trajectories:
+            turn = attempt.turns[0]
+            with parts.teacher.in_place():
+                log_p = logs(parts, parts.hints.teacher_ids(group.problem, ratio), turn.completion_ids)
+            log_q = logs(parts, turn.prompt_ids, turn.completion_ids)
+            values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(values).mean()
+
+
+def probe_loss(parts: Parts) -> Tensor:
+    values = []
+    for row in parts.probe.reference_rows():
+        ids = torch.tensor([[*row.student_prompt, *row.completion]])
+        logits = parts.model(ids).logits[0, len(row.student_prompt) - 1 : -1]
+        values.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.completion), reduction="none"))
+    return torch.cat(values).mean()
+
+
+def test_influence_is_the_cosine_of_both_gradients_before_the_first_update() -> None:
+    parts = assembled()
+    trained = list(parts.model.parameters())
+    probe = torch.autograd.grad(probe_loss(parts), trained)
+    found = taken(parts, *(Measurement("influence", ratio) for ratio in RATIOS))
+    for ratio in RATIOS:
+        own = torch.autograd.grad(distil_loss(parts, ratio), trained)
+        flat = [torch.cat([part.flatten() for part in parts_]) for parts_ in (probe, own)]
+        expected = float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
+        assert found[Measurement("influence", ratio).key] == pytest.approx(expected, abs=2e-4)
+
+
+def test_influence_predicts_the_sign_and_size_of_a_small_step() -> None:
+    """A step of size h along the preconditioned gradient lowers the probe loss by h <g_probe, P g> to first order."""
+    parts = assembled()
+    trained = list(parts.model.parameters())
+    rows = parts.hints.rows(parts.credit._batch[0], [Route.DISTIL] * 2, [1.0] * 2, ("teacher",))  # type: ignore[index]
+    parts.stepper.optimize(rows)
+    parts.model.eval()
+    scale = [parts.credit._preconditioner(weight) for weight in trained]
+    assert float(scale[0].std()) > 0, "Adam's second moments are in use"
+    probe = torch.autograd.grad(probe_loss(parts), trained)
+    own = torch.autograd.grad(distil_loss(parts, 0.5), trained)
+
+    def dot(a: Any, b: Any) -> float:
+        return sum(float((x.double() * p.double() * y.double()).sum()) for x, p, y in zip(a, scale, b, strict=True))
+
+    cosine = taken(parts, Measurement("influence", 0.5))["influence@0.5"]
+    assert cosine == pytest.approx(dot(probe, own) / (dot(probe, probe) * dot(own, own)) ** 0.5, abs=1e-3)
+    before = float(probe_loss(parts).detach().double())
+    h = 1e-3 * before / abs(dot(probe, own))
+    with torch.no_grad():
+        for weight, factor, gradient in zip(trained, scale, own, strict=True):
+            weight.sub_(h * factor * gradient)
+    fall = before - float(probe_loss(parts).detach().double())
+    assert fall == pytest.approx(h * dot(probe, own), rel=0.1)
+
+
+def test_the_last_layer_alone_gives_a_cheaper_credit_of_its_own() -> None:
+    parts = assembled(probe={"credit_parameters": "last_layer"})
+    names = {id(weight): name for name, weight in parts.model.named_parameters()}
+    chosen = [names[id(weight)] for weight in parts.credit._weights("last_layer")]
+    depth = parts.model.config.num_hidden_layers
+    assert chosen
+    assert all(f"layers.{depth - 1}." in name for name in chosen)
+    assert -1.0 <= taken(parts, Measurement("influence", 1.0))["influence@1.0"] <= 1.0
+
+
+def test_a_virtual_step_is_a_step_and_leaves_no_trace() -> None:
+    parts = assembled()
+    before = weights(parts)
+    found = taken(parts, Measurement("virtual_nll", 1.0), Measurement("probe_nll"))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(parts), strict=True))
+    trained = list(parts.model.parameters())
+    gradient = torch.autograd.grad(distil_loss(parts, 1.0), trained)
+    with torch.no_grad():
+        for weight, part in zip(trained, gradient, strict=True):
+            weight.sub_(1e-3 * part)
+    after = taken(parts, Measurement("probe_nll"))["probe_nll"]
+    assert found["virtual_nll@1.0"] == pytest.approx(after, rel=1e-4)
+    assert found["virtual_nll@1.0"] != pytest.approx(found["probe_nll"], rel=1e-6)
+
+
+def test_credit_without_a_batch_is_absent() -> None:
+    parts = assemble(build_config(TREE))
+    assert taken(parts, Measurement("influence", 0.5), Measurement("virtual_nll", 0.5)) == {}
+    parts.credit.remember([], [], build_config(TREE).target)
+    assert taken(parts, Measurement("influence", 0.5)) == {}
+
+
+def test_contract_places_are_the_tokens_of_forced_form() -> None:
+    parts = assemble(build_config(BASE))
+    ids = (*parts.renderer.text_ids("a3*4=7\n#7"), parts.renderer.eos_ids[0])
+    config = CliffConfig(contract={"product": r"\*\d=(\d)", "line": r"\n#", "none": "zzz"})
+    turn = Turn((1,), ids, (), "", StopReason.EOS, 0)
+    assert contract_places(parts.renderer, turn, config) == [(5, "product"), (6, "line"), (7, "line"), (9, "eos")]
+    cut = Turn((1,), ids[:-1], (), "", StopReason.LENGTH, 0)
+    assert contract_places(parts.renderer, cut, CliffConfig(contract={})) == []
+
+
+def test_contract_probabilities_are_those_of_plain_forward_passes() -> None:
+    section = {"contract": {"answer": "#"}, "min_hits": 1}
+    parts = assemble(build_config(BASE | {"cliff": section}))
+    found = taken(parts, Measurement("contract", 0.5))
+    groups = parts.probe._sample()
+    logits_p, logits_b = [], []
+    for group in groups:
+        turn = group.trajectories[0].turns[0]
+        text = "".join(parts.renderer.token_texts(turn.completion_ids))
+        places = [match.start() for match in re.finditer("#", text)]
+        for prompt, kept in (
+            (parts.hints.teacher_ids(group.problem, 0.5), logits_p),
+            (parts.hints.student_ids(group.problem), logits_b),
+        ):
+            with torch.no_grad():
+                logits = parts.model.eval()(torch.tensor([[*prompt, *turn.completion_ids]])).logits[0]
+            kept += [logits[len(prompt) - 1 + place].double().softmax(-1) for place in places]
+    modal = [int(p.argmax()) for p in logits_p]
+    for name, rows in (("p", logits_p), ("b", logits_b)):
+        values = torch.stack([row[token] for row, token in zip(rows, modal, strict=True)]).clamp(1e-6, 1 - 1e-6)
+        assert found[f"contract@0.5/answer/{name}"] == pytest.approx(float(values.logit().mean().sigmoid()), abs=1e-5)
+    assert found["contract@0.5/answer/hits"] == len(modal)
+
+
+def test_every_training_problem_is_scored_by_id() -> None:
+    parts = assemble(build_config(BASE))
+    measured = parts.probe.measure([Measurement("reference_nll")])
+    scores = measured.by_problem["reference_nll"]
+    assert set(scores) == {problem.id for problem in parts.problems}
+    problem = parts.problems[2]
+    prompt, ids = parts.hints.student_ids(problem), parts.renderer.text_ids(problem.solution)
+    with torch.no_grad():
+        logits = parts.model.eval()(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    expected = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)))
+    assert scores[problem.id] == pytest.approx(expected, rel=1e-4)
+    assert measured.values["reference_nll"] == pytest.approx(sum(scores.values()) / len(scores))
