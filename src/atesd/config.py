@@ -110,6 +110,8 @@ class ProbeConfig(Config):
     """Completions a probe problem for `probe_accuracy` and for contract positions."""
     credit_parameters: Literal["last_layer", "all"] = "last_layer"
     """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
+    credit_problems: Positive = 16
+    """Distilled problems of the latest batch, at most, on which influence and paired credit are taken."""
     log_every: Annotated[int, Field(ge=0)] = 0
     """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
 

@@ -39,7 +39,7 @@ class Influence(Config):
     """Updates that share one ratio; a step without a distilled group does not count."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the credits' moving averages, per window."""
-    temperature: Annotated[float, Field(gt=0)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 0.2
     """Softness of the choice between ratios; towards 0 it takes the best one."""
 
     @model_validator(mode="after")

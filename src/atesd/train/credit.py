@@ -53,8 +53,9 @@ class Credit:
         self._batch: tuple[list[Group], Target] | None = None
 
     def remember(self, groups: Sequence[Group], routes: Sequence[Route], target: Target) -> None:
-        """Keep the groups that were distilled, for the measurements after the update."""
+        """Keep the groups that were distilled, up to `probe.credit_problems`, for the measurements after the update."""
         distilled = [group for group, route in zip(groups, routes, strict=True) if "distil" in route.components]
+        distilled = distilled[: self._config.probe.credit_problems]
         self._batch = (distilled, target) if distilled else None
 
     def influence(self, ratios: Sequence[float]) -> list[float | None]:

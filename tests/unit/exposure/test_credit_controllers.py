@@ -83,6 +83,7 @@ def test_influence_mixes_the_grid_by_standardised_credit() -> None:
 
 def test_influence_asks_at_window_ends_and_averages_credits() -> None:
     fields: dict[str, Any] = {"kind": "influence", "hold": 2, "grid": [0.0, 1.0], "start": 0.3, "decay": 0.5}
+    fields["temperature"] = 0.5
     controller = build(**fields)
     controller.observe(Observation(0))
     assert controller.wants(0) == []
