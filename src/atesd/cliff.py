@@ -3,10 +3,10 @@
     lambda*(p, b, c) = 1 + log(1 + (c - 1) / p) / (logit p - logit b)
 
 p is the teacher's probability of the forced token at a contract position, b the base's, c the importance clip (arXiv
-2605.08737, METHOD 4.2; the formula is second-hand and re-derived). The extrapolated target's fixed point has logit q =
+2605.08737; the formula is second-hand and re-derived). The extrapolated target's fixed point has logit q =
 lambda logit p - (lambda - 1) logit b, and lambda* is where (1 - p) / (1 - q) = c.
 
-Ours (METHOD 4.4, 4.5): 1. how p and b are measured: contract positions are tokens of forced form in the student's own
+Ours: 1. how p and b are measured: contract positions are tokens of forced form in the student's own
 probe completions; per class the mean logit of the token that the teacher finds most probable there; 2. they are
 measured on a grid of exposure ratios, fitted by a curve that does not fall (isotonic, on logits) and read off at the
 ratio in force, so that lambda* follows the exposure between two measurements; b is the mean over the grid; 3. a run's
@@ -82,7 +82,7 @@ def _check_domain(*, p: float, b: float, c: float) -> None:
 
 
 class CliffConfig(Config):
-    """How lambda* is measured, and what guard and router make of it (METHOD 4.4, 4.5; all ours but c)."""
+    """How lambda* is measured, and what guard and router make of it (all ours but c)."""
 
     contract: dict[str, str] = Field(default_factory=lambda: {"box": r"\\boxed\{", "brace": r"\\boxed\{[^{}]*(\})"})
     """Contract classes: name -> regular expression of text of forced form; its first group, if it has one, is what

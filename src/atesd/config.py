@@ -15,6 +15,7 @@ from atesd.evaluate.runner import EvalConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.kinds import ExposureConfig
+from atesd.exposure.overlap import Overlap
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import RevealConfig
 from atesd.exposure.schedules import Fixed
@@ -31,6 +32,8 @@ from atesd.types import Config
 
 Positive = Annotated[int, Field(ge=1)]
 
+# Exposure that is measured or learned, and so costs something even where nothing is distilled.
+_MEASURED = ("beta", "closed_form", "paired", "difficulty", "influence", "overlap")
 _ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -257,6 +260,11 @@ class RunConfig(Config):
                 f'routing.kind = "{kind}" divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" '
                 f'and loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'
             )
+        if self.loss.prompt_weight == "paced" and kind == "hdpo":
+            raise ValueError(
+                'loss.prompt_weight = "paced" gives weight 0 to problems that never succeed, and routing.kind = "hdpo" '
+                "distils no others: remove either"
+            )
         if self.loss.prompt_weight == "paced" and self.rollout.group_size < 2:
             raise ValueError(
                 f'loss.prompt_weight = "paced" needs pass rates, but rollout.group_size is {self.rollout.group_size}, '
@@ -296,14 +304,43 @@ class RunConfig(Config):
                     ("gate", self.gate.kind != "none"),
                     ("selection", self.selection.kind != "all"),
                     ("target", target.kind != "plain"),
+                    ("loss.prompt_weight", self.loss.prompt_weight != "none"),
+                    ("exposure", self.exposure.kind in _MEASURED),
                 )
                 if set_
             ]
             if idle:
                 raise ValueError(
-                    f'routing.kind = "{self.routing.kind}" distils nothing, so the section {idle[0]} would have no '
-                    "effect: remove it"
+                    f'routing.kind = "{self.routing.kind}" distils nothing: remove {idle[0]}, which has no effect'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_is_listened_to(self) -> Self:
+        if isinstance(self.gate, SdarGate) and self.gate.target == "surrogate":
+            ignored = [name for name in ("clip", "top_k") if getattr(self.loss, name) not in ("none", None)]
+            if ignored:
+                raise ValueError(
+                    f"the SDAR surrogate looks at the sampled token alone, so loss.{ignored[0]} would have no effect: "
+                    'remove it, or set gate.target = "divergence"'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if not isinstance(self.exposure, Overlap):
+            return self
+        if self.reveal.order != "prefix":
+            raise ValueError(
+                f'exposure.kind = "overlap" counts revealed segments from the start: set reveal.order = "prefix" '
+                f'instead of "{self.reveal.order}"'
+            )
+        guarded = isinstance(self.target, Extrapolate) and self.target.guard
+        if guarded or isinstance(self.routing, CliffRouterConfig):
+            raise ValueError(
+                'exposure.kind = "overlap" is known only after the rollout, but lambda* needs the exposure before: '
+                "set another exposure, or remove target.guard and the cliff router"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ Shapes: N valid completion tokens of one micro-batch.
     entropy  g_t = sigmoid(beta h_t)                                  h_t = entropy of the student, nats
     soft_or  g_t = sigmoid(beta [1 - (1 - h_t)(1 - Delta_t)])
 
-SDAR, arXiv 2605.15155 (METHOD 3). A gate is detached: the gradient of its surrogate g_t (log p_T - log p_S) is
+SDAR, arXiv 2605.15155. A gate is detached: the gradient of its surrogate g_t (log p_T - log p_S) is
 -g_t grad log p_S(y_t), without the term beta Delta g (1 - g) that an undetached gate would add.
 """
 

@@ -7,12 +7,13 @@ completions come from: sampled from the student, or the reference solutions them
     distil    every group is distilled                                        OPSD, ATESD
     rl        every group is reinforced                                       GRPO
     both      both losses on every group: L_rl + coef L_distil                SDAR
-    hdpo      groups without any success are distilled, the others reinforced
+    hdpo      groups without any success are distilled, the others reinforced after HDPO 2603.23871
     retire    `both`, until the mismatch stops shrinking, then `rl`           after RetireOPD 2609.20784
-    cliff     distil while the wanted lambda is safe, else reinforce          ours, METHOD 4.5
+    cliff     distil while the wanted lambda is safe, else reinforce          ours
     sft       cross-entropy on the references
 
-Where a group cannot be graded at all it cannot be reinforced: `rl` and `retire` skip it, the others distil it.
+Where a group cannot be graded at all it cannot be reinforced: `rl`, and `retire` without its teacher, skip it, the
+others distil it.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Retire(FixedRouter):
 
 
 class CliffRouter(FixedRouter):
-    """Distil at the wanted lambda while it is at most lambda*, else reinforce (METHOD 4.5).
+    """Distil at the wanted lambda while it is at most lambda*, else reinforce.
 
     In a reinforcing step a group without reward variance has no gradient: it is distilled at the guarded
     lambda_eff = 1 + kappa (lambda* - 1), or skipped. The mode changes when lambda* has passed the wanted lambda by the
@@ -353,7 +354,11 @@ class BothConfig(_RoutingConfig):
 
 
 class HdpoConfig(_RoutingConfig):
-    """Distil groups without any success, reinforce the others."""
+    """Distil groups without any success, reinforce the others.
+
+    After HDPO (2603.23871). Deviations: 1. the student's own failed completions are distilled, not filtered rollouts of
+    the teacher; 2. at weight 1, over the tokens of all groups.
+    """
 
     kind: Literal["hdpo"] = "hdpo"
 

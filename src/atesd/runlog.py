@@ -33,11 +33,13 @@ from atesd.types import UserError
 # Every metric key with its meaning and unit; `{}` stands for a name. Plots, tests and docs read this table.
 METRICS: dict[str, str] = {
     "loss/total": "the scalar that was back-propagated, after global normalisation",
-    "loss/distil": "weighted mean divergence over the tokens of distilled groups, as optimised (clipped), nats a token",
+    "loss/distil": "weighted mean over selected tokens of what is distilled (divergence, sampled-token loss or "
+    "surrogate), its coefficient included",
     "loss/rl": "clipped policy loss of reinforced groups, KL term included",
     "loss/nll": "mean negative log-likelihood of reference solutions (supervised route), nats a token",
     "loss/first_token": "mean divergence at the first completion token: a large value means mismatched prompts",
-    "loss/clip_frac": "share of vocabulary entries (pointwise) or tokens (token) that the clip holds",
+    "loss/clip_frac": "share of vocabulary entries (pointwise) or tokens (token, importance weight of the sampled "
+    "loss) that the clip holds",
     "loss/clipped_mass": "teacher probability on clipped entries, mean over tokens",
     "loss/reversed_frac": "share of tokens whose top teacher entry is pushed down by the clipped gradient",
     "divergence/mean": "unclipped divergence, mean over valid tokens, nats",
@@ -63,7 +65,8 @@ METRICS: dict[str, str] = {
     "exposure/reward_gt": "teacher-grounded term of that reward, before its coefficient and normalisation",
     "exposure/open": "decisions whose look-ahead is still running",
     "exposure/matured": "decisions scored so far",
-    "exposure/discarded": "decisions discarded so far because a measurement or a distilled group was missing",
+    "exposure/discarded": "decisions discarded so far because a measurement or a distilled group was missing; for "
+    "influence and paired: 1 in a step whose credit was",
     "exposure/updates": "controller updates so far",
     "exposure/loss": "controller loss at its latest update",
     "exposure/credit/{}": "averaged influence credit of a candidate ratio",
@@ -109,7 +112,7 @@ METRICS: dict[str, str] = {
     "optim/grad_norm": "gradient norm before clipping",
     "optim/tokens": "completion tokens scored in the step",
     "optim/micro_batches": "micro-batches of the step",
-    "optim/empty_updates": "updates of the step that were left out because the gate selected no token",
+    "optim/empty_updates": "updates of the step that were left out because no loss could move the weights",
     "task/dropped": "training problems left out before step 0 because their prompts do not fit the context",
     "eval/{}/avg@{}": "mean accuracy of k samples a problem, and its interval `_low`, `_high`",
     "eval/{}/pass@{}": "unbiased pass@k",

@@ -2,7 +2,7 @@
 
 Shapes: N valid completion tokens of all distilled completions of an update; padding never gets here.
 
-TIP, arXiv 2604.14084 (METHOD 6): with h^ and d^ the student's entropy (cut at its 98th percentile) and
+TIP, arXiv 2604.14084: with h^ and d^ the student's entropy (cut at its 98th percentile) and
 KL(student || teacher), each min-max normalised over the batch,
 
     entropy      the rho N tokens of largest h^

@@ -90,6 +90,10 @@ def legal(names: dict[str, str]) -> bool:
     idle = router in ("rl", "sft")
     if idle and names.get("exposure") == "closed_form":
         return False
+    if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence", "overlap"):
+        return False
+    if names.get("exposure") == "overlap" and (router == "cliff" or target == "guarded"):
+        return False
     return not (idle and (gate not in ("none", None) or names.get("selection") not in ("all", None)
                           or target not in ("plain", None)))  # fmt: skip
 

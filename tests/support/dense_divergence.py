@@ -17,7 +17,7 @@ def log_softmax(logits: Array) -> Array:
 
 
 def summands(kind: str, beta: float, p: Array, q: Array) -> Array:
-    """The l_i of METHOD 1.3, with 0 log 0 = 0."""
+    """The summands l_i, with 0 log 0 = 0."""
 
     def plogp(a: Array, b: Array) -> Array:
         safe = np.where(a > 0, a, 1.0)

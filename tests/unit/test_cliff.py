@@ -1,4 +1,4 @@
-"""lambda*: METHOD's table, monotonicity, the fixed point, and what is made of measurements."""
+"""lambda*: a table worked by hand, monotonicity, the fixed point, and what is made of measurements."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def meter(points: Mapping[str, tuple[float, ...]], **options: float) -> CliffMet
 
 
 def test_the_closed_form_ratio_by_hand() -> None:
-    """METHOD 4.5: p = (.99, .995, .994, .999, .9995), b .5, c 5, lambda 1.25 gives .681982."""
+    """p = (.99, .995, .994, .999, .9995), b .5, c 5, lambda 1.25 gives .681982."""
     assert meter({"eos": RISING}).largest_ratio(1.25, 0.0, 1.0) == pytest.approx(0.681982, abs=1e-6)
 
 

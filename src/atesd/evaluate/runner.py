@@ -19,7 +19,7 @@ Traits = Callable[[Problem, str], dict[str, bool]]
 
 
 class EvalConfig(Config):
-    """Evaluation on held-out problems. Defaults: OPSD's script (METHOD 1.1), with a shorter completion limit."""
+    """Evaluation on held-out problems. Defaults: OPSD's script, with a shorter completion limit."""
 
     every: Annotated[int, Field(ge=1)] = 25
     """Steps between evaluations; the start and the end are always evaluated."""

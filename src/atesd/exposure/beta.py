@@ -3,7 +3,7 @@
     (ka, kb) = 1 + softplus(f_phi(s)),  alpha ~ Beta(ka, kb)
     L_ctrl   = -(1/B) sum_j A_j log pi_phi(alpha_j | s_j) + c_t max(0, H[pi_phi] - H_target)^2
 
-arXiv 2605.11458 (METHOD 2.2, 2.5). The only part of `exposure` that needs torch.
+arXiv 2605.11458. The only part of `exposure` that needs torch.
 
 Shapes: B decisions of one controller update, F features, U hidden units.
 """

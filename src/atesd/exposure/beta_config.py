@@ -1,7 +1,7 @@
 """Settings of ATESD's learned exposure controller. Free of torch, so that recipes load fast.
 
 ATESD, arXiv 2605.11458. The paper publishes the form of the controller but not its settings: every default below is
-our choice (METHOD 2.5) unless it says otherwise, and each is a field.
+our choice unless it says otherwise, and each is a field.
 """
 
 from __future__ import annotations

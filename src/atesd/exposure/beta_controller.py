@@ -3,7 +3,7 @@
     one alpha ~ pi_phi(. | s) per hold window of H updates
     R(t0) = G_lp(t0) + lambda_gt G_gt(t0), over the L steps after t0; a policy update per B scored decisions
 
-arXiv 2605.11458 (METHOD 2.2-2.5). Ours: 1. progress is the student's hint-free probe NLL, not the training loss;
+arXiv 2605.11458. Ours: 1. progress is the student's hint-free probe NLL, not the training loss;
 2. each reward term is divided by its standard deviation so far; 3. decisions overlap (pipelined clock) and those drawn
 before the last policy update are not corrected; 4. a frozen teacher's grounded term is tabulated over the ratio.
 """

@@ -2,7 +2,7 @@
 
     alpha = max {alpha : lambda*(p(alpha), b, c) >= lambda}
 
-Ours (METHOD 4.5), on the formula of 2605.08737: `cliff.py` says how p and b are measured and interpolated. Where no
+Ours, on the formula of 2605.08737: `cliff.py` says how p and b are measured and interpolated. Where no
 ratio is safe the least one is shown (and the target should be guarded); where all are, or no contract position occurs,
 the largest.
 """

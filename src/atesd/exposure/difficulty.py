@@ -1,7 +1,7 @@
 """One learned exposure policy per difficulty: easy, medium and hard problems may want different hints.
 
-ATESD's own figure says that easy problems want full exposure and hard ones the least (2605.11458, METHOD 2.6); still
-the paper shows all problems the same share. Ours (METHOD 2.5): n Beta controllers, one a bin, each with draws, windows
+ATESD's own figure says that easy problems want full exposure and hard ones the least (2605.11458); still
+the paper shows all problems the same share. Ours: n Beta controllers, one a bin, each with draws, windows
 and features of its own, all scored by the same probe, so that each sees the others' effect as noise. Bins are
 
     pass_rate      thirds (n-ths) of [0, 1] by the mean reward of the problem's attempts in this step: bin 0 is easiest

@@ -1,6 +1,6 @@
 """The training state that the learned controller reads: seven moving numbers and the clock of the run.
 
-ATESD's six features and two optional ones (2605.11458, METHOD 2.2). Ours: 1. progress is step over total steps; loss
+ATESD's six features and two optional ones (2605.11458). Ours: 1. progress is step over total steps; loss
 and probe averages are divided by their first value; what is missing is 0; 2. the probe feature averages the progress
 metric (the probe NLL where progress is the training loss); 3. all features are cut to [-10, 10].
 """

@@ -8,7 +8,7 @@ eta <g_probe, P g_k> to first order. At every window boundary the credits enter 
 
     alpha = sum_k softmax(z_k / temperature) alpha_k,   z_k = (c_k - mean c) / std c.
 
-Ours (METHOD 2.5). The cosine stands for the bare product because the gradient is clipped to a norm anyway, and
+Ours. The cosine stands for the bare product because the gradient is clipped to a norm anyway, and
 standardising makes the temperature the same for every model. Measured by `train/credit.py` on
 `probe.credit_parameters`.
 """

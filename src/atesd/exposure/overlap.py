@@ -1,8 +1,9 @@
 """PAINT's rule: show each sample the reference up to where its own rollout still follows it.
 
-arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference; its thresholds are not
-published. Ours (METHOD 12): reveal up to the last segment that shares an n-gram of words and signs with the rollout,
-plus `extra` segments; a segment shorter than n counts as a whole. Nothing is learned; the strong baseline.
+arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference. Only this half of it is here:
+its interpolation of targets at tokens of mismatched entropy is left out, and its thresholds are not known to us. Ours:
+reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; a segment
+shorter than n counts as a whole. Nothing is learned; the strong baseline.
 """
 
 from __future__ import annotations

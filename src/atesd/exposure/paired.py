@@ -6,7 +6,7 @@ l is the student's hint-free probe NLL, g+- the distillation gradients on the la
 alpha+-, and both steps are virtual: the weights are put back. Positive: more exposure would help. At every window
 boundary alpha moves by rate * credit / (root mean square of the credits so far), at most by rate.
 
-Ours (METHOD 2.5). Deviation: the real update is taken at alpha itself instead of with the mean of both gradients, so
+Ours. Deviation: the real update is taken at alpha itself instead of with the mean of both gradients, so
 that the step stays blind to the method. Measured by `train/credit.py`.
 """
 

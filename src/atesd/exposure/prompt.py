@@ -4,7 +4,7 @@
     ratio < 1 hint = the revealed part, then the final answer, unless the revealed part already states it
     ratio 0   hint = the final answer
 
-Texts: OPSD v3 (github siyan-zhao/OPSD); partial exposure: ATESD, arXiv 2605.11458 (METHOD 1.2, 2.1). Ours, where the
+Texts: OPSD v3 (github siyan-zhao/OPSD); partial exposure: ATESD, arXiv 2605.11458. Ours, where the
 paper is silent: the wording of the answer, and OPSD's transition at every ratio.
 
 Joining, for ratios below 1: white space at the end of the revealed part is dropped, then comes the answer text as its

@@ -2,7 +2,7 @@
 
     segments r_1..r_m of y*,   k = floor(ratio * m + 1e-9),   reveal = concat(r_1..r_k)
 
-ATESD, arXiv 2605.11458 (METHOD 2.1). Ours, where the paper is silent: 1. the segment units; 2. the 1e-9, because floats
+ATESD, arXiv 2605.11458. Ours, where the paper is silent: 1. the segment units; 2. the 1e-9, because floats
 give floor(.29 * 100) = 28; 3. the orders other than `prefix`; 4. the optional marker in place of what is hidden.
 Everything works on text: units never depend on a tokenizer.
 """
@@ -42,7 +42,7 @@ _SPACE = re.compile(r"\s*")
 
 
 class RevealConfig(Config):
-    """How a solution is cut and which segments are shown. Defaults are METHOD 2.1's."""
+    """How a solution is cut and which segments are shown. Defaults: lines or sentences, from the start, no marker."""
 
     unit: Unit = "auto"
     """What a segment is. `auto` is `line` for a solution with several non-empty lines, else `sentence`; `token` means

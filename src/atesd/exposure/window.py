@@ -1,6 +1,6 @@
 """Arithmetic of the learned controller: the hold clock, the delayed reward and the advantages, without any network.
 
-ATESD, arXiv 2605.11458 (METHOD 2.3, 2.5). l_t and g_t are measured at theta_t, before update t.
+ATESD, arXiv 2605.11458. l_t and g_t are measured at theta_t, before update t.
 """
 
 from __future__ import annotations

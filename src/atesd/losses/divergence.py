@@ -68,7 +68,7 @@ class LossConfig(Config):
     divergence: Divergence = ForwardKL()
     """How far the student is from the teacher at a token."""
     top_k: int | None = Field(None, ge=1)
-    """Restrict the divergence to the teacher's k most probable entries, both sides renormalised; None = all."""
+    """Restrict the divergence to the target's k most probable entries, both sides renormalised; None = all."""
     tail: bool = False
     """With `top_k`: keep the rest of the vocabulary as one more entry instead of renormalising."""
     clip: Literal["none", "token", "pointwise"] = "none"
@@ -81,7 +81,7 @@ class LossConfig(Config):
     """Divides the teacher's logits; None = the sampling temperature, as OPSD's code does."""
     prompt_weight: Literal["none", "paced"] = "none"
     """`paced`: weigh every problem's loss by p (1 - p), p the mean reward of its attempts (PACED 2603.11178); problems
-    that always or never succeed get 0."""
+    that always or never succeed get 0, ungradable ones 1/4."""
     aggregate: Literal["token", "sequence"] = "token"
     """Average over all tokens alike (token), or first over each completion (sequence)."""
     tile_tokens: int = Field(1024, ge=1)

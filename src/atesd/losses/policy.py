@@ -6,7 +6,7 @@
     k3_t = exp(d) - d - 1,  d = log p_ref(y_t) - log p_S(y_t)              in expectation KL(p_S || p_ref)
 
 GRPO 2402.03300; `scale = "none"` with `aggregate = "constant"`: Dr.GRPO 2503.20783; eps_high .28, `aggregate = "token"`
-and `zero_variance = "drop"`: DAPO 2503.14476; `ratio = "sequence"`: GSPO 2507.18071; dual clip: 1912.09729 (METHOD 5).
+and `zero_variance = "drop"`: DAPO 2503.14476; `ratio = "sequence"`: GSPO 2507.18071; dual clip: 1912.09729.
 w_t = min(p_old / p_sampler, importance_clip) corrects for a sampler whose probabilities differ from the trainer's.
 p_old are the weights that the step began with. Deviations: 1. std with ddof 0 (a group of equal rewards is no signal
 whatever ddof); 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
@@ -27,7 +27,7 @@ from atesd.types import Config
 
 
 class PolicyConfig(Config):
-    """Group-relative policy optimisation (METHOD 5). Defaults: token-level mean, clips .2, no KL."""
+    """Group-relative policy optimisation. Defaults: token-level mean, clips .2, no KL."""
 
     scale: Literal["std", "none"] = "std"
     """Divide advantages by the group's standard deviation (GRPO), or not (Dr.GRPO)."""

@@ -83,7 +83,7 @@ class Plain(_Unscaled):
 
 
 class Extrapolate(Config):
-    """Reward extrapolation: lambda log p_T - (lambda - 1) log p_B (G-OPD 2602.12125, 2605.08737; METHOD 4.1).
+    """Reward extrapolation: lambda log p_T - (lambda - 1) log p_B (G-OPD 2602.12125, 2605.08737).
 
     lambda 1 is the plain target, bit for bit and at its cost; below 1 it interpolates. G-OPD applies lambda to the
     sampled token (`loss.divergence.kind = "sampled"`, reproduced without the constant per token); the full-vocabulary

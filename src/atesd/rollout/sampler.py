@@ -11,7 +11,7 @@ from atesd.types import Config, Turn
 
 
 class SamplingConfig(Config):
-    """How completions are sampled. Defaults: OPSD's released recipe (METHOD 1.1)."""
+    """How completions are sampled. Defaults: OPSD's released recipe."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.1
     """Divides the logits; 0 takes the most probable token (evaluation only)."""

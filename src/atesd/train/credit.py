@@ -5,7 +5,7 @@
 
 g_probe is the gradient of the student's hint-free probe NLL, g_r that of the distillation loss (target and gate
 included, selection and problem weights not) on the completions of the latest step with the teacher at ratio r, P =
-1 / (sqrt(v) + eps) Adam's preconditioner, 1 before the first update (METHOD 2.5). One student pass serves all ratios,
+1 / (sqrt(v) + eps) Adam's preconditioner, 1 before the first update. One student pass serves all ratios,
 and the teacher reads all of them in one pass a micro-batch. Weights come back bit for bit.
 """
 

@@ -83,10 +83,10 @@ class Hints:
         return group_advantages(group.rewards, self._config.rl.scale)
 
     def _weight(self, group: Group) -> float:
-        """Return the problem's weight: p (1 - p) with p the pass rate (PACED 2603.11178); 1 where none is known."""
-        if self._config.loss.prompt_weight == "none" or not group.rewards:
+        """Return the problem's weight: p (1 - p), p the pass rate (PACED 2603.11178), 1/2 where none is known; or 1."""
+        if self._config.loss.prompt_weight == "none":
             return 1.0
-        rate = min(1.0, max(0.0, sum(group.rewards) / len(group.rewards)))
+        rate = min(1.0, max(0.0, sum(group.rewards) / len(group.rewards))) if group.rewards else 0.5
         return rate * (1.0 - rate)
 
     def _ratio(self, problem: Problem, trajectory: Trajectory, ratio: float) -> float:

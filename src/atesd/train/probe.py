@@ -8,11 +8,11 @@
     gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
     contract@r            at positions of forced form in probe completions, per class NAME: NAME/p, NAME/b, NAME/hits,
                           the probabilities (from mean logits) that the teacher at ratio r and the base give to the
-                          teacher's modal token, and the number of positions (METHOD 4.4)
+                          teacher's modal token, and the number of positions
     influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
     reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
 
-Probe problems are never trained on, so the exposure reaches these numbers only through learning (METHOD 2.4).
+Probe problems are never trained on, so the exposure reaches these numbers only through learning.
 N scored tokens.
 """
 

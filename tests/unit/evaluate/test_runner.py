@@ -123,7 +123,7 @@ def test_no_problem_to_evaluate_is_the_users_mistake() -> None:
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 1024), (38_912, 38_912)])
 def test_evaluation_samples_by_its_own_settings(limit: int | None, expected: int) -> None:
-    """METHOD 1.1: 12 completions at T 1.0, top_p .95, top_k off; length and memory are the rollouts' if unset."""
+    """12 completions at T 1.0, top_p .95, top_k off; length and memory are the rollouts' if unset."""
     rollout = SamplingConfig(temperature=1.1, top_k=20, batch_tokens=77)
     found: dict[str, Any] = EvalConfig(max_new_tokens=limit).sampling(rollout).model_dump()
     assert found == {

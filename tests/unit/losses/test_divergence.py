@@ -79,7 +79,7 @@ def one_token(p: Sequence[float], q: Sequence[float], config: LossConfig) -> tup
 
 
 class TestMethodExample:
-    """METHOD 1.4: p = (.5, .3, .2), q = (.4, .35, .25)."""
+    """p = (.5, .3, .2), q = (.4, .35, .25)."""
 
     p, q = (0.5, 0.3, 0.2), (0.4, 0.35, 0.25)
 
@@ -129,7 +129,7 @@ class TestMethodExample:
             assert student.hidden_NH.grad[0, 0].item() == pytest.approx(expected, abs=1e-12)
 
     def test_descent_under_the_pointwise_clip_forgets_the_teachers_favourite(self) -> None:
-        # METHOD 1.4: 2,000 steps of .05 drive q_1 from .40 to .014.
+        # 2,000 steps of .05 drive q_1 from .40 to .014.
         logits = torch.tensor([self.q], dtype=torch.float64).log()
         teacher, label = from_probs(self.p), torch.tensor([0])
         for _ in range(2000):

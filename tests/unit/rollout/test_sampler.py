@@ -7,7 +7,7 @@ from atesd.rollout.sampler import SamplingConfig
 
 
 def test_defaults_are_the_released_recipe() -> None:
-    """METHOD 1.1: T_s 1.1, top_p .95, top_k 20, 1024 new tokens, one rollout a prompt."""
+    """T_s 1.1, top_p .95, top_k 20, 1024 new tokens, one rollout a prompt."""
     config = SamplingConfig()
     assert (config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.group_size) == (
         1.1,
