@@ -115,6 +115,8 @@ class ProbeConfig(Config):
     """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
     credit_problems: Positive = 16
     """Distilled problems of the latest batch, at most, on which influence and paired credit are taken."""
+    log_references: bool = False
+    """Log in every step the NLL that the student gives to the references of the step's problems, before the update."""
     log_every: Annotated[int, Field(ge=0)] = 0
     """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
 

@@ -5,8 +5,8 @@
     forward_ppl  by ascending perplexity
 
 Perplexity curricula: SU-01, arXiv 2605.13301: PPL = exp(-(1/T) sum_t log p_S(y*_t | x, y*_<t)) over the first
-`probe.max_tokens` tokens of the reference, without a hint; sorted, not shuffled; ties by index; whatever the seed. There
-the solution is the training target, here it is what the teacher is shown: an analogy. Ours: rescored at every epoch.
+`probe.max_tokens` tokens of the reference, without a hint; sorted, not shuffled; ties by index; whatever the seed.
+There the solution is the training target, here it is what the teacher sees: an analogy. Ours: rescored every epoch.
 """
 
 from __future__ import annotations

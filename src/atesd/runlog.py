@@ -73,6 +73,8 @@ METRICS: dict[str, str] = {
     "exposure/paired_credit": "fall of the probe NLL per unit of exposure, by two virtual steps, nats",
     "exposure/{}/{}": "a number of one difficulty bin's own policy (bin0 is the easiest)",
     "exposure/{}/feature/{}": "state feature of a bin's open decision",
+    "curriculum/reference_nll": "mean NLL that the student gave to the references of the step's problems before its "
+    "update, nats a token (probe.log_references)",
     "measure/{}": "a measurement taken for a policy, by its key (probe_nll, gt_solution@0.5, ...)",
     "rollout/length_mean": "mean completion length, tokens",
     "rollout/eos_frac": "share of completions that ended with EOS",

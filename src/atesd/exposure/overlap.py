@@ -2,8 +2,8 @@
 
 arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference. Only this half of it is here:
 its interpolation of targets at tokens of mismatched entropy is left out, and its thresholds are not known to us. Ours:
-reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; a segment
-shorter than n counts as a whole. Nothing is learned; the strong baseline.
+reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; one that
+is shorter than n counts as a whole. Nothing is learned; the strong baseline.
 """
 
 from __future__ import annotations

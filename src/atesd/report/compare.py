@@ -89,8 +89,8 @@ def paired(study: Study) -> dict[str, Difference]:
     """Return the difference learned - X for every other arm X, and half - full, over the seeds that both have."""
     arms = {arm.name: arm for arm in study.arms}
     pairs = [(LEARNED, name) for name in arms if name != LEARNED] + [(HALF, FULL)]
-    found = {f"{a}-{b}": _difference(arms[a], arms[b]) for a, b in pairs if a in arms and b in arms}
-    return {name: difference for name, difference in found.items() if difference is not None}
+    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs if a in arms and b in arms}
+    return {name: pair for name, pair in found.items() if pair is not None}
 
 
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:
@@ -117,7 +117,8 @@ def seconds(arm: Arm) -> float:
     return float(np.mean(durations)) if durations else 0.0
 
 
-def _difference(first: Arm, second: Arm) -> Difference | None:
+def difference(first: Arm, second: Arm) -> Difference | None:
+    """Return first - second over the seeds that both have; None without a common seed or a gradable problem."""
     ours, theirs = ({run.seed: run.final for run in arm.runs if run.final is not None} for arm in (first, second))
     seeds = [seed for seed in ours if seed in theirs]
     for seed in seeds:

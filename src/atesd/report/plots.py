@@ -37,6 +37,8 @@ CHANGING_CURVES = {  # shown where they change
     "rl/clip_frac": "Share of reinforced tokens held by a clip",
     "rl/sampler_weight": "Weight that corrects for the sampler",
     "rl/kl": "KL from the step-0 weights, nats",
+    "route/mismatch_ema": "Mismatch that the teacher's retirement follows",
+    "route/retired": "Whether the teacher has retired, 0 or 1",
     "exposure/paired_credit": "Paired credit: what more exposure would gain, nats",
 }
 SAME = 1e-6  # numbers that differ by less do not change

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from importlib import import_module, util
+from pathlib import Path
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
 
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.math import MathReward
-from atesd.types import Config
+from atesd.types import Config, UserError
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
@@ -37,4 +39,42 @@ class MathConfig(Config):
         return MathReward(self.timeout_s)
 
 
-RewardConfig = Annotated[ExactConfig | MathConfig, Field(discriminator="kind")]
+class PythonConfig(Config):
+    """A reward function of your own, in TRL's signature: f(prompts, completions, **columns) -> list of float or None.
+
+    Columns are `answer`, `solution` and `id`, one entry a completion; take `**kwargs` for those you do not read. None
+    means "not gradable" and is never taken as 0; a number that is not finite stops the run.
+    """
+
+    kind: Literal["python"] = "python"
+    function: str
+    """Where it is: `package.module:name`, or `path/to/file.py:name`. The code runs with your rights."""
+
+    def build(self) -> RewardFunction:
+        """Return the function. UserError if it cannot be found."""
+        return load_function(self.function)
+
+
+def load_function(place: str) -> RewardFunction:
+    """Import `package.module:name` or `path/to/file.py:name`. UserError says what is missing."""
+    source, colon, name = place.rpartition(":")
+    if not colon or not source or not name:
+        raise UserError(f"reward.function = {place!r} names no function: write package.module:name or file.py:name")
+    try:
+        if source.endswith(".py"):
+            spec = util.spec_from_file_location(Path(source).stem, source)
+            assert spec is not None
+            assert spec.loader is not None
+            module = util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = import_module(source)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UserError(f"reward.function = {place!r}: {source} cannot be imported ({error}): mend the path") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward.function = {place!r}: {source} has no function {name!r}: mend the name")
+    return cast("RewardFunction", function)
+
+
+RewardConfig = Annotated[ExactConfig | MathConfig | PythonConfig, Field(discriminator="kind")]

@@ -110,11 +110,16 @@ class Trainer:
         with phase("exposure"):
             rows = parts.hints.rows(groups, routes, ratios, target.views)
         parts.credit.remember(groups, routes, target)
+        references: dict[str, float] = {}
+        if config.probe.log_references:
+            with phase("probe"):
+                scores = parts.probe.reference_nll(problems)
+            references = {"curriculum/reference_nll": sum(scores.values()) / len(scores)}
         with phase("update"):
             outcome = parts.stepper.optimize(rows, target)
         self.step += 1
         parts.driver.sampler.sync(self.step)
-        metrics = outcome.metrics | batch_metrics(groups, routes, rows, parts.task.traits)
+        metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
         paused = not metrics["route/distil_groups"] and not parts.router.reads_exposure
         metrics["route/paused"] = float(paused)

@@ -140,7 +140,7 @@ class Probe:
                     values |= self._take_credit(kind, ratios.pop(kind, []))
             with phases.phase("probe"):
                 if ratios.pop("reference_nll", None):
-                    by_problem["reference_nll"] = self._training_nll()
+                    by_problem["reference_nll"] = self.reference_nll(self._training)
                     values["reference_nll"] = float(np.mean(list(by_problem["reference_nll"].values())))
                 for measurement in distinct.values():
                     if measurement.kind in ratios:
@@ -245,17 +245,17 @@ class Probe:
             self._groups = self._driver.rollout(self._problems, sampling, seed=derive_seed(self._config.seed, "probe"))
         return self._groups
 
-    def _training_nll(self) -> dict[str, float]:
-        """Return the token-mean NLL of every training problem's reference, by problem."""
-        rows = [_row(self._hints.student_ids(p), self._reference(p.solution)) for p in self._training]
+    @torch.no_grad()
+    def reference_nll(self, problems: Sequence[Problem]) -> dict[str, float]:
+        """Return the token-mean NLL of every problem's reference under the student, hint-free, by problem id."""
+        self._model.eval()
+        rows = [_row(self._hints.student_ids(p), self._reference(p.solution)) for p in problems]
         scores: dict[str, float] = {}
         for members in micro_batches(rows, self._config.step.token_budget):
             chosen = [rows[index] for index in members]
             streams = label_streams(self._hidden(chosen), self._labels(chosen), self._config.loss)
             pieces = streams.stats.student_logprob.double().split_with_sizes([len(row.completion) for row in chosen])
-            scores |= {
-                self._training[index].id: -float(piece.mean()) for index, piece in zip(members, pieces, strict=True)
-            }
+            scores |= {problems[index].id: -float(piece.mean()) for index, piece in zip(members, pieces, strict=True)}
         return scores
 
     def _teacher_logprob(self, ratio: float, texts: Sequence[str]) -> float | None:

@@ -215,4 +215,5 @@ def test_the_composed_arm_shows_everything(tmp_path: Path) -> None:
         "composed, seed 1",
     ]
     text = write_report([tmp_path / "cmp"], tmp_path / "report.html").read_text()
+    assert "(influence credit). The target goes beyond the teacher: λ 1.35. Of the tokens 50 % are distilled" in text
     assert '<div class="choice">Shown: composed, seed 1</div>' in text  # a single choice names its run

@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from atesd.rewards.exact import exact_reward
-from atesd.rewards.kinds import ExactConfig, MathConfig
+from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rewards.math import MathReward, _Worker
 from atesd.types import UserError
 
@@ -123,3 +124,27 @@ def test_kinds_build_their_graders() -> None:
     built = MathConfig(timeout_s=1.5).build()
     assert isinstance(built, MathReward)
     assert built._timeout_s == 1.5
+
+
+def test_a_reward_function_of_ones_own_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def short(prompts, completions, **columns):\n    return [float(len(c) < 4) for c in completions]\n"
+    )
+    own = PythonConfig(function=f"{path}:short").build()
+    assert own(prompts=["p", "p"], completions=["abc", "abcd"], answer=["1", "1"]) == [1.0, 0.0]
+    assert PythonConfig(function="atesd.rewards.exact:exact_reward").build() is exact_reward
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("exact_reward", "names no function"),
+        ("no.such.module:f", "cannot be imported"),
+        ("no/such/file.py:f", "cannot be imported"),
+        ("atesd.rewards.exact:nothing", "has no function 'nothing'"),
+    ],
+)
+def test_a_function_that_cannot_be_found_is_named(place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PythonConfig(function=place).build()
