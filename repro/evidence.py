@@ -1,0 +1,259 @@
+"""Turn finished comparisons into the numbers, figures and tables of docs/evidence.md.
+
+    python repro/evidence.py comparison RUNS NAME BASE    accuracy of every arm, paired differences to the arm BASE
+    python repro/evidence.py cliff RUNS                   parse rate and clip against lambda, lambda* marked
+    python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
+
+Each writes docs/evidence/NAME.json and NAME.svg and prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from atesd.report.compare import accuracy, difference, finals, seconds, starts
+from atesd.report.figure import write_figure
+from atesd.report.load import load_comparison
+from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
+
+OUT = Path(__file__).parents[1] / "docs" / "evidence"
+COLOURS = ("#0072b2", "#d55e00", "#009e73")
+PARSED = re.compile(r"^#\d$", re.MULTILINE)
+BLOCK, RESAMPLES = 3, 4_000
+PERPLEXITY = "perplexity of the step's references"
+Windows = tuple[np.ndarray, np.ndarray]
+Panel = tuple[str, Mapping[str, Sequence[float]], float | None]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one of the three."""
+    kind, folder, *rest = arguments
+    OUT.mkdir(parents=True, exist_ok=True)
+    {"comparison": comparison, "cliff": cliff, "curriculum": curriculum}[kind](Path(folder), *rest)
+
+
+def comparison(folder: Path, name: str, base: str) -> None:
+    """Accuracy of every arm with its interval, its difference to the base over common seeds, its cost and routes."""
+    study = load_comparison(folder)
+    arms = {arm.name: arm for arm in study.arms}
+    reference = np.mean([seconds(arm) for arm in study.arms if arm.name == base])
+    found: dict[str, Any] = {"start": accuracy(starts(study)), "k": study.k, "seeds": list(study.seeds), "arms": {}}
+    print(f"| arm | Average@{study.k} | 95 % | minus `{base}` | 95 % | time | distil / rl / skip |")
+    print("|---|---|---|---|---|---|---|")
+    for arm in sorted(arms.values(), key=lambda arm: -(accuracy(finals(arm)) or {"average_at_k": 0})["average_at_k"]):
+        own, pair = accuracy(finals(arm)), difference(arm, arms[base])
+        if own is None or pair is None:
+            continue
+        routes = route_shares(folder / arm.name)
+        cost = seconds(arm) / reference
+        found["arms"][arm.name] = own | {"minus_base": pair._asdict(), "relative_time": cost, "routes": routes}
+        print(
+            f"| `{arm.name}` | {own['average_at_k']:.3f} | {own['low']:.3f} to {own['high']:.3f} | "
+            f"{pair.difference:+.3f} | {pair.low:+.3f} to {pair.high:+.3f} | {cost:.2f} | "
+            f"{' / '.join(f'{share:.0%}' for share in routes.values())} |"
+        )
+    write_atomic(OUT / f"{name}.json", dump_json(found))
+    write_figure(folder, OUT / f"{name}.svg")
+
+
+def route_shares(arm: Path) -> dict[str, float]:
+    """Share of groups on each route, over all runs of an arm; a group on two counts in both."""
+    totals = dict.fromkeys(("distil", "rl", "skip"), 0.0)
+    groups = 0.0
+    for run in runs_of(arm):
+        for row in RunDir.open(run).metrics()[1:]:
+            for route in totals:
+                totals[route] += row.get(f"route/{route}_groups", 0.0)
+            groups += max(1.0, sum(row.get(f"route/{route}_groups", 0.0) for route in totals))
+    return {route: total / groups for route, total in totals.items()}
+
+
+def runs_of(arm: Path) -> list[Path]:
+    """Return the complete runs of an arm's folder."""
+    return sorted(path.parent for path in arm.glob("seed_*/result.json"))
+
+
+def cliff(folder: Path) -> None:
+    """Parse rate, accuracy and clip of every lambda, and the threshold that the base's measurement predicts."""
+    points: dict[str, list[dict[str, float]]] = {}
+    predicted = []
+    for run in (run for arm in sorted(folder.iterdir()) for run in runs_of(arm)):
+        rows = RunDir.open(run).metrics()
+        evaluation = list(read_jsonl(sorted((run / "eval").glob("step_*.jsonl"))[-1]))
+        clips = [row["loss/clip_frac"] for row in rows if "loss/clip_frac" in row]
+        predicted += [row["cliff/lambda_star"] for row in rows[:1] if "cliff/lambda_star" in row]
+        points.setdefault(run.parent.name, []).append(
+            {
+                "parse": float(np.mean([bool(PARSED.search(row["completion"])) for row in evaluation])),
+                "accuracy": float(np.mean([row["reward"] for row in evaluation])),
+                "clip_frac": float(np.mean(clips)),
+                "clip_frac_max": max(clips),
+            }
+        )
+    star = float(np.mean(predicted))
+    write_atomic(OUT / "cliff.json", dump_json({"lambda_star": star, "points": points}))
+    print("| lambda | parse rate, each seed | accuracy | importance clip acts on |\n|---|---|---|---|")
+    for name, seeds in points.items():
+        parsed = ", ".join(format(seed["parse"], ".3f") for seed in seeds)
+        right = np.mean([seed["accuracy"] for seed in seeds])
+        clip, most = np.mean([seed["clip_frac"] for seed in seeds]), max(seed["clip_frac_max"] for seed in seeds)
+        print(f"| {name} | {parsed} | {right:.3f} | {clip:.3%} of tokens, at most {most:.2%} |")
+    print(f"predicted lambda* {star:.4f} from {len(predicted)} measurements at step 0")
+    swept = {float(name): seeds for name, seeds in points.items() if name[0].isdigit()}
+    panels = [
+        ("parse rate", {f"{x:g}": [seed["parse"] for seed in seeds] for x, seeds in swept.items()}, 1.0),
+        (
+            "share of tokens at the clip",
+            {f"{x:g}": [s["clip_frac"] for s in seeds] for x, seeds in swept.items()},
+            None,
+        ),
+    ]
+    write_atomic(OUT / "cliff.svg", draw_sweep(panels, [float(x) for x in swept], star))
+
+
+def curriculum(folder: Path) -> None:
+    """Rank correlation of each window's exposure with its references' perplexity, per order of problems."""
+    found: dict[str, Any] = {}
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    print("| order | windows | rank correlation | 95 %, block bootstrap | 95 % of permuted windows |")
+    print("|---|---|---|---|---|")
+    for arm in sorted(path for path in folder.iterdir() if runs_of(path)):
+        windows = [windows_of(RunDir.open(run).metrics()) for run in runs_of(arm)]
+        rng = np.random.default_rng(0)
+        value = mean_rank_correlation(windows)
+        boot = [mean_rank_correlation(resampled(windows, rng)) for _ in range(RESAMPLES)]
+        null = [mean_rank_correlation([(rng.permutation(a), p) for a, p in windows]) for _ in range(RESAMPLES)]
+        interval, chance = (np.nanpercentile(values, [2.5, 97.5]).tolist() for values in (boot, null))
+        found[arm.name] = {"rank_correlation": value, "interval": interval, "permuted": chance, "seeds": len(windows)}
+        count, spread = sum(len(ratio) for ratio, _ in windows), "{:+.2f} to {:+.2f}".format
+        print(f"| `{arm.name}` | {count} | {value:+.2f} | {spread(*interval)} | {spread(*chance)} |")
+        logs = [RunDir.open(run).metrics()[1:] for run in runs_of(arm)]
+        curves[arm.name] = {
+            PERPLEXITY: [[float(np.exp(row["curriculum/reference_nll"])) for row in log] for log in logs],
+            "mean of the exposure policy": [[row["exposure/mean"] for row in log] for log in logs],
+        }
+    write_atomic(OUT / "curriculum.json", dump_json(found))
+    write_atomic(OUT / "curriculum.svg", draw_curves(curves))
+
+
+def windows_of(rows: Sequence[Mapping[str, float]]) -> Windows:
+    """Return exposure and mean perplexity of every hold window: steps in a row that share one ratio."""
+    ratios: list[float] = []
+    nlls: list[list[float]] = []
+    for row in rows:
+        if "exposure/ratio" not in row or "curriculum/reference_nll" not in row:
+            continue
+        if not ratios or row["exposure/ratio"] != ratios[-1]:
+            ratios.append(row["exposure/ratio"])
+            nlls.append([])
+        nlls[-1].append(row["curriculum/reference_nll"])
+    return np.array(ratios), np.exp([np.mean(window) for window in nlls])
+
+
+def mean_rank_correlation(windows: Iterable[Windows]) -> float:
+    """Average Spearman's rho over seeds, so that differences between seeds do not count."""
+    return float(np.mean([spearmanr(ratio, perplexity).statistic for ratio, perplexity in windows]))
+
+
+def resampled(windows: Sequence[Windows], rng: np.random.Generator) -> list[Windows]:
+    """Draw seeds, and within each blocks of consecutive windows."""
+    drawn = []
+    for index in rng.integers(0, len(windows), len(windows)):
+        ratio, perplexity = windows[index]
+        count = len(ratio)
+        first = rng.integers(0, count - BLOCK + 1, -(-count // BLOCK))
+        chosen = (first[:, None] + np.arange(BLOCK)).ravel()[:count]
+        drawn.append((ratio[chosen], perplexity[chosen]))
+    return drawn
+
+
+def draw_sweep(panels: Sequence[Panel], xs: Sequence[float], star: float) -> str:
+    """One panel below the other over lambda on a log scale: every seed a dot, their mean a line, lambda* dashed."""
+    low, high = np.log(min(xs)) - 0.05, np.log(max(xs)) + 0.05
+    parts = []
+    for number, (title, values, top) in enumerate(panels):
+        most = top or max(1e-9, *(max(seeds) for seeds in values.values())) * 1.15
+        zero = 60 + number * 230 + 160
+
+        def x(value: float) -> float:
+            return float(70 + (np.log(value) - low) / (high - low) * 620)
+
+        def y(value: float, zero: int = zero, most: float = most) -> float:
+            return zero - value / (1.05 * most) * 160
+
+        parts += [label(70, zero - 175, title, bold=True), rule(70, 690, zero, zero)]
+        parts += [rule(70, 690, y(most), y(most), "#dddddd"), label(64, y(most) + 4, f"{most:.3g}", anchor="end")]
+        parts += [label(64, zero + 4, "0", anchor="end")]
+        parts.append(rule(x(star), x(star), zero - 165, zero, COLOURS[1], dashed=True))
+        parts.append(label(x(star) + 5, zero - 150, f"predicted λ* {star:.3f}", colour=COLOURS[1]))
+        points = [(x(float(name)), y(float(np.mean(seeds)))) for name, seeds in values.items()]
+        parts.append(polyline(points, COLOURS[0]))
+        for name, seeds in values.items():
+            parts += [
+                f'<circle cx="{x(float(name)):.1f}" cy="{y(seed):.1f}" r="3.5" fill="{COLOURS[0]}"/>' for seed in seeds
+            ]
+        shown = [value for value in xs if value in (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)]
+        parts += [label(x(value), zero + 18, f"{value:g}", anchor="middle") for value in shown]
+        parts.append(label(380, zero + 36, "λ, log scale", anchor="middle"))
+    return svg(720, 60 + 230 * len(panels), parts)
+
+
+def draw_curves(curves: Mapping[str, Mapping[str, list[list[float]]]]) -> str:
+    """One panel a quantity over steps, one line an order: the mean over seeds, averaged over five steps."""
+    titles = list(next(iter(curves.values())))
+    parts: list[str] = []
+    for number, title in enumerate(titles):
+        means = {arm: smooth(np.mean(values[title], axis=0)) for arm, values in curves.items()}
+        low, high = min(m.min() for m in means.values()), max(m.max() for m in means.values())
+        zero = 60 + number * 230 + 160
+        parts += [label(70, zero - 175, title, bold=True), rule(70, 690, zero, zero)]
+        parts += [label(64, zero + 4, f"{low:.2f}", anchor="end"), label(64, zero - 156, f"{high:.2f}", anchor="end")]
+        for index, (arm, mean) in enumerate(means.items()):
+            steps = np.linspace(70, 690, len(mean))
+            heights = zero - (mean - low) / ((high - low) or 1.0) * 160
+            parts.append(polyline(list(zip(steps, heights, strict=True)), COLOURS[index]))
+            parts.append(label(240 + 150 * index, zero - 175, arm, colour=COLOURS[index]))
+        parts.append(label(690, zero + 18, f"step {len(next(iter(curves.values()))[title][0])}", anchor="end"))
+    return svg(720, 60 + 230 * len(titles), parts)
+
+
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """Average over windows of five steps."""
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def label(x: float, y: float, text: str, *, anchor: str = "start", colour: str = "#222222", bold: bool = False) -> str:
+    """Return one line of text."""
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{text}</text>'
+
+
+def rule(x1: float, x2: float, y1: float, y2: float, colour: str = "#222222", *, dashed: bool = False) -> str:
+    """Return a straight line."""
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{dash}/>'
+
+
+def polyline(points: Iterable[tuple[float, float]], colour: str) -> str:
+    """Return a line through points."""
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2.2"/>'
+
+
+def svg(width: int, height: int, parts: Iterable[str]) -> str:
+    """Return the figure on white."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="13">\n<rect width="{width}" height="{height}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
