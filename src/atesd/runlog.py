@@ -3,6 +3,7 @@
     RUN/config.json             the resolved recipe
     RUN/env.json                versions, device, commit
     RUN/metrics.jsonl           one object a step: {"step": n, KEY: number, ...}
+    RUN/groups.jsonl            one object a group and step: problem, route, exposure, lambda, rewards
     RUN/rollouts/step_*.jsonl   sampled completions with the hint that the teacher saw and per-token streams
     RUN/eval/step_*.jsonl       every evaluated sample
     RUN/checkpoints/step_*/     whole states (train/checkpoint.py)
@@ -172,6 +173,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
+        self.groups_path = path / "groups.jsonl"
         self.checkpoints = path / "checkpoints"
 
     @classmethod
@@ -211,10 +213,19 @@ class RunDir:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def groups(self) -> list[dict[str, Any]]:
+        """Return what was logged of every group, in order."""
+        return list(read_jsonl(self.groups_path))
+
+    def log_groups(self, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Append the groups of one step."""
+        with self.groups_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **group}, allow_nan=False) + "\n" for group in groups)
+
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step` updates, so that a resumed run writes it again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        write_atomic(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        for path, rows in ((self.metrics_path, self.metrics()), (self.groups_path, self.groups())):
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         for folder in ("rollouts", "eval"):
             for path in (self.path / folder).glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:

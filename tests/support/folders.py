@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from support.models import tiny_config
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -24,18 +26,7 @@ def write_byte_model(folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(fast),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=4096,
-            eos_token_id=fast.eos_token_id,
-            bos_token_id=None,
-        )
+        tiny_config(vocab_size=len(fast), max_position_embeddings=4096, eos_token_id=fast.eos_token_id)
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

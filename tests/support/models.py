@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -17,21 +18,28 @@ def tiny_model(seed: int = 0, *, tied: bool = True) -> Qwen3ForCausalLM:
     """Return a 2-layer Qwen3 in float32 whose random weights are large enough for peaked distributions."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
-        Qwen3Config(
+        tiny_config(
             vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
             max_position_embeddings=64,
             tie_word_embeddings=tied,
             pad_token_id=PAD,
             eos_token_id=EOS,
-            bos_token_id=None,
             initializer_range=0.3,
         )
+    )
+
+
+def tiny_config(**settings: Any) -> Qwen3Config:
+    """Return the config of a 2-layer Qwen3."""
+    return Qwen3Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=None,
+        **settings,
     )
 
 

@@ -27,7 +27,7 @@ from atesd.train.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from atesd.train.record import batch_metrics, grader_metrics, rollout_rows, timings
+from atesd.train.record import batch_metrics, grader_metrics, group_rows, rollout_rows, timings
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Observation, Problem
 
@@ -138,6 +138,7 @@ class Trainer:
                 count=config.save.rollouts,
             )
             self.run.write_rows("rollouts", self.step, shown)
+        self.run.log_groups(self.step, group_rows(groups, routes, rows, target.strength))
         self._seconds += perf_counter() - clock
         self._log(metrics | timings(self._phases.take(), perf_counter() - clock, metrics["optim/tokens"]))
         if self._due(config.save.every):

@@ -55,6 +55,29 @@ def batch_metrics(
     return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
 
 
+def group_rows(
+    groups: Sequence[Group], routes: Sequence[Route], rows: Sequence[Row], strength: float
+) -> list[dict[str, Any]]:
+    """Return one record a group: what trained it, what its teacher saw and how far the target reached.
+
+    `ratio` is the mean over its distilled completions; `ratio` and `lambda` are null where nothing was distilled.
+    """
+    shown: dict[int, list[float]] = {}
+    for row in rows:
+        if "distil" in row.components:
+            shown.setdefault(row.group, []).append(row.ratio)
+    return [
+        {
+            "problem_id": group.problem.id,
+            "route": str(route),
+            "ratio": float(np.mean(shown[index])) if index in shown else None,
+            "lambda": strength if index in shown else None,
+            "rewards": [attempt.reward for attempt in group.trajectories],
+        }
+        for index, (group, route) in enumerate(zip(groups, routes, strict=True))
+    ]
+
+
 def grader_metrics(reward: object) -> dict[str, float]:
     """Return how many answers the grader gave up on so far, where it keeps count."""
     timeouts = getattr(reward, "timeouts", 0)

@@ -1,0 +1,114 @@
+"""Numbers for the log, worked by hand from small statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atesd.gates import SdarGate
+from atesd.losses.policy import PolicyValues
+from atesd.train.batch import Row
+from atesd.train.stats import (
+    Listening,
+    RowStats,
+    concatenate,
+    listening_metrics,
+    logprob_gap,
+    policy_metrics,
+    ratio_bin,
+    split_rows,
+    stream_metrics,
+)
+from atesd.types import TokenStats
+
+
+def stats_of(count: int, **columns: list[float]) -> TokenStats:
+    made = {name: torch.tensor(columns.get(name, [0.0] * count)) for name in TokenStats.__slots__}
+    return TokenStats(**made)
+
+
+def row(ratio: float = 0.5, components: tuple[str, ...] = ("distil",), sampler: tuple[float, ...] = ()) -> Row:
+    return Row((1,), (1,), (2, 3), sampler, components, ratio, 0)
+
+
+def scored(stats: TokenStats) -> RowStats:
+    return RowStats(stats, torch.ones_like(stats.divergence))
+
+
+def test_streams_are_summarised_over_tokens_and_by_quarter_of_the_ratio() -> None:
+    rows = [row(0.1), row(0.6), row(0.9, ("rl",))]
+    kept = {
+        0: scored(stats_of(2, divergence=[1.0, 3.0], top1_agree=[1.0, 0.0], student_entropy=[0.2, 0.4])),
+        1: scored(stats_of(2, divergence=[5.0, 7.0], top1_agree=[1.0, 1.0], student_entropy=[0.6, 0.8])),
+        2: scored(stats_of(2, divergence=[9.0, 9.0], student_entropy=[1.0, 1.2])),
+    }
+    found = stream_metrics(rows, kept)
+    assert found["divergence/mean"] == 4.0
+    assert found["loss/first_token"] == 3.0
+    assert found["mismatch/top1"] == 0.25
+    assert found["student/entropy"] == pytest.approx(0.7), "the student's own numbers are over reinforced tokens too"
+    assert found["bin/0.00-0.25/divergence"] == 2.0
+    assert found["bin/0.50-0.75/mismatch"] == 0.0
+    assert "bin/0.75-1.00/divergence" not in found
+    assert set(stream_metrics(rows, {2: kept[2]})) == {"student/entropy", "student/confidence"}
+    assert stream_metrics(rows, {}) == {}
+
+
+def test_the_upper_tail_is_the_value_that_99_percent_do_not_exceed() -> None:
+    values = [float(value) for value in range(200)]
+    found = stream_metrics([row()], {0: scored(stats_of(200, divergence=values))})
+    assert found["divergence/p99"] == 197.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "name"),
+    [(0.0, "0.00-0.25"), (0.25, "0.25-0.50"), (0.4999, "0.25-0.50"), (0.75, "0.75-1.00"), (1.0, "0.75-1.00")],
+)
+def test_bins_are_quarters_and_the_last_holds_1(ratio: float, name: str) -> None:
+    assert ratio_bin(ratio) == name
+
+
+def test_the_gap_to_the_sampler_leaves_out_rows_that_were_not_sampled() -> None:
+    kept = {index: scored(stats_of(2, student_logprob=[-1.0, -2.0])) for index in (0, 1)}
+    found = logprob_gap([row(sampler=(-1.5, -2.25)), row()], kept)
+    assert found == {"rollout/logprob_gap": 0.375}
+    assert logprob_gap([row()], {0: kept[0]}) == {}
+
+
+def test_rows_are_cut_out_of_a_micro_batch_and_joined_again() -> None:
+    whole = stats_of(3, divergence=[1.0, 2.0, 3.0])
+    first, second = split_rows(whole, torch.tensor([0.1, 0.2, 0.3]), [1, 2])
+    assert first.stats.divergence.tolist() == [1.0]
+    assert second.weight_T.tolist() == pytest.approx([0.2, 0.3])
+    assert torch.equal(concatenate([first.stats, second.stats]).divergence, whole.divergence)
+
+
+def test_listening_is_described_over_all_micro_batches() -> None:
+    def part(gap: list[float], selected: list[float], gate: list[float]) -> Listening:
+        stats = stats_of(len(gap), teacher_logprob=gap)
+        return Listening(stats, torch.tensor(selected), torch.tensor(gate))
+
+    found = listening_metrics(SdarGate(), [part([1.0, -1.0], [1.0, 0.0], [0.9, 0.4]), part([3.0], [1.0], [0.6])])
+    assert found == pytest.approx(
+        {
+            "gate/kept_frac": 2 / 3,
+            "gate/mean": 0.5,
+            "gate/open_frac": 2 / 3,
+            "gate/gap": 1.0,
+            "gate/gap_negative": 1 / 3,
+        }
+    )
+
+
+def test_the_policy_is_described_over_all_micro_batches() -> None:
+    def part(value: float, count: int) -> PolicyValues:
+        column: Tensor = torch.full((count,), value)
+        return PolicyValues(column, column, column * 0, column, column + 1)
+
+    assert policy_metrics([part(1.0, 1), part(2.0, 3)]) == {
+        "rl/ratio": 1.75,
+        "rl/clip_frac": 0.0,
+        "rl/sampler_weight": 1.75,
+        "rl/kl": 2.75,
+    }
