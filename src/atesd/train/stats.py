@@ -61,6 +61,8 @@ def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
 
 def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float]:
     """Describe selection and gate over all distilled tokens of an update."""
+    if not parts:
+        return {}
     stats = concatenate([part.stats for part in parts])
     selection_N, gate_N = (torch.cat([getattr(part, name) for part in parts]) for name in ("selection_N", "gate_N"))
     return {
@@ -72,6 +74,8 @@ def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float
 
 def policy_metrics(parts: Sequence[PolicyValues]) -> dict[str, float]:
     """Describe ratios, clips and corrections over all reinforced tokens of an update."""
+    if not parts:
+        return {}
     return {
         f"rl/{name}": _mean(torch.cat([getattr(part, column) for part in parts]))
         for name, column in (

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from atesd.config import RunConfig
 from atesd.gates import Gate
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
 from atesd.losses.divergence import LossConfig, Scored, TokenStreams, token_streams
-from atesd.losses.policy import PolicyTokens, policy_values
+from atesd.losses.policy import PolicyTokens, PolicyValues, policy_values
 from atesd.losses.target import Plain, Target, View
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
@@ -44,6 +44,7 @@ from atesd.train.stats import (
     stream_metrics,
 )
 from atesd.train.teacher import Teacher
+from atesd.types import TokenStats
 
 
 class NonFiniteError(RuntimeError):
@@ -140,6 +141,34 @@ class MicroBatch:
         return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
 
 
+@dataclass(slots=True)
+class _Scored:
+    """What a micro-batch gave: its loss components with their graph, and what is logged of it."""
+
+    stats: TokenStats
+    weight_N: Tensor
+    """Weight of each token in the distillation loss; 1 where nothing is distilled."""
+    parts: dict[str, Component]
+    heard: Listening | None = None
+    policy: PolicyValues | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def detached(self) -> _Scored:
+        """Return it without the graph, its losses as numbers."""
+        losses = {name: float(combine({name: part}).detach()) for name, part in self.parts.items()}
+        policy = None if self.policy is None else replace(self.policy, loss_N=self.policy.loss_N.detach())
+        return replace(self, parts={}, policy=policy, losses=losses)
+
+
+def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Add up the components of micro-batches."""
+    total: dict[str, float] = {}
+    for parts in losses:
+        for name, value in parts.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
 class Stepper:
     """Owns what an update needs: the wrapped student, the teacher, the optimizer and its schedule."""
 
@@ -193,44 +222,42 @@ class Stepper:
         outcome.add("optim/micro_batches", len(batches))
         selections = self._select(batches)
         counts = self._counts(batches, selections)
-        losses: dict[str, float] = {}
-        heard: list[Listening] = []
-        policies = []
+        taken = []
         for batch, selection_N in zip(batches, selections, strict=True):
             active = [name for name in batch.components if counts.get(name)]
             if not active:
                 continue
-            streams = self._streams(batch)
-            parts: dict[str, Component] = {}
-            device = streams.logprob_N.device
-            weights_N = torch.ones_like(streams.stats.student_logprob)
-            if "distil" in active:
-                gate_N = self._gate.weights(streams.stats).detach()
-                weights_N = selection_N * gate_N * batch.spread([row.weight for row in batch.rows], device)
-                heard.append(Listening(streams.stats, selection_N, gate_N))
-                values_N = self._gate.values(streams)
-                parts["distil"] = self._component("distil", batch, values_N, weights_N, selection_N, counts)
-            if "rl" in active:
-                policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._config.rl)
-                policies.append(policy)
-                every_N = torch.ones_like(selection_N)
-                parts["rl"] = self._component("rl", batch, policy.loss_N, every_N, every_N, counts)
-            if "nll" in active:
-                every_N = torch.ones_like(selection_N)
-                parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
-            loss = combine(parts)
-            self._accelerator.backward(loss)
-            for name, part in parts.items():
-                losses[name] = losses.get(name, 0.0) + float(combine({name: part}).detach())
-            outcome.rows |= zip(batch.indices, split_rows(streams.stats, weights_N, batch.lengths), strict=True)
-        if heard:
-            outcome.metrics |= listening_metrics(self._gate, heard)
-        if policies:
-            outcome.metrics |= policy_metrics(policies)
-        if losses:
-            self._move(losses, outcome)
+            scored = self._score(batch, active, selection_N, counts)
+            self._accelerator.backward(combine(scored.parts))
+            rows = split_rows(scored.stats, scored.weight_N, batch.lengths)
+            outcome.rows |= zip(batch.indices, rows, strict=True)
+            taken.append(scored.detached())
+        outcome.metrics |= listening_metrics(self._gate, [scored.heard for scored in taken if scored.heard])
+        outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
+        if taken:
+            self._move(_summed([scored.losses for scored in taken]), outcome)
         else:
             outcome.add("optim/empty_updates", 1)
+
+    def _score(
+        self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor, counts: Mapping[str, float]
+    ) -> _Scored:
+        """Run a micro-batch and weigh its tokens in every active component."""
+        streams = self._streams(batch)
+        every_N = torch.ones_like(selection_N)
+        scored = _Scored(streams.stats, every_N, {})
+        if "distil" in active:
+            gate_N = self._gate.weights(streams.stats).detach()
+            scored.heard = Listening(streams.stats, selection_N, gate_N)
+            scored.weight_N = selection_N * gate_N * batch.spread([row.weight for row in batch.rows], gate_N.device)
+            values_N = self._gate.values(streams)
+            scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
+        if "rl" in active:
+            scored.policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._config.rl)
+            scored.parts["rl"] = self._component("rl", batch, scored.policy.loss_N, every_N, every_N, counts)
+        if "nll" in active:
+            scored.parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
+        return scored
 
     def _component(
         self,
