@@ -16,6 +16,7 @@ from atesd.train.loop import Interrupted, Trainer
 from atesd.types import UserError
 
 from support.composition import AXES, covering, every, legal, pairs, tree
+from support.folders import write_byte_model
 
 COVERING = covering()
 
@@ -132,3 +133,25 @@ def test_every_kind_of_every_axis_is_here() -> None:
             kind = schema["$defs"][ref.rpartition("/")[2]]["properties"]["kind"]
             kinds |= set(kind.get("enum", [kind.get("const", kind.get("default"))]))
         assert kinds == {value["kind"] for value in values.values()}, axis
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"exposure": "influence", "routing": "cliff", "target": "extrapolate", "gate": "sdar_multiplier"},
+        {"exposure": "paired", "routing": "both", "target": "residual", "selection": "tip"},
+    ],
+    ids=name_of,
+)
+def test_adapters_in_bfloat16_compose_too(names: dict[str, str], tmp_path: Path) -> None:
+    """With LoRA the frozen teacher and the base are the adapter switched off."""
+    model = {"path": str(write_byte_model(tmp_path / "model")), "dtype": "bfloat16", "lora": {"r": 2, "alpha": 4}}
+    section = {"model": model, "rl": {"kl_coef": 0.1}, "teacher": {"weights": "live"}, "optim": {"lr": 1e-2}}
+    contract = {"contract": {"any": "[a-z]"}, "min_hits": 1, "every": 1}
+    config = build_config(tree(names) | section | {"cliff": contract, "step": {"num_steps": 3, "problems": 4}})
+    Trainer.start(config, tmp_path / "run").train()
+    rows = reproducible(tmp_path / "run")
+    assert any("loss/distil" in row for row in rows)
+    key = "influence" if names["exposure"] == "influence" else "virtual_nll"
+    assert any(f"measure/{key}" in name for row in rows[1:] for name in row)
