@@ -192,7 +192,7 @@ def draw_sweep(panels: Sequence[Panel], xs: Sequence[float], star: float) -> str
         parts += [rule(70, 690, y(most), y(most), "#dddddd"), label(64, y(most) + 4, f"{most:.3g}", anchor="end")]
         parts += [label(64, zero + 4, "0", anchor="end")]
         parts.append(rule(x(star), x(star), zero - 165, zero, COLOURS[1], dashed=True))
-        parts.append(label(x(star) + 5, zero - 150, f"predicted λ* {star:.3f}", colour=COLOURS[1]))
+        parts.append(label(x(star) + 5, zero - 60, f"predicted λ* {star:.3f}", colour=COLOURS[1]))
         points = [(x(float(name)), y(float(np.mean(seeds)))) for name, seeds in values.items()]
         parts.append(polyline(points, COLOURS[0]))
         for name, seeds in values.items():
