@@ -147,6 +147,7 @@ class CliffMeter:
         self.c = c
         self._classes: list[ContractClass] = []
         self._thin = 0
+        self._stale = 0
 
     def wants(self, step: int) -> list[Measurement]:
         """Name the measurements of theta_step."""
@@ -155,13 +156,20 @@ class CliffMeter:
         return [Measurement("contract", ratio) for ratio in self.config.grid]
 
     def observe(self, observation: Observation) -> None:
-        """Take in a measurement where this step brought one; classes with too few positions are counted, not used."""
+        """Take in a measurement where this step brought one.
+
+        A class with too few positions is not fitted anew. What was known of it before stays, so that losing the form,
+        of which the bound warns, does not lift the bound.
+        """
         if observation.step % self.config.every:
             return
         found = _collect(observation.measured, self.config.grid)
         enough = {name: rows for name, rows in found.items() if min(row[3] for row in rows) >= self.config.min_hits}
         self._thin = len(found) - len(enough)
-        self._classes = [contract_class(name, [row[:3] for row in rows]) for name, rows in sorted(enough.items())]
+        fitted = {name: contract_class(name, [row[:3] for row in rows]) for name, rows in enough.items()}
+        known = {known.name: known for known in self._classes} | fitted
+        self._stale = len(known) - len(fitted)
+        self._classes = [known[name] for name in sorted(known)]
 
     def threshold(self, ratio: float) -> float:
         """Return lambda* at an exposure ratio: the least over classes; infinity where no class is known."""
@@ -176,7 +184,11 @@ class CliffMeter:
 
     def metrics(self, ratio: float) -> dict[str, float]:
         """Return lambda* at a ratio, and what it is made of."""
-        numbers = {"cliff/classes": float(len(self._classes)), "cliff/thin_classes": float(self._thin)}
+        numbers = {
+            "cliff/classes": float(len(self._classes)),
+            "cliff/thin_classes": float(self._thin),
+            "cliff/stale_classes": float(self._stale),
+        }
         least = self.threshold(ratio)
         if isfinite(least):
             numbers["cliff/lambda_star"] = least
@@ -188,12 +200,12 @@ class CliffMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the known classes."""
-        return {"classes": [asdict(known) for known in self._classes], "thin": self._thin}
+        return {"classes": [asdict(known) for known in self._classes], "thin": self._thin, "stale": self._stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._classes = [ContractClass(**row) for row in state["classes"]]
-        self._thin = state["thin"]
+        self._thin, self._stale = state["thin"], state["stale"]
 
 
 def contract_class(name: str, points: Sequence[tuple[float, float, float]]) -> ContractClass:

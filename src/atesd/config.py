@@ -262,10 +262,11 @@ class RunConfig(Config):
                 f'routing.kind = "{kind}" divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" '
                 f'and loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'
             )
-        if self.loss.prompt_weight == "paced" and kind == "hdpo":
+        uniform = isinstance(self.routing, CliffRouterConfig) and self.routing.uniform == "distil"
+        if self.loss.prompt_weight == "paced" and (kind == "hdpo" or uniform):
             raise ValueError(
-                'loss.prompt_weight = "paced" gives weight 0 to problems that never succeed, and routing.kind = "hdpo" '
-                "distils no others: remove either"
+                f'loss.prompt_weight = "paced" gives weight 0 to problems of equal rewards, and router "{kind}" '
+                "distils what has no other use: remove either"
             )
         if self.loss.prompt_weight == "paced" and self.rollout.group_size < 2:
             raise ValueError(
@@ -321,6 +322,7 @@ class RunConfig(Config):
     def _loss_is_listened_to(self) -> Self:
         if isinstance(self.gate, SdarGate) and self.gate.target == "surrogate":
             ignored = [name for name in ("clip", "top_k") if getattr(self.loss, name) not in ("none", None)]
+            ignored += ["divergence"] * (self.loss.divergence.kind == "sampled")
             if ignored:
                 raise ValueError(
                     f"the SDAR surrogate looks at the sampled token alone, so loss.{ignored[0]} would have no effect: "
@@ -330,8 +332,18 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
+        if self.prompt.hint == "none" and self.exposure.kind in _MEASURED:
+            raise ValueError(
+                f'prompt.hint = "none" shows nothing at any ratio, so exposure.kind = "{self.exposure.kind}" steers '
+                'nothing: set exposure = {kind = "fixed"}'
+            )
         if not isinstance(self.exposure, Overlap):
             return self
+        if self.prompt.hint == "wrong_problem":
+            raise ValueError(
+                'exposure.kind = "overlap" compares with the own solution, but prompt.hint = "wrong_problem" shows '
+                "another: set another exposure"
+            )
         if self.reveal.order != "prefix":
             raise ValueError(
                 f'exposure.kind = "overlap" counts revealed segments from the start: set reveal.order = "prefix" '
@@ -352,5 +364,10 @@ class RunConfig(Config):
             raise ValueError(
                 'exposure.by = "pass_rate" with rollout.group_size = 1 knows two difficulties, right and wrong: raise '
                 'the group size, or set exposure.by = "reference_ppl"'
+            )
+        if isinstance(exposure, Difficulty) and exposure.by == "pass_rate" and self.routing.kind == "hdpo":
+            raise ValueError(
+                'exposure.by = "pass_rate" with routing.kind = "hdpo", which distils failed groups alone, leaves one '
+                'bin: set exposure.by = "reference_ppl"'
             )
         return self

@@ -54,7 +54,7 @@ class Router(Policy, Protocol):
     """Whether routes depend on the exposure: then a hold window goes on through steps without distillation."""
 
     def strength(self, wanted: float, ratio: float) -> float:
-        """Return the lambda to distil with in this step, where `wanted` is the target's, at a mean exposure ratio."""
+        """Return the lambda to distil with in this step; `wanted` is the target's, `ratio` the largest exposure."""
         ...
 
     def route(self, groups: Sequence[Group]) -> list[Route]:

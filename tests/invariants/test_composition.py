@@ -78,6 +78,7 @@ def test_every_pair_runs(names: dict[str, str], tmp_path: Path) -> None:
         assert sum(groups.values()) >= 4, "every group has a route"
         assert "loss/total" in row or row.get("optim/empty_updates"), "no silent zero loss"
         assert ("loss/distil" in row) <= (groups["distil"] > 0)
+        assert row["route/idle"] == float("loss/distil" not in row)
         assert ("loss/rl" in row) <= (groups["rl"] > 0)
         assert all(math.isfinite(value) for value in row.values())
     groups = RunDir.open(tmp_path / "run").groups()

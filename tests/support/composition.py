@@ -92,6 +92,8 @@ def legal(names: dict[str, str]) -> bool:
         return False
     if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence", "overlap"):
         return False
+    if names.get("exposure") == "difficulty" and router == "hdpo":
+        return False
     if names.get("exposure") == "overlap" and (router == "cliff" or target == "guarded"):
         return False
     return not (idle and (gate not in ("none", None) or names.get("selection") not in ("all", None)

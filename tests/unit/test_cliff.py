@@ -133,8 +133,21 @@ def test_several_classes_the_most_careful_wins_and_bounds_hold() -> None:
 def test_classes_with_few_positions_are_counted_but_not_used() -> None:
     few = meter({"eos": RISING}, hits=31.0)
     assert few.threshold(1.0) == inf
-    assert few.metrics(1.0) == {"cliff/classes": 0.0, "cliff/thin_classes": 1.0}
+    assert few.metrics(1.0) == {"cliff/classes": 0.0, "cliff/thin_classes": 1.0, "cliff/stale_classes": 0.0}
     assert few.largest_ratio(1.25, 0.0, 1.0) == 1.0
+
+
+def test_losing_the_form_does_not_lift_the_bound() -> None:
+    known = meter({"eos": RISING})
+    least = known.threshold(1.0)
+    known.observe(Observation(25, measured=measured({"eos": (0.6,) * 5}, hits=31.0)))
+    assert known.threshold(1.0) == least
+    assert known.metrics(1.0)["cliff/stale_classes"] == 1.0
+    known.observe(Observation(50))
+    assert known.threshold(1.0) == least
+    known.observe(Observation(75, measured=measured({"eos": (0.6,) * 5})))
+    assert known.threshold(1.0) > least
+    assert known.metrics(1.0)["cliff/stale_classes"] == 0.0
 
 
 def test_metrics_say_what_the_threshold_is_made_of() -> None:

@@ -27,6 +27,7 @@ from atesd.exposure.window import (
     discounted_mean,
     discounted_progress,
     finite,
+    is_idle,
     ramp,
     step_counts,
 )
@@ -99,7 +100,7 @@ class BetaController:
         if self._step > 0:
             if step_counts(observation.stats):
                 self._clock.tick()
-            if observation.stats.get("route/distil_groups", 1.0) == 0:
+            if is_idle(observation.stats):
                 self._discard(self._open)
         self._state.observe(observation, self._ratio)
         self._tabulate(observation)

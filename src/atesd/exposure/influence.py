@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, finite, step_counts
+from atesd.exposure.window import HoldClock, finite, is_idle, step_counts
 from atesd.types import Config, Measurement, Observation
 
 
@@ -95,7 +95,7 @@ class InfluenceController:
                 f"exposure/credit/{ratio:g}": credit
                 for ratio, credit in zip(self._config.grid, self._credits, strict=True)
             }
-        elif wanted and observation.stats.get("route/distil_groups", 1.0) > 0:
+        elif wanted and not is_idle(observation.stats):
             self._latest = {"exposure/discarded": 1.0}
         if observation.step > 0 and step_counts(observation.stats):
             self._clock.tick()

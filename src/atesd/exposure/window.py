@@ -116,7 +116,12 @@ def step_counts(stats: Mapping[str, float]) -> bool:
 
     Such a router must see the exposure move, else it would never distil again once it has stopped at one.
     """
-    return stats.get("route/distil_groups", 1.0) > 0 or stats.get("route/paused", 1.0) == 0
+    return stats.get("route/paused", float(is_idle(stats))) == 0
+
+
+def is_idle(stats: Mapping[str, float]) -> bool:
+    """Tell whether a step took no distillation loss, so that no decision can be scored over it."""
+    return stats.get("route/idle", float(stats.get("route/distil_groups", 1.0) == 0)) > 0
 
 
 @dataclass(slots=True)

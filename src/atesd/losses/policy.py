@@ -76,10 +76,10 @@ class PolicyValues:
 
 def group_advantages(rewards: Sequence[float], scale: Literal["std", "none"]) -> list[float]:
     """Return A_i of one group; all 0 where the rewards are equal."""
+    if len(set(rewards)) == 1:
+        return [0.0] * len(rewards)  # exactly: the mean of equal numbers may differ from them in the last bit
     mean = sum(rewards) / len(rewards)
     std = sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    if std == 0:
-        return [0.0] * len(rewards)
     return [(reward - mean) / (std + 1e-6 if scale == "std" else 1.0) for reward in rewards]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module, util
 from pathlib import Path
@@ -62,10 +63,11 @@ def load_function(place: str) -> RewardFunction:
         raise UserError(f"reward.function = {place!r} names no function: write package.module:name or file.py:name")
     try:
         if source.endswith(".py"):
-            spec = util.spec_from_file_location(Path(source).stem, source)
+            spec = util.spec_from_file_location(f"atesd_reward_{Path(source).stem}", source)
             assert spec is not None
             assert spec.loader is not None
             module = util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
             spec.loader.exec_module(module)
         else:
             module = import_module(source)

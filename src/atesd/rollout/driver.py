@@ -70,7 +70,7 @@ class Driver:
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
     cut_off = attempt.turns[-1].stop is StopReason.LENGTH
-    return replace(attempt, reward=0.0 if cut_off and reward is not None else reward)
+    return replace(attempt, reward=None if reward is None else 0.0 if cut_off else float(reward))
 
 
 def _check_rewards(rewards: Sequence[float | None], completions: int) -> None:
@@ -79,6 +79,9 @@ def _check_rewards(rewards: Sequence[float | None], completions: int) -> None:
             f"the reward function returned {len(rewards)} rewards for {completions} completions: "
             "return one a completion, None where it cannot be graded"
         )
+    strange = [reward for reward in rewards if reward is not None and not hasattr(reward, "__float__")]
+    if strange:
+        raise UserError(f"the reward function returned {strange[0]!r}: return a number, or None for no grade")
     broken = [reward for reward in rewards if reward is not None and not math.isfinite(reward)]
     if broken:
         raise UserError(f"the reward function returned {broken[0]}: return a finite number, or None for no grade")

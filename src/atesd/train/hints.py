@@ -48,9 +48,10 @@ class Hints:
         for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True)):
             advantages = iter(self._advantages(group, route))
             weight = self._weight(group)
+            dropped = self._config.rl.zero_variance == "drop" and len(set(group.rewards)) <= 1
             for trajectory in group.trajectories:
                 advantage = next(advantages) if trajectory.reward is not None else None
-                components = self._components(trajectory, route, advantage)
+                components = self._components(trajectory, route, barred=advantage is None or dropped)
                 shown = self._ratio(group.problem, trajectory, ratio)
                 distils = "distil" in components
                 rows.append(
@@ -69,11 +70,10 @@ class Hints:
                 )
         return rows
 
-    def _components(self, trajectory: Trajectory, route: Route, advantage: float | None) -> tuple[str, ...]:
-        """Return the losses that a completion feeds."""
+    def _components(self, trajectory: Trajectory, route: Route, *, barred: bool) -> tuple[str, ...]:
+        """Return the losses that a completion feeds; one that is barred is not reinforced."""
         if self._masked(trajectory):
             return ()
-        barred = advantage is None or (advantage == 0 and self._config.rl.zero_variance == "drop")
         return tuple(name for name in route.components if not (name == "rl" and barred))
 
     def _advantages(self, group: Group, route: Route) -> list[float]:

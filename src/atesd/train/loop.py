@@ -105,7 +105,7 @@ class Trainer:
         with phase("exposure"):
             rates = [sum(group.rewards) / len(group.rewards) if group.rewards else None for group in groups]
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], rates))
-        target = config.target.at(parts.router.strength(config.target.strength, sum(ratios) / len(ratios)))
+        target = config.target.at(parts.router.strength(config.target.strength, max(ratios)))
         routes = parts.router.route(groups)
         with phase("exposure"):
             rows = parts.hints.rows(groups, routes, ratios, target.views)
@@ -121,8 +121,8 @@ class Trainer:
         parts.driver.sampler.sync(self.step)
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
-        paused = not metrics["route/distil_groups"] and not parts.router.reads_exposure
-        metrics["route/paused"] = float(paused)
+        idle = "loss/distil" not in outcome.metrics
+        metrics |= {"route/idle": float(idle), "route/paused": float(idle and not parts.router.reads_exposure)}
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
             metrics |= self._evaluate()

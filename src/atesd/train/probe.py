@@ -39,6 +39,7 @@ from atesd.seeds import derive_seed
 from atesd.train.batch import Row, labels, micro_batches, view_input
 from atesd.train.credit import Credit
 from atesd.train.hints import Hints
+from atesd.train.model import head
 from atesd.train.step import detached, label_streams, scored_hidden
 from atesd.train.teacher import Teacher
 from atesd.types import Group, Measurement, Problem, StopReason, Turn, UserError
@@ -74,6 +75,16 @@ def contract_places(renderer: Renderer, turn: Turn, config: CliffConfig) -> list
     return sorted(set(places))
 
 
+def _most_probable(hidden: Tensor, model: nn.Module) -> Tensor:
+    """Return the most probable token of each of [P, H] states under the head in place, some states at a time."""
+    weight, bias = head(model)
+    found = []
+    for part in hidden.split_with_sizes([min(64, len(hidden) - start) for start in range(0, len(hidden), 64)]):
+        logits = (part @ weight.T).float()
+        found.append((logits if bias is None else logits + bias).argmax(-1))
+    return torch.cat(found)
+
+
 class Probe:
     """The probe set, and how to measure the model with it."""
 
@@ -103,7 +114,7 @@ class Probe:
         self._stored: list[tuple[int, ...]] | None = None
         self._groups: list[Group] | None = None
         self._completions: list[ContractRow] | None = None
-        self._base_logprobs: Tensor | None = None
+        self._base_hidden: Tensor | None = None
         self._references: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +139,7 @@ class Probe:
                 f"the run measures {', '.join(asked)} but the task has no probe problems: give it some (probe_size)"
             )
         self._model.eval()
-        self._groups = self._completions = self._base_logprobs = None
+        self._groups = self._completions = self._base_hidden = None
         values: dict[str, float] = {}
         by_problem: dict[str, dict[str, float]] = {}
         ratios: dict[str, list[float]] = {}
@@ -145,6 +156,7 @@ class Probe:
                 for measurement in distinct.values():
                     if measurement.kind in ratios:
                         values |= self._take(measurement)
+        self._groups = self._completions = self._base_hidden = None
         return Measured(values, by_problem)
 
     def _take_credit(self, kind: str, ratios: Sequence[float]) -> dict[str, float]:
@@ -184,23 +196,21 @@ class Probe:
         return {} if value is None else {measurement.key: value}
 
     def _contract(self, ratio: float) -> dict[str, float]:
-        """Return p, b and hits of every contract class at a ratio."""
+        """Return p, b and hits of every contract class at a ratio, at the temperature of the target's views."""
         positions = self._contract_positions()
         names = [name for _, _, marked in positions for _, name in marked]
         if not names:
             return {}
-        if self._base_logprobs is None:
+        if self._base_hidden is None:
             with self._base.in_place():
-                self._base_logprobs = self._logprobs_at(
-                    [self._hints.student_ids(problem) for problem, _, _ in positions]
-                )
+                prompts = [self._hints.student_ids(problem) for problem, _, _ in positions]
+                self._base_hidden = self._contract_hidden(prompts)
         with self._teacher.in_place():
-            logprobs = self._logprobs_at([self._hints.teacher_ids(problem, ratio) for problem, _, _ in positions])
-        modal = logprobs.argmax(-1, keepdim=True)
-        p, b = (
-            scored.gather(1, modal)[:, 0].double().exp().clamp(CLAMP, 1 - CLAMP).logit()
-            for scored in (logprobs, self._base_logprobs)
-        )
+            hidden = self._contract_hidden([self._hints.teacher_ids(problem, ratio) for problem, _, _ in positions])
+            modal = _most_probable(hidden, self._model)
+            p = self._logits_of(hidden, modal)
+        with self._base.in_place():
+            b = self._logits_of(self._base_hidden, modal)
         numbers: dict[str, float] = {}
         for name in sorted(set(names)):
             chosen = torch.tensor([other == name for other in names], device=p.device)
@@ -211,21 +221,24 @@ class Probe:
             }
         return numbers
 
-    def _logprobs_at(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return log-probabilities [P, V] at the P contract positions, behind the given prompts."""
-        found = []
-        for start in range(0, len(prompts), 32):
-            positions = self._contract_positions()[start : start + 32]
-            completions = [ids for _, ids, _ in positions]
-            rows = [_row(prompt, ids) for prompt, ids in zip(prompts[start : start + 32], completions, strict=True)]
-            hidden = self._hidden(rows)
-            starts = np.cumsum([0, *(len(ids) for ids in completions)])
-            places = [int(first) + place for first, row in zip(starts, positions, strict=False) for place, _ in row[2]]
-            logits = hidden.hidden_NH[places].float() @ hidden.head_VH.float().T
-            if hidden.bias_V is not None:
-                logits = logits + hidden.bias_V.float()
-            found.append((logits / self._config.rollout.temperature).log_softmax(-1))
-        return torch.cat(found)
+    def _contract_hidden(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return hidden states [P, H] at the P contract positions behind the given prompts, in micro-batches."""
+        positions = self._contract_positions()
+        rows = [_row(prompt, ids) for prompt, (_, ids, _) in zip(prompts, positions, strict=True)]
+        found: list[Tensor | None] = [None] * len(rows)
+        for members in micro_batches(rows, self._config.step.token_budget):
+            chosen = [rows[member] for member in members]
+            pieces = self._hidden(chosen).hidden_NH.split_with_sizes([len(row.completion) for row in chosen])
+            for member, piece in zip(members, pieces, strict=True):
+                found[member] = piece[[place for place, _ in positions[member][2]]]
+        return torch.cat([piece for piece in found if piece is not None])
+
+    def _logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the clamped logit of each position's token under the head in place, in float64."""
+        weight, bias = head(self._model)
+        temperature = self._config.loss.temperature_teacher or self._config.rollout.temperature
+        streams = label_streams(Scored(hidden, weight, bias), tokens, self._config.loss, temperature)
+        return streams.stats.student_logprob.double().exp().clamp(CLAMP, 1 - CLAMP).logit()
 
     def _contract_positions(self) -> list[ContractRow]:
         """Return the student's probe completions with the places of forced form and their classes."""

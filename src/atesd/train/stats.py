@@ -114,7 +114,7 @@ def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[
 def logprob_gap(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
     """Compare the sampler's log-probabilities with the trainer's: about 0 unless they use different weights."""
     gaps = [
-        (torch.tensor(rows[index].sampler_logprobs) - row.stats.student_logprob).abs()
+        (row.stats.student_logprob.cpu() - torch.tensor(rows[index].sampler_logprobs)).abs()
         for index, row in scored.items()
         if rows[index].sampler_logprobs
     ]

@@ -397,3 +397,12 @@ def test_toy_short_runs_move_only_part_of_the_way() -> None:
     slow = toy_mean(0.8, steps=100, learning_rate=0.01, entropy_coef=0.0)
     fast = toy_mean(0.8, steps=100, entropy_coef=0.0)
     assert 0.5 < slow < 0.62 < fast < 0.8
+
+
+def test_a_step_whose_loss_was_not_taken_discards_decisions_whatever_its_routes() -> None:
+    controller = BetaConfig(lambda_gt=0.0, hold=2).build(RunFacts(40, 0))
+    controller.observe(Observation(0, measured={"probe_nll": 1.0}))
+    controller.propose(0, ["p"])
+    controller.observe(Observation(1, {"route/distil_groups": 4.0, "route/idle": 1.0, "route/paused": 1.0}))
+    assert controller.metrics()["exposure/discarded"] == 1.0
+    assert controller.metrics()["exposure/open"] == 0.0

@@ -15,7 +15,9 @@ from atesd.exposure.window import (
     discounted_mean,
     discounted_progress,
     finite,
+    is_idle,
     ramp,
+    step_counts,
 )
 
 LEVELS = [2.0, 1.5, 1.75, 1.0]  # falls .5, -.25, .75
@@ -120,3 +122,20 @@ def test_hold_clock_counts_ticks_only() -> None:
     assert (clock.ended, clock.may_end) == (False, True)
     clock.tick()
     assert clock.ended
+
+
+@pytest.mark.parametrize(
+    ("stats", "counts", "idle"),
+    [
+        ({}, True, False),
+        ({"route/distil_groups": 4.0}, True, False),
+        ({"route/distil_groups": 0.0}, False, True),
+        ({"route/distil_groups": 4.0, "route/idle": 1.0, "route/paused": 1.0}, False, True),
+        ({"route/distil_groups": 0.0, "route/idle": 1.0, "route/paused": 0.0}, True, True),
+    ],
+)
+def test_a_step_counts_where_it_distilled_or_its_router_reads_the_exposure(
+    stats: dict[str, float], counts: bool, idle: bool
+) -> None:
+    assert step_counts(stats) == counts
+    assert is_idle(stats) == idle

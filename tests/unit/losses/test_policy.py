@@ -48,7 +48,7 @@ def test_advantages_by_hand() -> None:
     assert group_advantages([1, 0, 0, 0], "std")[0] == pytest.approx(0.75 / (math.sqrt(3) / 4 + 1e-6))
 
 
-@pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [0.0], [0.3, 0.3]])
+@pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [0.0], [0.3, 0.3], [0.1] * 3, [0.7] * 6])
 def test_equal_rewards_have_no_advantage(rewards: list[float]) -> None:
     assert group_advantages(rewards, "std") == group_advantages(rewards, "none") == [0.0] * len(rewards)
 

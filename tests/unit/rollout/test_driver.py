@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
@@ -106,3 +108,19 @@ def test_a_reference_longer_than_the_limit_is_cut_and_says_so() -> None:
     assert len(turn.completion_ids) == 3
     assert turn.stop is StopReason.LENGTH
     assert rewards(groups) == [[0.0], [None]]
+
+
+def test_rewards_of_other_libraries_become_plain_numbers() -> None:
+    """NumPy's are no JSON, and equal torch scalars are different members of a set."""
+    driver, _ = fake_driver(
+        lambda prompt, place: "say 1", lambda **_: [np.float32(0.5), np.float32(0.5), torch.tensor(1.0), None]
+    )
+    found = rewards(driver.rollout(PROBLEMS, sampling(2), seed=0))
+    assert found == [[0.5, 0.5], [1.0, None]]
+    assert all(type(reward) is float for group in found for reward in group if reward is not None)
+
+
+def test_a_reward_that_is_no_number_is_named() -> None:
+    driver, _ = fake_driver(lambda prompt, place: "say 1", lambda **_: ["good", 1.0])
+    with pytest.raises(UserError, match="returned 'good': return a number, or None"):
+        driver.rollout(PROBLEMS, sampling(), seed=0)

@@ -74,6 +74,8 @@ def test_groups_of_equal_rewards_can_be_dropped() -> None:
     assert [row.components for row in kept] == [("rl",)] * 2
     dropped = rows(hints(rl={"zero_variance": "drop"}), [group(ONE, 1.0, 1.0)], [Route.RL])
     assert [row.components for row in dropped] == [()] * 2
+    middle = rows(hints(rl={"zero_variance": "drop"}), [group(ONE, 0.0, 0.5, 1.0)], [Route.RL])
+    assert [row.components for row in middle] == [("rl",)] * 3, "groups are dropped, not completions of advantage 0"
 
 
 def test_truncated_completions_are_masked_where_asked_for() -> None:
