@@ -63,7 +63,7 @@ def test_every_recipe_trains_two_steps(
     out = tmp_path / "run"
     small = SMALL
     if "runs/cliff/base" in recipe.read_text():
-        small = [*SMALL, 'model.path="pico"']  # the base that repro/cliff_base.py writes
+        small = [*SMALL, 'model.path="pico"', "step.updates_per_batch=2"]  # the base that repro/cliff_base.py writes
     elif 'path = "pico"' not in recipe.read_text():
         small = real_model_made_small(tmp_path)
     assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0
