@@ -65,6 +65,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "reasoning_gym": ("tasks/gym.py",),
     "datasets": ("tasks/files.py",),
     "plotly": ("report",),
+    "scipy": ("cliff.py",),
     "typer": ("cli",),
     "rich": ("cli",),
     "vllm": (),
