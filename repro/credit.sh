@@ -7,4 +7,4 @@ atesd=${ATESD:-.venv/bin/atesd}
 out=${OUT:-runs/credit}
 "$atesd" compare recipes/pico.toml --arms quarter,learned,influence,paired,difficulty,overlap,closed_form \
   --seeds "${SEEDS:-5}" --out "$out" "$@"
-.venv/bin/python repro/evidence.py comparison "$out" credit influence
+.venv/bin/python repro/evidence.py comparison "$out" credit quarter
