@@ -8,3 +8,4 @@ out=${OUT:-runs/curriculum}
 "$atesd" compare recipes/pico-curriculum.toml --arms random_order,reverse_ppl,forward_ppl \
   --seeds "${SEEDS:-5}" --out "$out" "$@"
 .venv/bin/python repro/evidence.py curriculum "$out"
+.venv/bin/python repro/evidence.py comparison "$out" curriculum_accuracy random_order

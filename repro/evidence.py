@@ -219,7 +219,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, list[list[float]]]]) -> str:
             steps = np.linspace(70, 690, len(mean))
             heights = zero - (mean - low) / ((high - low) or 1.0) * 160
             parts.append(polyline(list(zip(steps, heights, strict=True)), COLOURS[index]))
-            parts.append(label(240 + 150 * index, zero - 175, arm, colour=COLOURS[index]))
+            parts.append(label(330 + 125 * index, zero - 175, arm, colour=COLOURS[index]))
         parts.append(label(690, zero + 18, f"step {len(next(iter(curves.values()))[title][0])}", anchor="end"))
     return svg(720, 60 + 230 * len(titles), parts)
 
