@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from atesd.cliff import CliffMeter
 from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.held import Held
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, step_counts
 from atesd.types import Config, Measurement, Observation
 
 
@@ -43,27 +43,17 @@ class ClosedForm(Config):
         return ClosedFormController(self, run)
 
 
-class ClosedFormController:
+class ClosedFormController(Held):
     """Reads the ratio off the measured curve at every window boundary."""
 
     def __init__(self, config: ClosedForm, run: RunFacts) -> None:
+        super().__init__(config.hold, config.high)
         self._config = config
         self._strength = run.strength
         self._meter = CliffMeter(run.cliff, run.c)
-        self._clock = HoldClock(config.hold)
-        self._ratio = config.high
 
-    def propose(
-        self,
-        step: int,  # noqa: ARG002
-        problem_ids: Sequence[str],
-        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
-    ) -> Sequence[float]:
-        """Return the held ratio, computed anew if the window has ended."""
-        if self._clock.ended:
-            self._ratio = self._meter.largest_ratio(self._strength, self._config.low, self._config.high)
-            self._clock.start()
-        return [self._ratio] * len(problem_ids)
+    def _renewed(self) -> float:
+        return self._meter.largest_ratio(self._strength, self._config.low, self._config.high)
 
     def wants(self, step: int) -> Sequence[Measurement]:
         """Ask for the contract on its cadence."""
@@ -72,8 +62,7 @@ class ClosedFormController:
     def observe(self, observation: Observation) -> None:
         """Take in the contract; count the update unless nothing was distilled in it."""
         self._meter.observe(observation)
-        if observation.step > 0 and step_counts(observation.stats):
-            self._clock.tick()
+        self._count(observation)
 
     def metrics(self) -> Mapping[str, float]:
         """Return what the cliff says at the ratio in force."""

@@ -22,8 +22,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.held import Held
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, finite, is_idle, step_counts
+from atesd.exposure.window import finite, is_idle
 from atesd.types import Config, Measurement, Observation
 
 
@@ -53,28 +54,19 @@ class Influence(Config):
         return InfluenceController(self)
 
 
-class InfluenceController:
+class InfluenceController(Held):
     """Averages credits and mixes the candidate ratios by them."""
 
     def __init__(self, config: Influence) -> None:
+        super().__init__(config.hold, config.start)
         self._config = config
-        self._clock = HoldClock(config.hold)
-        self._ratio = config.start
         self._credits: list[float] | None = None
         self._latest: dict[str, float] = {}
 
-    def propose(
-        self,
-        step: int,  # noqa: ARG002
-        problem_ids: Sequence[str],
-        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
-    ) -> Sequence[float]:
-        """Return the held ratio, mixed anew if the window has ended."""
-        if self._clock.ended:
-            if self._credits is not None:
-                self._ratio = mixed_ratio(self._credits, self._config.grid, self._config.temperature)
-            self._clock.start()
-        return [self._ratio] * len(problem_ids)
+    def _renewed(self) -> float:
+        if self._credits is None:
+            return self._ratio
+        return mixed_ratio(self._credits, self._config.grid, self._config.temperature)
 
     def wants(self, step: int) -> Sequence[Measurement]:
         """Ask for the credits of all candidates where the window may end."""
@@ -97,8 +89,7 @@ class InfluenceController:
             }
         elif wanted and not is_idle(observation.stats):
             self._latest = {"exposure/discarded": 1.0}
-        if observation.step > 0 and step_counts(observation.stats):
-            self._clock.tick()
+        self._count(observation)
 
     def metrics(self) -> Mapping[str, float]:
         """Return the averaged credits where they were renewed."""

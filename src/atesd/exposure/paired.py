@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.held import Held
 from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import HoldClock, finite, step_counts
+from atesd.exposure.window import finite
 from atesd.types import Config, Measurement, Observation
 
 
@@ -52,27 +53,15 @@ class Paired(Config):
         return PairedController(self)
 
 
-class PairedController:
+class PairedController(Held):
     """Climbs the credit."""
 
     def __init__(self, config: Paired) -> None:
+        super().__init__(config.hold, config.start)
         self._config = config
-        self._clock = HoldClock(config.hold)
-        self._ratio = config.start
-        self._count = 0
+        self._credits = 0
         self._squares = 0.0
         self._latest: dict[str, float] = {}
-
-    def propose(
-        self,
-        step: int,  # noqa: ARG002
-        problem_ids: Sequence[str],
-        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
-    ) -> Sequence[float]:
-        """Return the held ratio."""
-        if self._clock.ended:
-            self._clock.start()
-        return [self._ratio] * len(problem_ids)
 
     def wants(self, step: int) -> Sequence[Measurement]:
         """Ask for the effect of a step at either side of the ratio where the window may end."""
@@ -85,8 +74,7 @@ class PairedController:
         self._latest = {}
         wanted = self.wants(observation.step)
         found = [finite(observation.measured, measurement.key) for measurement in wanted]
-        if observation.step > 0 and step_counts(observation.stats):
-            self._clock.tick()
+        self._count(observation)
         values = [value for value in found if value is not None]
         if len(values) == 2:
             low, high = self._sides
@@ -103,7 +91,7 @@ class PairedController:
         return {
             "held": self._clock.held,
             "ratio": self._ratio,
-            "count": self._count,
+            "count": self._credits,
             "squares": self._squares,
             "latest": self._latest,
         }
@@ -111,7 +99,7 @@ class PairedController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._clock.held, self._ratio, self._latest = state["held"], state["ratio"], dict(state["latest"])
-        self._count, self._squares = state["count"], state["squares"]
+        self._credits, self._squares = state["count"], state["squares"]
 
     @property
     def _sides(self) -> tuple[float, float]:
@@ -120,9 +108,9 @@ class PairedController:
 
     def _move(self, credit: float) -> None:
         config = self._config
-        self._count += 1
+        self._credits += 1
         self._squares += credit * credit
-        scale = sqrt(self._squares / self._count)
+        scale = sqrt(self._squares / self._credits)
         change = config.rate * max(-1.0, min(1.0, credit / scale)) if scale > 0 else 0.0
         self._ratio = min(config.high, max(config.low, self._ratio + change))
         self._latest = {"exposure/paired_credit": credit}

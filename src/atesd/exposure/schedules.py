@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.window import HoldClock, step_counts
+from atesd.exposure.held import Held
 from atesd.types import Config, Observation, Stateless
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -134,31 +134,20 @@ class Schedule(Stateless):
         return [self._ratio_at(step)] * len(problem_ids)
 
 
-class UniformController(Stateless):
+class UniformController(Held, Stateless):
     """A controller that draws anew at every window boundary and learns nothing."""
 
     def __init__(self, config: Uniform, seed: int) -> None:
+        super().__init__(config.hold, config.low)
         self._config = config
         self._random = np.random.default_rng([seed, 2])
-        self._clock = HoldClock(config.hold)
-        self._ratio = config.low
 
-    def propose(
-        self,
-        step: int,  # noqa: ARG002
-        problem_ids: Sequence[str],
-        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
-    ) -> Sequence[float]:
-        """Return the held ratio, drawn anew if the window has ended."""
-        if self._clock.ended:
-            self._ratio = float(self._random.uniform(self._config.low, self._config.high))
-            self._clock.start()
-        return [self._ratio] * len(problem_ids)
+    def _renewed(self) -> float:
+        return float(self._random.uniform(self._config.low, self._config.high))
 
     def observe(self, observation: Observation) -> None:
         """Count the update unless nothing was distilled in it."""
-        if step_counts(observation.stats):
-            self._clock.tick()
+        self._count(observation)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state and the open window."""

@@ -1,0 +1,37 @@
+"""What controllers share that show all problems one ratio and renew it at every window boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atesd.exposure.window import HoldClock, step_counts
+from atesd.types import Observation
+
+
+class Held:
+    """One ratio for all problems, held for a window of updates."""
+
+    def __init__(self, hold: int, ratio: float) -> None:
+        self._clock = HoldClock(hold)
+        self._ratio = ratio
+
+    def propose(
+        self,
+        step: int,  # noqa: ARG002
+        problem_ids: Sequence[str],
+        pass_rates: Sequence[float | None] = (),  # noqa: ARG002
+    ) -> Sequence[float]:
+        """Return the held ratio, renewed first if the window has ended."""
+        if self._clock.ended:
+            self._ratio = self._renewed()
+            self._clock.start()
+        return [self._ratio] * len(problem_ids)
+
+    def _renewed(self) -> float:
+        """Return the ratio of a new window."""
+        return self._ratio
+
+    def _count(self, observation: Observation) -> None:
+        """Count an update, unless the step does not count in its window."""
+        if observation.step > 0 and step_counts(observation.stats):
+            self._clock.tick()
