@@ -23,9 +23,9 @@ from atesd.recipe import load_config
 from atesd.rollout.render import Renderer
 from atesd.tasks.synthetic import pico
 from atesd.train.batch import labels, view_input
+from atesd.train.forward import scored_hidden
 from atesd.train.model import load
 from atesd.train.setup import make_renderer
-from atesd.train.step import scored_hidden
 from atesd.types import Problem
 
 STEPS, BATCH, RATE = 300, 64, 1e-3

@@ -305,10 +305,17 @@ class _RoutingConfig(Config):
     shared: ClassVar[bool] = False
     """Whether each group is in one component, and all components share one denominator."""
 
+    router: ClassVar[type[FixedRouter]] = FixedRouter
+    """What `build` returns where the router has no settings of its own."""
+
     @property
     def coefs(self) -> dict[str, float]:
         """Factor of each component where it is not 1."""
         return {}
+
+    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
+        """Return the router; `cliff` and `c` say how lambda* is measured."""
+        return self.router()
 
 
 class DistilConfig(_RoutingConfig):
@@ -316,22 +323,15 @@ class DistilConfig(_RoutingConfig):
 
     kind: Literal["distil"] = "distil"
 
-    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
-        """Return the router."""
-        return FixedRouter()
-
 
 class ReinforceConfig(_RoutingConfig):
     """Reinforce every group by the section `rl`, without a teacher: GRPO and its kin."""
 
     kind: Literal["rl"] = "rl"
 
+    router: ClassVar[type[FixedRouter]] = Reinforce
     reinforces: ClassVar[bool] = True
     distils: ClassVar[bool] = False
-
-    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
-        """Return the router."""
-        return Reinforce()
 
 
 class BothConfig(_RoutingConfig):
@@ -341,16 +341,13 @@ class BothConfig(_RoutingConfig):
     coef: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the distillation loss (lambda_sdar); 0 is reinforcement alone. SDAR: .01."""
 
+    router: ClassVar[type[FixedRouter]] = Both
     reinforces: ClassVar[bool] = True
 
     @property
     def coefs(self) -> dict[str, float]:
         """The distillation loss is scaled."""
         return {"distil": self.coef}
-
-    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
-        """Return the router."""
-        return Both()
 
 
 class HdpoConfig(_RoutingConfig):
@@ -362,12 +359,9 @@ class HdpoConfig(_RoutingConfig):
 
     kind: Literal["hdpo"] = "hdpo"
 
+    router: ClassVar[type[FixedRouter]] = Hdpo
     reinforces: ClassVar[bool] = True
     shared: ClassVar[bool] = True
-
-    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
-        """Return the router."""
-        return Hdpo()
 
 
 class RetireConfig(_RoutingConfig):
@@ -419,11 +413,8 @@ class SupervisedConfig(_RoutingConfig):
 
     kind: Literal["sft"] = "sft"
 
+    router: ClassVar[type[FixedRouter]] = Supervised
     distils: ClassVar[bool] = False
-
-    def build(self, cliff: CliffConfig, c: float) -> Router:  # noqa: ARG002
-        """Return the router."""
-        return Supervised()
 
 
 RoutingConfig = Annotated[

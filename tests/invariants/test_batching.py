@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atesd.losses.divergence import LossConfig
 from atesd.train.batch import Row, labels, micro_batches, view_input
-from atesd.train.step import label_streams, scored_hidden
+from atesd.train.forward import label_streams, scored_hidden
 
 from support.models import EOS, PAD, VOCABULARY, ragged_rows, tiny_model
 from support.steppers import make_stepper

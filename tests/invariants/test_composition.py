@@ -15,7 +15,7 @@ from atesd.runlog import METRICS, RunDir, is_timing
 from atesd.train.loop import Interrupted, Trainer
 from atesd.types import UserError
 
-from support.composition import AXES, covering, every, legal, pairs, tree
+from support.composition import AXES, BASE, covering, every, legal, pairs, tree
 from support.folders import write_byte_model
 
 COVERING = covering()
@@ -156,3 +156,25 @@ def test_adapters_in_bfloat16_compose_too(names: dict[str, str], tmp_path: Path)
     assert any("loss/distil" in row for row in rows)
     key = "influence" if names["exposure"] == "influence" else "virtual_nll"
     assert any(f"measure/{key}" in name for row in rows[1:] for name in row)
+
+
+def test_the_perplexity_of_a_steps_references_is_that_of_its_problems_before_the_update(tmp_path: Path) -> None:
+    config = build_config(BASE | {"probe": {"log_references": True}, "step": {"num_steps": 1, "problems": 4}})
+    trainer = Trainer.start(config, tmp_path / "run")
+    scores = trainer.parts.probe.reference_nll(trainer.parts.problems)
+    trainer.train()
+    chosen = [group["problem_id"] for group in RunDir.open(tmp_path / "run").groups()]
+    logged = RunDir.open(tmp_path / "run").metrics()[1]["curriculum/reference_nll"]
+    assert logged == pytest.approx(sum(scores[problem] for problem in chosen) / 4, rel=1e-5)
+
+
+def test_the_router_is_asked_at_the_largest_exposure_of_the_step(tmp_path: Path) -> None:
+    section = {"routing": {"kind": "cliff"}, "target": {"kind": "extrapolate"}, "exposure": {"kind": "difficulty"}}
+    trainer = Trainer.start(build_config(BASE | section), tmp_path / "run")
+    asked: list[float] = []
+    original = trainer.parts.router.strength
+    trainer.parts.controller.propose = lambda *_: [0.1, 0.9, 0.4, 0.2]  # type: ignore[method-assign]
+    trainer.parts.router.strength = lambda wanted, ratio: (asked.append(ratio), original(wanted, ratio))[1]  # type: ignore
+    trainer._begin()
+    trainer._one_step()
+    assert asked == [0.9]

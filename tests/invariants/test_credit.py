@@ -183,3 +183,22 @@ def test_every_training_problem_is_scored_by_id() -> None:
     expected = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)))
     assert scores[problem.id] == pytest.approx(expected, rel=1e-4)
     assert measured.values["reference_nll"] == pytest.approx(sum(scores.values()) / len(scores))
+
+
+def test_credit_is_taken_on_at_most_the_problems_asked_for() -> None:
+    few = assembled(probe={"credit_problems": 1, "credit_parameters": "all"})
+    whole = assembled(probe={"credit_problems": 2, "credit_parameters": "all"})
+    assert [len(parts.credit._batch[0]) for parts in (few, whole)] == [1, 2]  # type: ignore[index]
+    first, both = (taken(parts, Measurement("influence", 1.0))["influence@1.0"] for parts in (few, whole))
+    assert first != pytest.approx(both, rel=1e-3)
+
+
+def test_contract_probabilities_are_at_the_temperature_of_the_views() -> None:
+    """Twice the temperature halves the logit differences; the clamped mean logit of the modal token falls."""
+    cliff = {"contract": {"equals": "="}, "min_hits": 1}
+    cold = taken(assemble(build_config(BASE | {"cliff": cliff})), Measurement("contract", 0.5))
+    warm = taken(
+        assemble(build_config(BASE | {"cliff": cliff, "loss": {"temperature_teacher": 2.0}})),
+        Measurement("contract", 0.5),
+    )
+    assert warm["contract@0.5/equals/p"] < cold["contract@0.5/equals/p"]

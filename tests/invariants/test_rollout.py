@@ -16,7 +16,7 @@ from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig
 from atesd.train.batch import labels, view_input
-from atesd.train.step import Student, detached, scored_hidden
+from atesd.train.forward import Student, detached, scored_hidden
 from atesd.types import Problem, StopReason
 
 from support.models import EOS, PAD, VOCABULARY, tiny_model

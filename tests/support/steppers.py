@@ -11,8 +11,9 @@ from atesd.config import TeacherConfig
 from atesd.gates import Gate
 from atesd.recipe import build_config
 from atesd.selection import Selection
+from atesd.train.forward import Student
 from atesd.train.optim import build_optimizer
-from atesd.train.step import Stepper, Student
+from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher
 
 from support.models import PAD

@@ -26,8 +26,9 @@ from atesd.losses.divergence import Scored, token_streams
 from atesd.losses.target import Target
 from atesd.routing import Route
 from atesd.train.batch import Row, labels, view_input
+from atesd.train.forward import label_streams, scored_hidden
 from atesd.train.hints import Hints
-from atesd.train.step import MicroBatch, Stepper, label_streams, scored_hidden
+from atesd.train.step import MicroBatch, Stepper
 from atesd.types import Group, UserError
 
 

@@ -38,9 +38,9 @@ from atesd.runlog import Phases
 from atesd.seeds import derive_seed
 from atesd.train.batch import Row, labels, micro_batches, view_input
 from atesd.train.credit import Credit
+from atesd.train.forward import detached, label_streams, scored_hidden
 from atesd.train.hints import Hints
 from atesd.train.model import head
-from atesd.train.step import detached, label_streams, scored_hidden
 from atesd.train.teacher import Teacher
 from atesd.types import Group, Measurement, Problem, StopReason, Turn, UserError
 

@@ -26,11 +26,12 @@ from atesd.routing import Guarded, Router
 from atesd.seeds import derive_seed
 from atesd.tasks.base import Task
 from atesd.train.credit import Credit
+from atesd.train.forward import Student
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.model import context_length, load
 from atesd.train.optim import build_optimizer, learning_rate_factor
 from atesd.train.probe import Probe
-from atesd.train.step import Stepper, Student
+from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher
 from atesd.types import Problem, UserError
 
