@@ -22,7 +22,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from atesd.types import Config, TokenStats
+from atesd.losses.stats import TokenStats
+from atesd.types import Config
 
 
 class Selection(Protocol):

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from math import isfinite
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 from pydantic import BaseModel, ConfigDict
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Config(BaseModel):
@@ -23,6 +21,23 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Method(Config):
+    """A choice that a recipe makes by `kind`; the base of every part's methods.
+
+    `declares` names what each method of the part must say of itself: its capabilities, which the rest of the program
+    reads instead of asking for its type. TypeError, as soon as its class is made, for a method that lacks one.
+    """
+
+    declares: ClassVar[tuple[str, ...]] = ("describe",)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        missing = [name for name in cls.declares if not hasattr(cls, name)]
+        if "kind" in cls.model_fields and missing:
+            raise TypeError(f"method {cls.__name__} does not declare {', '.join(missing)}: see {cls.__mro__[1].__name__}")
 
 
 class UserError(ValueError):
@@ -60,8 +75,9 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One sampled completion. Ids and log-probabilities are stored once and never re-tokenised.
+    """One sampled completion, and one training row. Ids and log-probabilities are stored once, never re-tokenised.
 
+    `prompt_ids` of a later turn begin with the prompt and completion ids of the turn before, as sampled.
     `logprobs` are nats under the tempered, untruncated distribution; `completion_ids` include the closing EOS
     where `stop` is EOS. `weights_version` counts the optimizer steps behind the weights that sampled it.
     """
@@ -76,10 +92,25 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """The turns of one attempt at a problem. `reward` None means "not gradable", never 0."""
+    """The turns of one attempt at a problem. `reward` is the whole attempt's; None means "not gradable", never 0."""
 
     turns: tuple[Turn, ...]
     reward: float | None = None
+
+    @property
+    def final(self) -> Turn:
+        """The turn that ends the attempt: what is graded, and where an attempt is cut off."""
+        return self.turns[-1]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a completion hit its length limit, which ends the attempt."""
+        return self.final.stop is StopReason.LENGTH
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens of all turns."""
+        return sum(len(turn.completion_ids) for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,39 +127,10 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenStats:
-    """Detached statistics of N scored completion tokens, each [N] in float32; what gates and logs read.
-
-    All come from the unclipped, unextrapolated pair of student and first teacher view. Entropies and divergences in
-    nats; `top1_agree`, `clip_frac`, `clipped_mass`, `reversed` in [0, 1].
-    """
-
-    divergence: Tensor
-    """Unclipped divergence D_t."""
-    student_logprob: Tensor
-    """log p_S(y_t) of the sampled token."""
-    teacher_logprob: Tensor
-    """log p_T(y_t) of the sampled token; Delta_t = teacher_logprob - student_logprob."""
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_max_prob: Tensor
-    top1_agree: Tensor
-    clip_frac: Tensor
-    """Share of the position's vocabulary entries (pointwise) or 0/1 for the token (token; importance weight of the
-    sampled-token loss) that the clip holds."""
-    clipped_mass: Tensor
-    """Teacher probability on clipped entries."""
-    reverse_kl: Tensor
-    """KL(student || teacher), whatever divergence is configured."""
-    reversed: Tensor
-    """1 where the clipped derivative on the teacher's top entry is positive: descent pushes it down."""
-
-
-@dataclass(frozen=True, slots=True)
 class Measurement:
-    """A number that a controller, router or curriculum wants taken with the model, without gradient.
+    """A number, or a table of them, that a policy wants taken with the model, without gradient.
 
-    `kind` names a function of the measurement table in `train/probe.py`; `ratio` is the exposure at which it is
+    `kind` names an entry of the measurement table in `train/measure.py`; `ratio` is the exposure at which it is
     taken, where that matters. The same measurement asked for by several policies is taken once.
     """
 
@@ -137,8 +139,23 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """The name under which the number is handed to `observe` and logged: `probe_nll`, `gt_solution@0.5`."""
+        """The name under which it is logged: `probe_nll`, `gt_solution@0.5`."""
         return self.kind if self.ratio is None else f"{self.kind}@{self.ratio!r}"
+
+
+class ContractPoint(NamedTuple):
+    """What is measured of one contract class at one ratio."""
+
+    p: float
+    """The teacher's probability of its own modal token, from the mean logit over the positions."""
+    b: float
+    """The base's probability of the same tokens."""
+    hits: int
+    """Number of positions."""
+
+
+Reading = float | Mapping[str, float] | Mapping[str, ContractPoint]
+"""What a measurement gives: a number, numbers by problem id, or points by contract class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +164,27 @@ class Observation:
 
     `stats` are statistics of the last update (its batch was sampled and scored with theta_(step-1)): keys of the
     metric table such as `loss/distil`, `mismatch/top1`, `student/confidence`, `reward/mean`, `route/distil_groups`.
-    It is empty at step 0. `measured` holds the requested measurements of theta_step by `Measurement.key`; a
-    measurement that could not be taken is absent. `by_problem` holds measurements of single training problems: kind,
-    then problem id.
+    It is empty at step 0. `measured` holds the requested measurements of theta_step; one that could not be taken is
+    absent.
     """
 
     step: int
     stats: Mapping[str, float] = field(default_factory=dict)
-    measured: Mapping[str, float] = field(default_factory=dict)
-    by_problem: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    measured: Mapping[Measurement, Reading] = field(default_factory=dict)
+
+    def number(self, measurement: Measurement) -> float | None:
+        """Return a measured number; None where it is missing or not finite."""
+        value = self.measured.get(measurement)
+        return float(value) if isinstance(value, float | int) and isfinite(value) else None
+
+    def table(self, measurement: Measurement) -> Mapping[str, Any]:
+        """Return a measured table; an empty one where it is missing."""
+        value = self.measured.get(measurement)
+        return value if isinstance(value, Mapping) else {}
 
 
 class Policy(Protocol):
-    """The four verbs, and the requests, of everything stateful that steers a run: controllers, routers, curricula.
+    """The four verbs, and the requests, of all that steers a run: controllers, revealers, routers, curricula, ...
 
     State is JSON-able and complete: a policy restored from it continues exactly, its random generator included.
     """

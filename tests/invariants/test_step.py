@@ -10,7 +10,7 @@ from atesd.config import LoraConfig
 from atesd.losses.divergence import TokenStreams
 from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.train.step import NonFiniteError
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atesd.gates import GateConfig, OpenGate, SdarGate
 from atesd.losses.divergence import TokenStreams
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 Score = Literal["gap", "entropy", "soft_or"]
 

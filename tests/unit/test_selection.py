@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from atesd.selection import SelectAll, SelectionConfig, TipSelection
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 
 def stats_of(h: list[float], d: list[float], divergence: list[float] | None = None) -> TokenStats:

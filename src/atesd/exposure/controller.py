@@ -7,27 +7,9 @@ controllers serve any student whose teacher can be shown more or less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from atesd.cliff import CliffConfig
-from atesd.types import Policy
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What a controller may depend on besides its own section."""
-
-    total_steps: int
-    seed: int
-    """Seed of the controller's own random choices."""
-    teacher_frozen: bool = True
-    """Whether the teacher's answers depend on the hint alone for the whole run."""
-    strength: float = 1.0
-    """The target's lambda."""
-    cliff: CliffConfig = field(default_factory=CliffConfig)
-    c: float = 5.0
-    """The importance clip behind lambda*."""
+from atesd.types import Method, Policy
 
 
 class Controller(Policy, Protocol):
@@ -41,3 +23,18 @@ class Controller(Policy, Protocol):
         `pass_rates` are the mean rewards of the problems' attempts in this step, None where none is gradable.
         """
         ...
+
+
+class ExposureMethod(Method):
+    """Base of controllers' sections, and what the rest of the program needs to know of any controller."""
+
+    declares: ClassVar[tuple[str, ...]] = ("measured", "describe", "build")
+    """`measured`: whether the exposure is measured or learned, so that it is refused where nothing is distilled."""
+
+    reads_lambda: ClassVar[bool] = False
+    """Whether the exposure depends on lambda*: then the target must be extrapolated."""
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether problems are told apart by the rewards of their attempts: then groups need several."""
+        return False

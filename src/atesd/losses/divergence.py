@@ -19,7 +19,8 @@ from atesd.losses.gradient import scores_with_gradient
 from atesd.losses.scores import Scores, Scoring
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role
-from atesd.types import Config, TokenStats, UserError
+from atesd.losses.stats import TokenStats
+from atesd.types import Config, UserError
 
 
 class ForwardKL(Config):

@@ -11,7 +11,7 @@ from torch import Tensor
 from atesd.gates import Gate
 from atesd.losses.policy import PolicyValues
 from atesd.train.batch import Row
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 _BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

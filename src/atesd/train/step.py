@@ -44,7 +44,7 @@ from atesd.train.stats import (
     stream_metrics,
 )
 from atesd.train.teacher import Teacher
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 
 class NonFiniteError(RuntimeError):

@@ -20,7 +20,7 @@ from atesd.train.stats import (
     split_rows,
     stream_metrics,
 )
-from atesd.types import TokenStats
+from atesd.losses.stats import TokenStats
 
 
 def stats_of(count: int, **columns: list[float]) -> TokenStats:

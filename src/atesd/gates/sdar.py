@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from atesd.losses.divergence import TokenStreams
-from atesd.types import Config, TokenStats
+from atesd.losses.stats import TokenStats
+from atesd.types import Config
 
 
 class Gate(Protocol):

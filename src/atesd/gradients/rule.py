@@ -1,0 +1,61 @@
+"""What a gradient rule is: it changes gradients between the backward pass and clipping, and may mend the step after.
+
+The update calls, in this order: `attached` around the student's forward and backward passes, `apply` once all
+gradients are there, then clipping, the optimizer's step, and `mend`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Literal, Protocol
+
+from torch import nn
+
+from atesd.facts import RunFacts
+from atesd.types import Method, Policy, Stateless
+
+
+class GradientRule(Policy, Protocol):
+    """Decides which weights an update moves, and how."""
+
+    def attached(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the student's training forward passes may be watched, by hooks."""
+        ...
+
+    def apply(self, model: nn.Module) -> None:
+        """Change the gradients of the trained weights in place."""
+        ...
+
+    def mend(self, model: nn.Module) -> None:
+        """Change the trained weights in place after the optimizer has moved them."""
+        ...
+
+
+class GradientMethod(Method):
+    """Base of gradient rules' sections."""
+
+    declares: ClassVar[tuple[str, ...]] = ("describe", "build")
+
+
+class AllGradients(Stateless, GradientMethod):
+    """Every gradient as it is."""
+
+    kind: Literal["none"] = "none"
+
+    def describe(self) -> str:
+        """Nothing to say."""
+        return ""
+
+    def build(self, run: RunFacts) -> GradientRule:  # noqa: ARG002
+        """Return the rule."""
+        return self
+
+    def attached(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Watch nothing."""
+        return nullcontext()
+
+    def apply(self, model: nn.Module) -> None:
+        """Change nothing."""
+
+    def mend(self, model: nn.Module) -> None:
+        """Change nothing."""
