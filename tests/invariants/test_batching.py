@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from atesd.losses.divergence import LossConfig
-from atesd.train.batch import Row, labels, micro_batches, view_input
-from atesd.train.forward import label_streams, scored_hidden
+from atesd.train.batch import Passage, Row, labels, micro_batches, view_input
+from atesd.train.scorer import Scorer
 
 from support.models import EOS, PAD, VOCABULARY, ragged_rows, tiny_model
 from support.steppers import make_stepper
@@ -18,29 +18,35 @@ from support.steppers import make_stepper
 CPU = torch.device("cpu")
 
 
-def logprobs(model: torch.nn.Module, rows: list[Row], prompt: str) -> list[Tensor]:
+def passage(row: Row, role: str) -> Passage:
+    return row.student if role == "student" else row.view("teacher")
+
+
+def scorer_of(model: torch.nn.Module) -> Scorer:
+    return Scorer(model, pad_id=PAD, loss=LossConfig(), temperature=1.0, token_budget=10_000)
+
+
+def logprobs(model: torch.nn.Module, rows: list[Row], role: str) -> list[Tensor]:
     """Score the completions of all rows in one batch, and return one tensor a row."""
-    completions = [row.completion for row in rows]
-    inputs = view_input([getattr(row, prompt) for row in rows], completions, PAD, CPU)
-    streams = label_streams(scored_hidden(model, inputs), labels(completions, CPU), LossConfig())
-    return list(streams.logprob_N.detach().split([len(completion) for completion in completions]))
+    found = scorer_of(model).log_likelihood([passage(row, role) for row in rows])
+    return list(found.detach().split([len(row.completion) for row in rows]))
 
 
-@pytest.mark.parametrize("prompt", ["student_prompt", "teacher_prompt"])
-def test_a_sequence_alone_equals_itself_in_a_ragged_batch(prompt: str) -> None:
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_sequence_alone_equals_itself_in_a_ragged_batch(role: str) -> None:
     model, rows = tiny_model(), ragged_rows(8)
-    together = logprobs(model, rows, prompt)
+    together = logprobs(model, rows, role)
     for row, inside in zip(rows, together, strict=True):
-        (alone,) = logprobs(model, [row], prompt)
+        (alone,) = logprobs(model, [row], role)
         torch.testing.assert_close(inside, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("prompt", ["student_prompt", "teacher_prompt"])
-def test_scores_are_those_of_a_plain_forward_pass(prompt: str) -> None:
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_scores_are_those_of_a_plain_forward_pass(role: str) -> None:
     """The first completion token is predicted from the last prompt token, in both roles, at unequal prompt lengths."""
     model, rows = tiny_model(), ragged_rows(5, seed=3)
-    for row, scored in zip(rows, logprobs(model, rows, prompt), strict=True):
-        start = getattr(row, prompt)
+    for row, scored in zip(rows, logprobs(model, rows, role), strict=True):
+        start = passage(row, role).prompt
         ids = torch.tensor([[*start, *row.completion]])
         plain = model(ids).logits[0].log_softmax(-1)
         expected = [plain[len(start) - 1 + place, token] for place, token in enumerate(row.completion)]
@@ -48,22 +54,20 @@ def test_scores_are_those_of_a_plain_forward_pass(prompt: str) -> None:
 
 
 def test_masks_come_from_lengths_even_where_the_pad_id_is_an_end_token() -> None:
-    completions = [(EOS, 5, EOS), (EOS,)]
-    inputs = view_input([(EOS, 4), (7, EOS, 8, 9)], completions, EOS, CPU)
+    inputs = view_input([Passage((EOS, 4), (EOS, 5, EOS)), Passage((7, EOS, 8, 9), (EOS,))], EOS, CPU)
     assert inputs.scored_BL.sum().item() == 4
     # Row lengths without the last completion id: 2 + 2 and 4 + 0.
     assert inputs.attention_mask_BL.sum(dim=1).tolist() == [4, 4]
     assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    ragged = view_input([(3,), (4, 5, 6)], [(7,), (8,)], EOS, CPU)
+    ragged = view_input([Passage((3,), (7,)), Passage((4, 5, 6), (8,))], EOS, CPU)
     assert ragged.position_ids_BL.tolist() == [[0, 0, 0], [0, 1, 2]], "positions begin at the first real token"
     assert inputs.input_ids_BL.tolist() == [[EOS, 4, EOS, 5], [7, EOS, 8, 9]]
 
 
 def test_the_head_sees_exactly_the_scored_rows() -> None:
     model, rows = tiny_model(), ragged_rows(6)
-    completions = [row.completion for row in rows]
-    scored = scored_hidden(model, view_input([row.teacher_prompt for row in rows], completions, PAD, CPU))
-    assert scored.hidden_NH.shape == (sum(len(completion) for completion in completions), 32)
+    scored = scorer_of(model).hidden([row.view("teacher") for row in rows])
+    assert scored.hidden_NH.shape == (sum(len(row.completion) for row in rows), 32)
 
 
 def updated(budget: int, rows: list[Row], **sections: object) -> tuple[dict[str, Tensor], float]:
@@ -83,7 +87,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(aggregate: str) -> None:
     rows = ragged_rows(8)
     one, loss_one = updated(10_000, rows, loss={"aggregate": aggregate})
     eight, loss_eight = updated(1, rows, loss={"aggregate": aggregate})
-    assert len(list(micro_batches(rows, 1))) == 8
+    assert len(list(micro_batches([row.cost for row in rows], 1))) == 8
     assert loss_one == pytest.approx(loss_eight, abs=1e-6)
     for name, weight in one.items():
         torch.testing.assert_close(weight, eight[name], atol=1e-6, rtol=0)
@@ -111,7 +115,7 @@ def test_sequence_mean_weighs_sequences_alike_and_token_mean_weighs_tokens_alike
 
 
 def test_equal_prompts_of_both_roles_give_zero_divergence_at_every_token() -> None:
-    rows = [replace(row, teacher_prompt=row.student_prompt) for row in ragged_rows(6)]
+    rows = [replace(row, view_prompts={"teacher": row.prompt}) for row in ragged_rows(6)]
     stepper, _ = make_stepper(tiny_model(), teacher={"weights": "live"})
     outcome = stepper.optimize(rows)
     assert max(float(outcome.rows[index].stats.divergence.max()) for index in range(6)) < 1e-6
@@ -121,7 +125,7 @@ def test_equal_prompts_of_both_roles_give_zero_divergence_at_every_token() -> No
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
     rows = ragged_rows(40, seed=5)
     budget = 90
-    batches = list(micro_batches(rows, budget))
+    batches = list(micro_batches([row.cost for row in rows], budget))
     assert sorted(index for batch in batches for index in batch) == list(range(40))
     for batch in batches:
         longest = max(rows[index].cost for index in batch)
@@ -129,5 +133,5 @@ def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
 
 
 def test_labels_are_the_completion_ids_row_by_row() -> None:
-    assert labels([(3, 4), (5,)], CPU).tolist() == [3, 4, 5]
+    assert labels([Passage((9,), (3, 4)), Passage((9,), (5,))], CPU).tolist() == [3, 4, 5]
     assert VOCABULARY > 5

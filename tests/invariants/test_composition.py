@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from atesd.recipe import build_config
-from atesd.routing import Route
+from atesd.routing.route import Route
 from atesd.runlog import METRICS, RunDir, is_timing
 from atesd.train.loop import Interrupted, Trainer
 from atesd.types import UserError
@@ -161,7 +161,7 @@ def test_adapters_in_bfloat16_compose_too(names: dict[str, str], tmp_path: Path)
 def test_the_perplexity_of_a_steps_references_is_that_of_its_problems_before_the_update(tmp_path: Path) -> None:
     config = build_config(BASE | {"probe": {"log_references": True}, "step": {"num_steps": 1, "problems": 4}})
     trainer = Trainer.start(config, tmp_path / "run")
-    scores = trainer.parts.probe.reference_nll(trainer.parts.problems)
+    scores = trainer.parts.probe.nll_of(trainer.parts.problems)
     trainer.train()
     chosen = [group["problem_id"] for group in RunDir.open(tmp_path / "run").groups()]
     logged = RunDir.open(tmp_path / "run").metrics()[1]["curriculum/reference_nll"]
@@ -172,9 +172,11 @@ def test_the_router_is_asked_at_the_largest_exposure_of_the_step(tmp_path: Path)
     section = {"routing": {"kind": "cliff"}, "target": {"kind": "extrapolate"}, "exposure": {"kind": "difficulty"}}
     trainer = Trainer.start(build_config(BASE | section), tmp_path / "run")
     asked: list[float] = []
-    original = trainer.parts.router.strength
+    router, strength = trainer.parts.router, trainer.parts.strength
+    route, at = router.route, strength.at
     trainer.parts.controller.propose = lambda *_: [0.1, 0.9, 0.4, 0.2]  # type: ignore[method-assign]
-    trainer.parts.router.strength = lambda wanted, ratio: (asked.append(ratio), original(wanted, ratio))[1]  # type: ignore
+    router.route = lambda groups, ratio: (asked.append(ratio), route(groups, ratio))[1]  # type: ignore
+    strength.at = lambda ratio, *, capped: (asked.append(ratio), at(ratio, capped=capped))[1]  # type: ignore
     trainer._begin()
     trainer._one_step()
-    assert asked == [0.9]
+    assert asked == [0.9, 0.9]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from atesd.cliff import CliffConfig
+from atesd.losses.target import Plain
 from atesd.recipe import build_config
-from atesd.routing import Route
-from atesd.train.probe import contract_places
+from atesd.routing.route import Route
+from atesd.train.contract import contract_places
+from atesd.train.measure import logged
 from atesd.train.setup import Parts, assemble
-from atesd.types import Measurement, StopReason, Turn
+from atesd.types import Group, Measurement, StopReason, Turn
 
 from support.composition import BASE
 
@@ -31,7 +33,8 @@ def assembled(**sections: Any) -> Parts:
 
 
 def taken(parts: Parts, *wanted: Measurement) -> dict[str, float]:
-    return parts.probe.measure(wanted).values
+    """Return what is measured, as the log names it."""
+    return {key.removeprefix("measure/"): value for key, value in logged(parts.measurer.measure(wanted)).items()}
 
 
 def weights(parts: Parts) -> list[Tensor]:
@@ -44,11 +47,15 @@ def logs(parts: Parts, prompt: tuple[int, ...], completion: tuple[int, ...]) -> 
     return found
 
 
+def remembered(parts: Parts) -> list[Group]:
+    assert parts.credit._latest is not None
+    return list(parts.credit._latest.groups)
+
+
 def distil_loss(parts: Parts, ratio: float) -> Tensor:
     """Compute KL(teacher at the ratio || student) over the remembered completions, one by one and dense."""
     values = []
-    assert parts.credit._batch is not None
-    for group in parts.credit._batch[0]:
+    for group in remembered(parts):
         for attempt in group.trajectories:
             turn = attempt.turns[0]
             with parts.teacher.in_place():
@@ -60,10 +67,9 @@ def distil_loss(parts: Parts, ratio: float) -> Tensor:
 
 def probe_loss(parts: Parts) -> Tensor:
     values = []
-    for row in parts.probe.reference_rows():
-        ids = torch.tensor([[*row.student_prompt, *row.completion]])
-        logits = parts.model(ids).logits[0, len(row.student_prompt) - 1 : -1]
-        values.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.completion), reduction="none"))
+    for prompt, completion in parts.probe.references:
+        logits = parts.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        values.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
     return torch.cat(values).mean()
 
 
@@ -83,8 +89,8 @@ def test_influence_predicts_the_sign_and_size_of_a_small_step() -> None:
     """A step of size h along the preconditioned gradient lowers the probe loss by h <g_probe, P g> to first order."""
     parts = assembled()
     trained = list(parts.model.parameters())
-    rows = parts.hints.rows(parts.credit._batch[0], [Route.DISTIL] * 2, [1.0] * 2, ("teacher",))  # type: ignore[index]
-    parts.stepper.optimize(rows)
+    rows = parts.rows.build(remembered(parts), [Route.DISTIL] * 2, [1.0] * 2, ("teacher",))
+    parts.stepper.optimize(rows, Plain())
     parts.model.eval()
     scale = [parts.credit._preconditioner(weight) for weight in trained]
     assert float(scale[0].std()) > 0, "Adam's second moments are in use"
@@ -151,7 +157,7 @@ def test_contract_probabilities_are_those_of_plain_forward_passes() -> None:
     section = {"contract": {"answer": "#"}, "min_hits": 1}
     parts = assemble(build_config(BASE | {"cliff": section}))
     found = taken(parts, Measurement("contract", 0.5))
-    groups = parts.probe._sample()
+    groups = parts.probe.samples()
     logits_p, logits_b = [], []
     for group in groups:
         turn = group.trajectories[0].turns[0]
@@ -173,8 +179,9 @@ def test_contract_probabilities_are_those_of_plain_forward_passes() -> None:
 
 def test_every_training_problem_is_scored_by_id() -> None:
     parts = assemble(build_config(BASE))
-    measured = parts.probe.measure([Measurement("reference_nll")])
-    scores = measured.by_problem["reference_nll"]
+    measured = parts.measurer.measure([Measurement("reference_nll")])
+    scores = measured[Measurement("reference_nll")]
+    assert isinstance(scores, dict)
     assert set(scores) == {problem.id for problem in parts.problems}
     problem = parts.problems[2]
     prompt, ids = parts.hints.student_ids(problem), parts.renderer.text_ids(problem.solution)
@@ -182,13 +189,13 @@ def test_every_training_problem_is_scored_by_id() -> None:
         logits = parts.model.eval()(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
     expected = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)))
     assert scores[problem.id] == pytest.approx(expected, rel=1e-4)
-    assert measured.values["reference_nll"] == pytest.approx(sum(scores.values()) / len(scores))
+    assert logged(measured)["measure/reference_nll"] == pytest.approx(sum(scores.values()) / len(scores))
 
 
 def test_credit_is_taken_on_at_most_the_problems_asked_for() -> None:
     few = assembled(probe={"credit_problems": 1, "credit_parameters": "all"})
     whole = assembled(probe={"credit_problems": 2, "credit_parameters": "all"})
-    assert [len(parts.credit._batch[0]) for parts in (few, whole)] == [1, 2]  # type: ignore[index]
+    assert [len(remembered(parts)) for parts in (few, whole)] == [1, 2]
     first, both = (taken(parts, Measurement("influence", 1.0))["influence@1.0"] for parts in (few, whole))
     assert first != pytest.approx(both, rel=1e-3)
 

@@ -27,7 +27,9 @@ def parts() -> Parts:
 
 def take(parts: Parts, kind: str, ratio: float | None = None) -> float | None:
     measurement = Measurement(kind, ratio)
-    return parts.probe.measure([measurement]).values.get(measurement.key)
+    value = parts.measurer.measure([measurement]).get(measurement)
+    assert value is None or isinstance(value, float)
+    return value
 
 
 def mean_nll(parts: Parts, prompts: list[tuple[int, ...]], texts: list[str]) -> float:
@@ -92,7 +94,7 @@ def test_measuring_moves_neither_weights_nor_the_global_random_state(parts: Part
 
 def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp_path: Path) -> None:
     parts = assemble(build_config(TREE | {"task": TREE["task"] | {"probe_size": 0}}))
-    assert parts.probe.measure([]).values == {}
+    assert parts.measurer.measure([]) == {}
     with pytest.raises(UserError, match="no probe problems"):
         take(parts, "probe_nll")
 

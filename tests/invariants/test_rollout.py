@@ -15,8 +15,8 @@ from atesd.rollout.driver import Driver
 from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig
-from atesd.train.batch import labels, view_input
-from atesd.train.forward import Student, detached, scored_hidden
+from atesd.train.batch import Passage, labels, view_input
+from atesd.train.scorer import Scorer
 from atesd.types import Problem, StopReason
 
 from support.models import EOS, PAD, VOCABULARY, tiny_model
@@ -60,13 +60,13 @@ def test_the_trainer_scores_what_the_sampler_sampled(pad_id: int) -> None:
     sampling = SamplingConfig(temperature=1.1, top_p=0.9, top_k=8, max_new_tokens=24)
     turns = sampler_of(model, pad_id).sample(ragged_prompts(16), sampling, seed=0)
     assert {turn.stop for turn in turns} == {StopReason.EOS, StopReason.LENGTH}
-    completions = [turn.completion_ids for turn in turns]
-    inputs = view_input([turn.prompt_ids for turn in turns], completions, pad_id, CPU)
-    assert int(inputs.scored_BL.sum()) == sum(len(turn.logprobs) for turn in turns)
-    student = Student(model, LossConfig())
+    passages = [Passage(turn.prompt_ids, turn.completion_ids) for turn in turns]
+    assert int(view_input(passages, pad_id, CPU).scored_BL.sum()) == sum(len(turn.logprobs) for turn in turns)
+    scorer = Scorer(
+        model, pad_id=pad_id, loss=LossConfig(), temperature=sampling.temperature, token_budget=10_000
+    )
     with torch.no_grad():
-        view = detached(scored_hidden(model, inputs))
-        scored = student(inputs, labels(completions, CPU), [view], Plain(), sampling.temperature).logprob_N
+        scored = scorer.streams(passages, [scorer.hidden(passages)], Plain()).logprob_N
     sampled = torch.tensor([logprob for turn in turns for logprob in turn.logprobs])
     torch.testing.assert_close(scored, sampled, atol=1e-5, rtol=0)
 
@@ -93,6 +93,7 @@ def test_ids_given_to_the_sampler_are_the_ids_scored() -> None:
         for trajectory in group.trajectories:
             (turn,) = trajectory.turns
             assert list(turn.prompt_ids) == expected
-            inputs = view_input([turn.prompt_ids], [turn.completion_ids], renderer.pad_id, CPU)
+            passage = Passage(turn.prompt_ids, turn.completion_ids)
+            inputs = view_input([passage], renderer.pad_id, CPU)
             assert inputs.input_ids_BL[0].tolist() == [*expected, *turn.completion_ids[:-1]]
-            assert labels([turn.completion_ids], CPU).tolist() == list(turn.completion_ids)
+            assert labels([passage], CPU).tolist() == list(turn.completion_ids)

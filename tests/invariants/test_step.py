@@ -90,8 +90,8 @@ def test_the_supervised_component_is_cross_entropy_of_the_completions() -> None:
     model, rows = tiny_model(), ragged_rows(5, components=("nll",))
     losses = []
     for row in rows:
-        ids = torch.tensor([[*row.student_prompt, *row.completion]])
-        logits = model(ids).logits[0, len(row.student_prompt) - 1 : -1]
+        ids = torch.tensor([[*row.prompt, *row.completion]])
+        logits = model(ids).logits[0, len(row.prompt) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.completion), reduction="none"))
     expected = torch.cat(losses).mean()
     expected.backward()

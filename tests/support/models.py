@@ -52,10 +52,9 @@ def ragged_rows(count: int, seed: int = 0, *, components: tuple[str, ...] = ("di
 
     return [
         Row(
-            student_prompt=ids(1, 9),
-            teacher_prompt=ids(1, 20),
+            prompt=ids(1, 9),
+            view_prompts={"teacher": ids(1, 20)},
             completion=ids(1, 12),
-            sampler_logprobs=(),
             components=components,
             ratio=rng.random(),
             group=index,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from atesd.envs.base import Environment
 from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.prompt import PromptConfig, student_messages
 from atesd.rollout.driver import Driver, RewardFunction
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.types import StopReason, Turn
 
 END = "<|im_end|>"
@@ -60,8 +61,8 @@ class FakeSampler:
         self.seeds.append(seed)
         return [self._turn(prompt, place, sampling.max_new_tokens) for place, prompt in enumerate(prompts)]
 
-    def sync(self, version: int) -> None:
-        self.version = version
+    def sync(self, weights: Weights) -> None:
+        self.version = weights.version
 
     def _turn(self, prompt: Sequence[int], place: int, limit: int) -> Turn:
         ids = [*self.renderer.text_ids(self.reply(self.renderer.prompt_text(prompt), place)), self.renderer.eos_ids[0]]
@@ -75,7 +76,9 @@ class FakeSampler:
         )
 
 
-def fake_driver(reply: Callable[[str, int], str], reward: RewardFunction) -> tuple[Driver, FakeSampler]:
+def fake_driver(
+    reply: Callable[[str, int], str], reward: RewardFunction, environment: Environment | None = None
+) -> tuple[Driver, FakeSampler]:
     """Return a driver around a `FakeSampler` and a byte tokenizer."""
     renderer = Renderer(byte_tokenizer())
     sampler = FakeSampler(renderer, reply)
@@ -83,7 +86,7 @@ def fake_driver(reply: Callable[[str, int], str], reward: RewardFunction) -> tup
     driver = Driver(
         sampler=sampler,
         renderer=renderer,
-        environment=SingleTurn(),
+        environment=environment or SingleTurn(),
         student_messages=lambda problem: student_messages(problem, prompt),
         reward=reward,
     )

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from atesd.config import TeacherConfig
-from atesd.gates import Gate
+from atesd.facts import RunFacts
+from atesd.gates.gate import Gate
+from atesd.gradients.rule import GradientRule
+from atesd.losses.target import Target
 from atesd.recipe import build_config
 from atesd.selection import Selection
-from atesd.train.forward import Student
+from atesd.train.batch import Row
 from atesd.train.optim import build_optimizer
+from atesd.train.scorer import Scorer, Student
+from atesd.train.setup import losses_of
+from atesd.train.stats import StepOutcome
 from atesd.train.step import Stepper
-from atesd.train.teacher import Teacher
+from atesd.train.teacher import Teacher, Teachers
 
 from support.models import PAD
 
 
+class Stepping(Stepper):
+    """A stepper that distils to the target of its recipe unless it is given another."""
+
+    default: Target
+
+    def optimize(self, rows: Sequence[Row], target: Target | None = None) -> StepOutcome:
+        return super().optimize(rows, self.default if target is None else target)
+
+
 def make_stepper(
-    model: torch.nn.Module, gate: Gate | None = None, selection: Selection | None = None, /, **sections: Any
-) -> tuple[Stepper, Teacher]:
+    model: torch.nn.Module,
+    gate: Gate | None = None,
+    selection: Selection | None = None,
+    /,
+    rule: GradientRule | None = None,
+    **sections: Any,
+) -> tuple[Stepping, Teacher]:
     """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher."""
     tree: dict[str, Any] = {
         "optim": {"lr": 1e-2, "max_grad_norm": 0.0},
@@ -32,16 +53,27 @@ def make_stepper(
     optimizer = build_optimizer(config.optim, model)
     accelerator = Accelerator(cpu=True)
     student, prepared = accelerator.prepare(Student(model, config.loss), optimizer)
-    stepper = Stepper(
+    stepper = Stepping(
         accelerator=accelerator,
-        student=student,
-        teacher=teacher,
-        base=Teacher(TeacherConfig(), model),
+        scorer=Scorer(
+            model,
+            pad_id=PAD,
+            loss=config.loss,
+            temperature=config.rollout.temperature,
+            token_budget=config.step.token_budget,
+            checkpointing=config.model.gradient_checkpointing,
+            student=student,
+        ),
+        teachers=Teachers(teacher, Teacher(TeacherConfig(), model)),
         optimizer=prepared,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0),
         gate=gate or config.gate,
         selection=selection or config.selection,
-        config=config,
-        pad_id=PAD,
+        rule=rule or config.gradient.build(RunFacts()),
+        losses=losses_of(config),
+        updates_per_batch=config.step.updates_per_batch,
+        max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed,
     )
+    stepper.default = config.target
     return stepper, teacher

@@ -83,15 +83,15 @@ def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
             "problem_id": group.problem.id,
             "level": group.problem.level,
             "sample": sample,
-            "completion": turn.text,
-            "answer": extract_answer(turn.text),
+            "completion": trajectory.final.text,
+            "answer": extract_answer(trajectory.final.text),
             "reward": trajectory.reward,
-            "stop": str(turn.stop),
-            "length": len(turn.completion_ids),
-            "traits": traits(group.problem, turn.text),
+            "stop": str(trajectory.final.stop),
+            "turns": len(trajectory.turns),
+            "length": trajectory.num_tokens,
+            "traits": traits(group.problem, trajectory.final.text),
         }
         for sample, trajectory in enumerate(group.trajectories)
-        for turn in trajectory.turns[-1:]
     ]
 
 

@@ -1,23 +1,38 @@
-"""From problems to graded groups: render, sample, grade."""
+"""From problems to graded groups: render, sample turn by turn, grade.
+
+All attempts of a step advance together, one engine call a turn; those that are over leave the batch. The prompt of a
+later turn is, in ids, the prompt and the completion of the turn before as sampled, then what the environment said:
+nothing that was sampled is ever rendered or tokenised again.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from atesd.envs.base import Environment
+from atesd.envs.base import Environment, Episode
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
+from atesd.seeds import derive_seed
 from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """An attempt under way: what the student reads next, and its turns so far."""
+
+    episode: Episode
+    prompt: list[int]
+    turns: list[Turn] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """Samples and grades completions of the student, who never sees a hint."""
+    """Samples and grades attempts of the student, who never sees a hint."""
 
     sampler: Sampler
     renderer: Renderer
@@ -26,13 +41,51 @@ class Driver:
     reward: RewardFunction
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
-        """Return one graded group a problem. Completions that hit the length limit grade as wrong."""
+        """Return one graded group a problem. Attempts cut off by the length limit grade as wrong."""
+        prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(problems)}
+        rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
 
-        def sample(asked: Sequence[Problem]) -> list[Turn]:
-            prompts = {problem: self._prompt(problem) for problem in dict.fromkeys(asked)}
-            return self.sampler.sample([prompts[problem] for problem in asked], sampling, seed=seed)
+        def open_attempt(problem: Problem, place: int) -> _Attempt:
+            episode = self.environment.episode(problem, derive_seed(seed, "episode", place))
+            messages = episode.reset(prompts[problem])
+            key = tuple((message["role"], message["content"]) for message in messages)
+            if key not in rendered:
+                rendered[key] = self.renderer.student_ids(messages)
+            return _Attempt(episode, rendered[key])
 
-        return self.grade(self.environment.play(problems, sampling.group_size, sample))
+        asked = [problem for problem in problems for _ in range(sampling.group_size)]
+        attempts = [open_attempt(problem, place) for place, problem in enumerate(asked)]
+        active, turn = attempts, 0
+        while active:
+            sampled = self.sampler.sample(
+                [attempt.prompt for attempt in active],
+                sampling,
+                seed=derive_seed(seed, "turn", turn) if turn else seed,
+            )
+            active = [attempt for attempt, new in zip(active, sampled, strict=True) if self._goes_on(attempt, new)]
+            turn += 1
+        return self._grouped(problems, attempts)
+
+    def _goes_on(self, attempt: _Attempt, turn: Turn) -> bool:
+        """Take in a sampled turn; tell whether another one follows. A reply that was cut off ends its attempt."""
+        attempt.turns.append(turn)
+        said = attempt.episode.step(turn.text) if turn.stop is StopReason.EOS else ()
+        if not said or len(attempt.turns) == self.environment.limit:
+            return False
+        attempt.prompt = [*turn.prompt_ids, *turn.completion_ids, *self.renderer.continuation_ids(said)]
+        return True
+
+    def _grouped(self, problems: Sequence[Problem], attempts: Sequence[_Attempt]) -> list[Group]:
+        """Put attempts back under their problems, graded by the environment or by the reward function."""
+        size = len(attempts) // max(1, len(problems))
+        parts = [attempts[start : start + size] for start in range(0, len(attempts), size or 1)]
+        groups = [
+            Group(problem, tuple(Trajectory(tuple(attempt.turns)) for attempt in part))
+            for problem, part in zip(problems, parts, strict=True)
+        ]
+        if self.environment.grades:
+            return _rewarded(groups, [attempt.episode.reward() for attempt in attempts])
+        return self.grade(groups)
 
     def reference(self, problems: Sequence[Problem], limit: int) -> list[Group]:
         """Return the reference solutions, closed by the end token, in place of samples; they are graded alike."""
@@ -43,23 +96,18 @@ class Driver:
         attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
         rewards = self.reward(
             prompts=[problem.problem for problem, _ in attempts],
-            completions=[trajectory.turns[-1].text for _, trajectory in attempts],
+            completions=[trajectory.final.text for _, trajectory in attempts],
             answer=[problem.answer for problem, _ in attempts],
             solution=[problem.solution for problem, _ in attempts],
             id=[problem.id for problem, _ in attempts],
         )
-        _check_rewards(rewards, len(attempts))
-        graded = iter([_graded(attempt, reward) for (_, attempt), reward in zip(attempts, rewards, strict=True)])
-        return [replace(group, trajectories=tuple(next(graded) for _ in group.trajectories)) for group in groups]
-
-    def _prompt(self, problem: Problem) -> list[int]:
-        return self.renderer.student_ids(self.student_messages(problem))
+        return _rewarded(groups, rewards)
 
     def _reference(self, problem: Problem, limit: int) -> Turn:
         ids = [*self.renderer.solution_ids(problem.solution), self.renderer.eos_ids[0]]
         stop = StopReason.EOS if len(ids) <= limit else StopReason.LENGTH
         return Turn(
-            prompt_ids=tuple(self._prompt(problem)),
+            prompt_ids=tuple(self.renderer.student_ids(self.student_messages(problem))),
             completion_ids=tuple(ids[:limit]),
             logprobs=(),
             text=problem.solution,
@@ -68,9 +116,17 @@ class Driver:
         )
 
 
+def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[Group]:
+    _check_rewards(rewards, sum(len(group.trajectories) for group in groups))
+    given = iter(rewards)
+    return [
+        replace(group, trajectories=tuple(_graded(attempt, next(given)) for attempt in group.trajectories))
+        for group in groups
+    ]
+
+
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
-    cut_off = attempt.turns[-1].stop is StopReason.LENGTH
-    return replace(attempt, reward=None if reward is None else 0.0 if cut_off else float(reward))
+    return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else float(reward))
 
 
 def _check_rewards(rewards: Sequence[float | None], completions: int) -> None:

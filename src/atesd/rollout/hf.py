@@ -7,14 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.render import Renderer
+from atesd.rollout.sampler import EngineMethod, Sampler, SamplingConfig, Weights
 from atesd.types import StopReason, Turn, UserError
+
+
+class HFEngine(EngineMethod):
+    """transformers' `generate` in the training process, on the very weights that train."""
+
+    kind: Literal["hf"] = "hf"
+
+    def describe(self) -> str:
+        """Nothing to say."""
+        return ""
+
+    def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
+        """Return the sampler."""
+        return HFSampler(model, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, decode=renderer.decode)
 
 
 class HFSampler:
@@ -37,9 +52,9 @@ class HFSampler:
         self._decode = decode
         self._version = 0
 
-    def sync(self, version: int) -> None:
+    def sync(self, weights: Weights) -> None:
         """Note the weights' version: the weights themselves are shared."""
-        self._version = version
+        self._version = weights.version
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
         """Sample one completion a prompt. UserError if prompt and completion exceed the model's context."""

@@ -46,6 +46,24 @@ class Renderer:
         """Return the teacher's prompt, ending at the assistant header or the prefill."""
         return self._ids(messages, self._teacher_options) + self.text_ids(self._prefill)
 
+    def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return what follows a finished reply up to the student's next header: the rest of its closing, the messages.
+
+        Taken from the template's text around a stand-in reply, whose end token the sampled reply already has. Deviation
+        from templates that rewrite history, such as those that drop earlier thinking: it stays as it was sampled.
+        UserError where the template does not close a reply with the end token.
+        """
+        stand_in = "A stand-in reply."
+        conversation = [_user("?"), Message(role="assistant", content=stand_in), *messages]
+        _, found, rest = self._text(conversation, self._student_options).partition(stand_in)
+        end = self._tokenizer.eos_token
+        if not found or not rest.startswith(end):
+            raise UserError(
+                f"the chat template does not close a reply with the end token {end!r}, so a conversation cannot go on "
+                "as it was sampled: use a model whose template does, or an environment of one turn"
+            )
+        return self.text_ids(rest[len(end) :])
+
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, without special tokens."""
         return cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -94,15 +112,24 @@ class Renderer:
         )
         return cast("list[int]", rendered)
 
+    def _text(self, messages: Sequence[Message], options: dict[str, bool]) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **options
+        )
+        return cast("str", rendered)
+
     def _thinking(self, role: str, value: bool | None) -> dict[str, bool]:
         """Return the template's option, if set. UserError where the template ignores it."""
         if value is None:
             return {}
-        message: Message = {"role": "user", "content": "1 + 1 = ?"}
-        on, off = (self._ids([message], {"enable_thinking": flag}) for flag in (True, False))
+        on, off = (self._ids([_user("1 + 1 = ?")], {"enable_thinking": flag}) for flag in (True, False))
         if on == off:
             raise UserError(
                 f"prompt.enable_thinking_{role} is set, but the model's chat template does not know enable_thinking: "
                 "leave the flag out, or take a model that can think or not"
             )
         return {"enable_thinking": value}
+
+
+def _user(content: str) -> Message:
+    return Message(role="user", content=content)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
+from torch import Tensor, nn
 
-from atesd.types import Config, Turn
+from atesd.rollout.render import Renderer
+from atesd.types import Config, Method, Turn
 
 
 class SamplingConfig(Config):
@@ -27,6 +30,31 @@ class SamplingConfig(Config):
     """Padded positions (prompt and completion) that one engine call may hold: what bounds the memory of its cache."""
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The student's weights after `version` steps, for engines that hold a copy of them."""
+
+    version: int
+    is_adapter: bool
+    """Whether only adapters train: then `tensors` are theirs, for an engine that has loaded the base model itself."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """Returns the weights that train, by the name that the model's own `state_dict` gives them."""
+
+
+class EngineMethod(Method):
+    """Base of engines' sections: `build(model, renderer)` returns a `Sampler`."""
+
+    declares: ClassVar[tuple[str, ...]] = ("describe", "build")
+
+
+class Engine(Protocol):
+    """What an engine's section does."""
+
+    def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
+        """Return the sampler of a model's completions."""
+        ...
+
+
 class Sampler(Protocol):
     """An engine that samples from the student's weights."""
 
@@ -34,6 +62,6 @@ class Sampler(Protocol):
         """Sample one completion a prompt, in order; the same weights, prompts and seed give the same completions."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Take over the student's weights after `version` steps."""
+    def sync(self, weights: Weights) -> None:
+        """Take over the student's weights; later samples carry their version."""
         ...

@@ -1,17 +1,18 @@
-"""Align, pad and cut a generation batch into micro-batches.
+"""Align, pad and cut what the model scores into micro-batches.
 
-B sequences, L input positions, N scored tokens of the micro-batch, flattened row by row.
+B passages, L input positions, N scored tokens of the micro-batch, flattened passage by passage.
 
-A view's input is its prompt ids followed by the completion ids verbatim, without the last one, which predicts nothing.
-Sequences are padded on the left, so the scored positions of a row are its last `len(completion)` ones: the first
-completion token is predicted from the last prompt token whatever the lengths of the other rows. Masks come from
-lengths, never from comparing ids with the pad id.
+A passage is a prompt and a completion, both in ids. Its input is the prompt ids followed by the completion ids
+verbatim, without the last one, which predicts nothing. Passages are padded on the left, so the scored positions of one
+are its last `len(completion)`: the first completion token is predicted from the last prompt token whatever the lengths
+of the others. Masks come from lengths, never from comparing ids with the pad id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,39 +20,55 @@ from torch import Tensor
 from atesd.losses.target import View
 
 
+class Passage(NamedTuple):
+    """What a model reads and scores: a prompt and the completion behind it, in ids, each of at least one token."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def cost(self) -> int:
+        """Input positions."""
+        return len(self.prompt) + len(self.completion) - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One completion as both roles will read it."""
+    """One sampled turn as both roles will read it."""
 
-    student_prompt: tuple[int, ...]
-    teacher_prompt: tuple[int, ...]
+    prompt: tuple[int, ...]
+    """The student's, as it was sampled from."""
     completion: tuple[int, ...]
-    sampler_logprobs: tuple[float, ...]
-    """Empty where the completion was not sampled (the supervised route)."""
     components: tuple[str, ...]
     """Loss components that the row feeds, of `distil`, `rl` and `nll`; empty for a row that is not trained on."""
-    ratio: float
-    """Exposure ratio behind `teacher_prompt`."""
     group: int
     """Index of the row's group in the generation batch."""
-    other_prompts: Mapping[View, tuple[int, ...]] = field(default_factory=dict)
-    """Prompts of the target's further teacher views, by view."""
+    ratio: float
+    """Exposure ratio behind the teacher's prompt."""
+    hint: str = ""
+    """The hint that the teacher reads."""
+    view_prompts: Mapping[View, tuple[int, ...]] = field(default_factory=dict)
+    """Prompts of the target's teacher views; empty where nothing is distilled."""
+    sampler_logprobs: tuple[float, ...] = ()
+    """Empty where the completion was not sampled (the supervised route)."""
     advantage: float = 0.0
-    """Group-relative advantage, for `rl`."""
+    """Group-relative advantage of the row's attempt, for `rl`."""
     weight: float = 1.0
     """Weight of the problem in the distillation loss."""
 
-    def prompt(self, view: View) -> tuple[int, ...]:
-        """Return the prompt that a view reads."""
-        if view == "teacher":
-            return self.teacher_prompt
-        return self.student_prompt if view == "base" else self.other_prompts[view]
+    @property
+    def student(self) -> Passage:
+        """What the student reads."""
+        return Passage(self.prompt, self.completion)
+
+    def view(self, view: View) -> Passage:
+        """Return what a view reads; the base reads the student's prompt."""
+        return Passage(self.prompt if view == "base" else self.view_prompts[view], self.completion)
 
     @property
     def cost(self) -> int:
         """Input positions of the longest role."""
-        prompts = (self.student_prompt, self.teacher_prompt, *self.other_prompts.values())
-        return max(len(prompt) for prompt in prompts) + len(self.completion) - 1
+        return max(len(prompt) for prompt in (self.prompt, *self.view_prompts.values())) + len(self.completion) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +79,16 @@ class ViewInput:
     attention_mask_BL: Tensor
     position_ids_BL: Tensor
     scored_BL: Tensor
-    """True where the hidden state predicts a completion token; row by row these are the N scored positions."""
+    """True where the hidden state predicts a completion token; passage by passage these are the N scored positions."""
 
 
-def view_input(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> ViewInput:
-    """Build left-padded inputs. Every prompt and completion has at least one token."""
-    lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
-    width = max(lengths)
-    ids = [
-        [pad_id] * (width - n) + list(p) + list(c)[:-1] for p, c, n in zip(prompts, completions, lengths, strict=True)
-    ]
+def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device) -> ViewInput:
+    """Build left-padded inputs."""
+    width = max(passage.cost for passage in passages)
+    ids = [[pad_id] * (width - each.cost) + [*each.prompt, *each.completion[:-1]] for each in passages]
     column_L = torch.arange(width)
-    start_B1 = torch.tensor([width - n for n in lengths])[:, None]
-    first_scored_B1 = torch.tensor([width - len(c) for c in completions])[:, None]
+    start_B1 = torch.tensor([width - passage.cost for passage in passages])[:, None]
+    first_scored_B1 = torch.tensor([width - len(passage.completion) for passage in passages])[:, None]
     mask_BL = column_L >= start_B1
     return ViewInput(
         input_ids_BL=torch.tensor(ids).to(device),
@@ -86,21 +98,21 @@ def view_input(
     )
 
 
-def labels(completions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def labels(passages: Sequence[Passage], device: torch.device) -> Tensor:
     """Return the N labels in the order of the scored positions."""
-    return torch.tensor([token for completion in completions for token in completion]).to(device)
+    return torch.tensor([token for passage in passages for token in passage.completion]).to(device)
 
 
-def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
-    """Cut row indices into micro-batches whose padded size stays within the budget, longest rows first.
+def micro_batches(costs: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Cut indices into micro-batches whose padded size stays within the budget, the most expensive first.
 
-    Rows of similar length go together. A row longer than the budget gets a micro-batch of its own. The result does
+    What is of similar length goes together. One longer than the budget gets a micro-batch of its own. The result does
     not change the update: normalisation is global.
     """
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index].cost, index))
+    order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     batch: list[int] = []
     for index in order:
-        if batch and rows[batch[0]].cost * (len(batch) + 1) > token_budget:
+        if batch and costs[batch[0]] * (len(batch) + 1) > token_budget:
             yield batch
             batch = []
         batch.append(index)

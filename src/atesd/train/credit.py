@@ -13,57 +13,68 @@ reads as many of them in one pass as the token budget holds. Weights come back b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from atesd.config import RunConfig
-from atesd.gates import Gate
-from atesd.losses.divergence import Scored, token_streams
+from atesd.config import OptimConfig
+from atesd.gates.gate import Gate
+from atesd.losses.divergence import Scored
 from atesd.losses.target import Target
-from atesd.routing import Route
-from atesd.train.batch import Row, labels, view_input
-from atesd.train.forward import label_streams, scored_hidden
-from atesd.train.hints import Hints
-from atesd.train.step import MicroBatch, Stepper
+from atesd.routing.route import Route
+from atesd.train.batch import Passage, Row, micro_batches
+from atesd.train.rows import Rows
+from atesd.train.scorer import Scorer
+from atesd.train.teacher import Teachers
 from atesd.types import Group, UserError
 
 
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The distilled groups of the latest step, and the target that they were distilled to."""
+
+    groups: Sequence[Group]
+    target: Target
+
+
 class Credit:
-    """Takes gradients of the latest generation batch. `references` are the probe's rows."""
+    """Takes gradients of the latest generation batch, on at most `problems` of its distilled groups."""
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        stepper: Stepper,
-        optimizer: Any,
+        scorer: Scorer,
+        teachers: Teachers,
+        rows: Rows,
         gate: Gate,
-        hints: Hints,
-        references: Callable[[], Sequence[Row]],
-        config: RunConfig,
+        optimizer: Any,
+        optim: OptimConfig,
+        references: Sequence[Passage],
+        parameters: Literal["last_layer", "all"],
+        problems: int,
     ) -> None:
-        self._model = model
-        self._stepper = stepper
-        self._optimizer = optimizer
+        self._scorer = scorer
+        self._teachers = teachers
+        self._rows = rows
         self._gate = gate
-        self._hints = hints
+        self._optimizer = optimizer
+        self._optim = optim
         self._references = references
-        self._config = config
-        self._batch: tuple[list[Group], Target] | None = None
+        self._parameters = parameters
+        self._problems = problems
+        self._latest: Latest | None = None
 
     def remember(self, groups: Sequence[Group], routes: Sequence[Route], target: Target) -> None:
-        """Keep the groups that were distilled, up to `probe.credit_problems`, for the measurements after the update."""
+        """Keep the groups that were distilled for the measurements after the update."""
         distilled = [group for group, route in zip(groups, routes, strict=True) if "distil" in route.components]
-        distilled = distilled[: self._config.probe.credit_problems]
-        self._batch = (distilled, target) if distilled else None
+        self._latest = Latest(distilled[: self._problems], target) if distilled else None
 
     def influence(self, ratios: Sequence[float]) -> list[float | None]:
         """Return the credit of each ratio; None before the first batch and where nothing was distilled."""
-        weights = self._weights(self._config.probe.credit_parameters)
+        weights = self._weights(self._parameters)
         gradients = self._distil_gradients(ratios, weights)
         if gradients is None:
             return [None] * len(ratios)
@@ -83,11 +94,11 @@ class Credit:
         if gradients is None:
             return [None] * len(ratios)
         scale = [self._preconditioner(weight) for weight in weights]
-        limit = self._config.optim.max_grad_norm or math.inf
+        limit = self._optim.max_grad_norm or math.inf
         found: list[float | None] = []
         for gradient in gradients:
             norm = math.sqrt(sum(float(part.double().square().sum()) for part in gradient))
-            rate = self._config.optim.lr * min(1.0, limit / norm if norm > 0 else 1.0)
+            rate = self._optim.lr * min(1.0, limit / norm if norm > 0 else 1.0)
             before = [weight.detach().clone() for weight in weights]
             try:
                 with torch.no_grad():
@@ -102,9 +113,10 @@ class Credit:
 
     def _weights(self, which: str) -> list[nn.Parameter]:
         """Return the trained weights, or those of the last decoder layer. UserError if its weights have other names."""
-        named = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
+        model = self._scorer.model
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         if which == "last_layer":
-            depth = cast("Any", self._model).config.get_text_config().num_hidden_layers
+            depth = cast("Any", model).config.get_text_config().num_hidden_layers
             named = [(name, weight) for name, weight in named if f"layers.{depth - 1}." in name]
             if not named:
                 raise UserError(
@@ -118,84 +130,58 @@ class Credit:
         state = getattr(self._optimizer, "optimizer", self._optimizer).state.get(weight, {})
         if not state:
             return torch.ones_like(weight)
-        optim = self._config.optim
-        corrected = state["exp_avg_sq"] / (1 - optim.betas[1] ** float(state["step"]))
-        return cast("Tensor", 1 / (corrected.sqrt() + optim.eps))
+        corrected = state["exp_avg_sq"] / (1 - self._optim.betas[1] ** float(state["step"]))
+        return cast("Tensor", 1 / (corrected.sqrt() + self._optim.eps))
 
     def _probe_gradient(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the gradient of the token-mean NLL of the probe's references."""
-        rows = self._references()
-        count = sum(len(row.completion) for row in rows)
+        count = sum(len(passage.completion) for passage in self._references)
         total = [torch.zeros_like(weight) for weight in weights]
-        with self._recording():
-            for batch in self._stepper.cut(rows):
-                student = scored_hidden(self._model, self._inputs(batch, [row.student_prompt for row in batch.rows]))
-                streams = label_streams(student, self._labels(batch), self._config.loss)
-                _add(total, torch.autograd.grad(-streams.logprob_N.sum() / count, weights, allow_unused=True))
+        with self._scorer.recording():
+            for members in self._scorer.batches(self._references):
+                logprob_N = self._scorer.log_likelihood([self._references[member] for member in members])
+                _add(total, torch.autograd.grad(-logprob_N.sum() / count, weights, allow_unused=True))
         return total
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Record gradients, with the activation checkpointing of training where the recipe asks for it."""
-        self._model.train(self._config.model.gradient_checkpointing)
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            self._model.eval()
 
     def _distil_gradients(self, ratios: Sequence[float], weights: Sequence[nn.Parameter]) -> list[list[Tensor]] | None:
         """Return the gradient of the distillation loss at each ratio; None where no completion is distilled."""
-        if self._batch is None:
+        if self._latest is None:
             return None
-        groups, target = self._batch
+        groups, target = self._latest.groups, self._latest.target
         routes = [Route.DISTIL] * len(groups)
-        by_ratio = [self._hints.rows(groups, routes, [ratio] * len(groups), target.views) for ratio in ratios]
-        longest = [max(same, key=lambda row: len(row.teacher_prompt)) for same in zip(*by_ratio, strict=True)]
-        count = sum(len(row.completion) for row in longest if row.components)
+        built = [self._rows.build(groups, routes, [ratio] * len(groups), target.views) for ratio in ratios]
+        by_row = [same for same in zip(*built, strict=True) if same[0].components]  # each row at every ratio
+        count = sum(len(same[0].completion) for same in by_row)
         if not count:
             return None
         totals = [[torch.zeros_like(weight) for weight in weights] for _ in ratios]
-        for batch in self._stepper.cut(longest):
-            variants = [[rows[index] for index in batch.indices] for rows in by_ratio]
-            teachers = self._teachers(batch, variants)
-            others = [self._stepper.view(batch, view) for view in target.views[1:]]
-            with self._recording():
-                student = scored_hidden(self._model, self._inputs(batch, [row.student_prompt for row in batch.rows]))
+        costs = [max(row.cost for row in same) for same in by_row]
+        for members in micro_batches(costs, self._scorer.token_budget):
+            variants = list(zip(*(by_row[member] for member in members), strict=True))  # the rows at each ratio
+            passages = [row.student for row in variants[0]]
+            teachers = self._at_all_ratios(variants, max(costs[member] for member in members))
+            others = [
+                self._scorer.view([row.view(view) for row in variants[0]], self._teachers.of(view))
+                for view in target.views[1:]
+            ]
+            with self._scorer.recording():
+                student = self._scorer.hidden(passages)
                 for index, (total, teacher) in enumerate(zip(totals, teachers, strict=True), start=1):
-                    streams = token_streams(
-                        student,
-                        [teacher, *others],
-                        self._labels(batch),
-                        self._config.loss,
-                        target=target,
-                        temperature=self._config.rollout.temperature,
-                    )
+                    streams = self._scorer.against(student, [teacher, *others], passages, target)
                     loss = (self._gate.weights(streams.stats).detach() * self._gate.values(streams)).sum() / count
                     _add(total, torch.autograd.grad(loss, weights, retain_graph=index < len(ratios), allow_unused=True))
         return totals
 
-    def _teachers(self, batch: MicroBatch, variants: Sequence[Sequence[Row]]) -> list[Scored]:
+    def _at_all_ratios(self, variants: Sequence[Sequence[Row]], cost: int) -> list[Scored]:
         """Let the teacher read all ratios' prompts, as many at once as the token budget holds."""
-        padded = len(batch.rows) * max(row.cost for row in batch.rows)
-        together = max(1, self._config.step.token_budget // padded)
+        together = max(1, self._scorer.token_budget // (len(variants[0]) * cost))
         found = []
         for start in range(0, len(variants), together):
-            rows = [row for variant in variants[start : start + together] for row in variant]
-            whole = self._stepper.teacher_hidden([row.teacher_prompt for row in rows], [row.completion for row in rows])
-            pieces = whole.hidden_NH.split_with_sizes([sum(batch.lengths)] * (len(rows) // len(batch.rows)))
-            found += [Scored(piece, whole.head_VH, whole.bias_V) for piece in pieces]
+            part = variants[start : start + together]
+            whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
+            size = sum(len(row.completion) for row in part[0])
+            found += [Scored(piece, whole.head_VH, whole.bias_V) for piece in whole.hidden_NH.split(size)]
         return found
-
-    def _inputs(self, batch: MicroBatch, prompts: Sequence[Sequence[int]]) -> Any:
-        return view_input(prompts, batch.completions, self._stepper.pad_id, self._device)
-
-    def _labels(self, batch: MicroBatch) -> Tensor:
-        return labels(batch.completions, self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
 
 
 def _add(total: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:

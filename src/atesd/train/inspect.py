@@ -9,11 +9,10 @@ import torch
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import Evaluation, evaluate
-from atesd.exposure.prompt import donors
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
 from atesd.train.model import load, load_tokenizer, resolve
-from atesd.train.setup import for_evaluation, make_renderer, sampling_side
+from atesd.train.setup import for_evaluation, make_renderer, sampling_side, shown_instead
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
@@ -21,15 +20,16 @@ SHOWN_RATIOS = (0.0, 0.5, 1.0)
 def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dict[str, str]]:
     """Return the exact prompts of the first training problems, at one ratio or at 0, 0.5 and 1."""
     renderer = make_renderer(config, load_tokenizer(resolve(config.model.path)))
-    problems = config.task.build(config.seed).train()
-    hints = Hints(config, renderer, donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {})
+    facts = config.facts()
+    problems = config.task.build(facts).train()
+    hints = Hints(config.prompt, config.reveal.build(facts), renderer, shown_instead(config, problems))
     ratios: Sequence[float] = SHOWN_RATIOS if ratio is None else (ratio,)
     return [
         {
             "problem_id": problem.id,
             "level": problem.level,
             "ratio": f"{shown:g}",
-            "hint": hints.text(problem, shown),
+            "hint": hints.hint(problem, shown).text,
             "student_prompt": renderer.prompt_text(hints.student_ids(problem)),
             "teacher_prompt": renderer.prompt_text(hints.teacher_ids(problem, shown)),
         }

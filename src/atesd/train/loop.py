@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +27,8 @@ from atesd.train.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from atesd.train.record import batch_metrics, grader_metrics, group_rows, rollout_rows, timings
+from atesd.train.measure import logged
+from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Observation, Problem
 
@@ -61,7 +62,7 @@ class Trainer:
     @classmethod
     def start(cls, config: RunConfig, out: Path, *, listener: Listener | None = None) -> Trainer:
         """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit."""
-        run = RunDir.create(out, config.model_dump(mode="json"))
+        run = RunDir.create(out, config.model_dump(mode="json"), config.about())
         return cls(config, run, listener)
 
     @classmethod
@@ -103,40 +104,26 @@ class Trainer:
         with phase("sample"):
             groups = self._rollout(problems)
         with phase("exposure"):
-            rates = [sum(group.rewards) / len(group.rewards) if group.rewards else None for group in groups]
-            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], rates))
-        target = config.target.at(parts.router.strength(config.target.strength, max(ratios)))
-        routes = parts.router.route(groups)
-        with phase("exposure"):
-            rows = parts.hints.rows(groups, routes, ratios, target.views)
+            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
+            routes = parts.router.route(groups, max(ratios))
+            target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
+            rows = parts.rows.build(groups, routes, ratios, target.views)
         parts.credit.remember(groups, routes, target)
-        references: dict[str, float] = {}
-        if config.probe.log_references:
-            with phase("probe"):
-                scores = parts.probe.reference_nll(problems)
-            references = {"curriculum/reference_nll": sum(scores.values()) / len(scores)}
+        references = self._reference_metrics(problems)
         with phase("update"):
             outcome = parts.stepper.optimize(rows, target)
         self.step += 1
-        parts.driver.sampler.sync(self.step)
+        parts.driver.sampler.sync(parts.weights(self.step))
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
         idle = "loss/distil" not in outcome.metrics
-        metrics |= {"route/idle": float(idle), "route/paused": float(idle and not parts.router.reads_exposure)}
+        metrics |= {"route/idle": float(idle), "route/paused": float(idle and not config.routing.reads_exposure)}
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
             metrics |= self._evaluate()
         if self._due(config.save.rollouts_every):
-            shown = rollout_rows(
-                groups,
-                routes,
-                rows,
-                outcome,
-                step=self.step,
-                hints=parts.hints,
-                renderer=parts.renderer,
-                count=config.save.rollouts,
-            )
+            count = config.save.rollouts
+            shown = rollout_rows(groups, routes, rows, outcome, step=self.step, renderer=parts.renderer, count=count)
             self.run.write_rows("rollouts", self.step, shown)
         self.run.log_groups(self.step, group_rows(groups, routes, rows, target.strength))
         self._seconds += perf_counter() - clock
@@ -146,25 +133,32 @@ class Trainer:
 
     def _rollout(self, problems: list[Problem]) -> list[Group]:
         """Sample from the student, or take the references where the router trains on them."""
-        if self.parts.router.source == "reference":
+        if self.config.routing.source == "reference":
             return self.parts.driver.reference(problems, self.config.rollout.max_new_tokens)
         seed = derive_seed(self.config.seed, "sample", self.step)
         return self.parts.driver.rollout(problems, self.config.rollout, seed=seed)
 
     def _observe(self, stats: dict[str, float]) -> dict[str, float]:
         """Take the wanted measurements of theta_step, hand them round, and return what there is to log."""
-        parts = self.parts
-        policies = (parts.controller, parts.router, parts.curriculum)
+        policies = self.parts.policies.values()
         wanted = [measurement for policy in policies for measurement in policy.wants(self.step)]
         if self.config.probe.log_every and self.step % self.config.probe.log_every == 0:
             wanted.append(Measurement("probe_nll"))
-        measured = parts.probe.measure(wanted, self._phases)
-        metrics = {f"measure/{key}": value for key, value in measured.values.items()}
+        measured = self.parts.measurer.measure(wanted, self._phases)
+        metrics = logged(measured)
         with self._phases.phase("exposure"):
             for policy in policies:
-                policy.observe(Observation(self.step, stats, measured.values, measured.by_problem))
+                policy.observe(Observation(self.step, stats, measured))
                 metrics |= policy.metrics()
         return metrics
+
+    def _reference_metrics(self, problems: Sequence[Problem]) -> dict[str, float]:
+        """Score the references of the step's problems before the update, where the recipe asks for it."""
+        if not self.config.probe.log_references:
+            return {}
+        with self._phases.phase("probe"):
+            scores = self.parts.probe.nll_of(problems)
+        return {"curriculum/reference_nll": sum(scores.values()) / len(scores)}
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate on held-out problems; keep the best model so far."""
@@ -203,9 +197,7 @@ class Trainer:
             "best": self._best,
             "latest_eval": self._latest_eval,
             "scheduler": parts.scheduler.state_dict()["last_epoch"],
-            "controller": parts.controller.state_dict(),
-            "router": parts.router.state_dict(),
-            "curriculum": parts.curriculum.state_dict(),
+            "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
             "probe": parts.probe.state_dict(),
         }
         save_checkpoint(
@@ -232,13 +224,12 @@ class Trainer:
         load_optimizer(folder, parts.model, parts.optimizer)
         parts.teacher.load_tensors(load_teacher(folder))
         parts.set_schedule(state["scheduler"])
-        parts.controller.load_state_dict(state["controller"])
-        parts.router.load_state_dict(state["router"])
-        parts.curriculum.load_state_dict(state["curriculum"])
+        for name, policy in parts.policies.items():
+            policy.load_state_dict(state["policies"][name])
         parts.probe.load_state_dict(state["probe"])
         self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._latest_eval = state["latest_eval"]
-        parts.driver.sampler.sync(self.step)
+        parts.driver.sampler.sync(parts.weights(self.step))
         self.run.rewind(self.step)
 
     def _finish(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,4 +30,11 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.optim.AdamW(
         trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def build_schedule(config: OptimConfig, optimizer: Any, updates: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the learning-rate schedule over a run's updates; `optimizer` may be accelerate's wrapper."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        getattr(optimizer, "optimizer", optimizer), lambda update: learning_rate_factor(config, update, updates)
     )

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 
 from atesd.rollout.render import Renderer
-from atesd.routing import Route
+from atesd.routing.route import Route
 from atesd.train.batch import Row
-from atesd.train.hints import Hints
+from atesd.train.rows import turns_of
 from atesd.train.stats import StepOutcome
-from atesd.types import Group, Problem, StopReason
+from atesd.types import Group, Problem
 
 Traits = Callable[[Problem, str], dict[str, bool]]
+
+
+def pass_rates(groups: Sequence[Group]) -> list[float | None]:
+    """Return the mean reward of each group's gradable attempts; None where none is."""
+    return [sum(group.rewards) / len(group.rewards) if group.rewards else None for group in groups]
 
 
 def batch_metrics(
@@ -26,22 +31,24 @@ def batch_metrics(
     """Describe the completions, rewards, routes and exposure of a generation batch."""
     ratios = [row.ratio for row in rows if "distil" in row.components]
     attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
-    turns = [trajectory.turns[-1] for _, trajectory in attempts]
+    lengths = [trajectory.num_tokens for _, trajectory in attempts]
     rewards = [trajectory.reward for _, trajectory in attempts]
     graded = [reward for reward in rewards if reward is not None]
-    truncated = sum(turn.stop is StopReason.LENGTH for turn in turns)
+    truncated = sum(trajectory.truncated for _, trajectory in attempts)
     uniform = [len(set(group.rewards)) == 1 for group in groups]
     metrics = {
-        "rollout/length_mean": float(np.mean([len(turn.completion_ids) for turn in turns])),
-        "rollout/eos_frac": 1.0 - truncated / len(turns),
+        "rollout/length_mean": float(np.mean(lengths)),
+        "rollout/turns_mean": float(np.mean([len(trajectory.turns) for _, trajectory in attempts])),
+        "rollout/eos_frac": 1.0 - truncated / len(attempts),
         "rollout/truncated": float(truncated),
         "reward/ungradable": float(len(rewards) - len(graded)),
-        "optim/tokens": float(sum(len(turn.completion_ids) for turn in turns)),
+        "optim/tokens": float(sum(lengths)),
         "reward/ungradable_groups": float(sum(not group.rewards for group in groups)),
         "reward/uniform_groups": float(sum(uniform)),
     }
     for component in ("distil", "rl", "nll"):
         metrics[f"route/{component}_groups"] = float(sum(component in route.components for route in routes))
+    metrics["route/both_groups"] = float(sum(route is Route.BOTH for route in routes))
     metrics["route/skip_groups"] = float(sum(route is Route.SKIP for route in routes))
     if ratios:
         metrics |= {
@@ -51,7 +58,7 @@ def batch_metrics(
         }
     if graded:
         metrics["reward/mean"] = float(np.mean(graded))
-    found = [traits(problem, trajectory.turns[-1].text) for problem, trajectory in attempts]
+    found = [traits(problem, trajectory.final.text) for problem, trajectory in attempts]
     return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
 
 
@@ -91,30 +98,30 @@ def rollout_rows(
     outcome: StepOutcome,
     *,
     step: int,
-    hints: Hints,
     renderer: Renderer,
     count: int,
 ) -> list[dict[str, Any]]:
-    """Return the first `count` completions with the hint that the teacher saw and the streams of their tokens."""
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    """Return the first `count` turns with the hint that the teacher saw and the streams of their tokens."""
     written = []
-    for index, row in enumerate(rows[:count]):
-        group, route, trajectory = groups[row.group], routes[row.group], trajectories[index]
+    shown = zip(rows, turns_of(groups), strict=True)
+    for index, (row, (group, attempt, turn)) in enumerate(list(shown)[:count]):
         record: dict[str, Any] = {
             "step": step,
             "problem_id": group.problem.id,
             "problem": group.problem.problem,
             "level": group.problem.level,
-            "route": str(route),
+            "route": str(routes[row.group]),
             "components": list(row.components),
             "advantage": round(row.advantage, 6),
             "ratio": row.ratio,
-            "hint": hints.text(group.problem, row.ratio) if row.teacher_prompt else "",
-            "student_prompt": renderer.prompt_text(row.student_prompt),
-            "teacher_prompt": renderer.prompt_text(row.teacher_prompt),
-            "completion": trajectory.turns[-1].text,
-            "stop": str(trajectory.turns[-1].stop),
-            "reward": trajectory.reward,
+            "hint": row.hint,
+            "student_prompt": renderer.prompt_text(row.prompt),
+            "teacher_prompt": renderer.prompt_text(row.view_prompts.get("teacher", ())),
+            "turn": attempt.turns.index(turn) + 1,
+            "turns": len(attempt.turns),
+            "completion": turn.text,
+            "stop": str(turn.stop),
+            "reward": attempt.reward,
             "tokens": renderer.token_texts(row.completion),
         }
         written.append(record | _streams(outcome, index))

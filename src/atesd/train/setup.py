@@ -1,4 +1,4 @@
-"""Put a run's parts together from its config, and refuse combinations that do not fit before anything is trained."""
+"""Put a run's parts together from its config, and refuse what does not fit before anything is trained."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from transformers import PreTrainedTokenizerBase
 
 from atesd.config import RunConfig, TeacherConfig
 from atesd.curriculum import Curriculum
-from atesd.envs.single_turn import SingleTurn
-from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.controller import Controller
 from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.exposure.reveal import segmentation_warning
-from atesd.losses.target import Extrapolate
+from atesd.exposure.revealer import Revealer
+from atesd.gradients.rule import GradientRule
 from atesd.rollout.driver import Driver
-from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
-from atesd.routing import Guarded, Router
+from atesd.rollout.sampler import Weights
+from atesd.routing.route import Router
 from atesd.seeds import derive_seed
+from atesd.strength import Strength
 from atesd.tasks.base import Task
+from atesd.train.contract import Contract
 from atesd.train.credit import Credit
-from atesd.train.forward import Student
 from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load
-from atesd.train.optim import build_optimizer, learning_rate_factor
+from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.probe import Probe
-from atesd.train.step import Stepper
-from atesd.train.teacher import Teacher
-from atesd.types import Problem, UserError
+from atesd.train.rows import Rows
+from atesd.train.scorer import Scorer, Student
+from atesd.train.step import Losses, Stepper
+from atesd.train.teacher import Teacher, Teachers, trained_tensors
+from atesd.types import Policy, Problem, UserError
 
 
 @dataclass(slots=True)
@@ -49,15 +53,31 @@ class Parts:
     dropped: Sequence[str]
     driver: Driver
     hints: Hints
+    rows: Rows
     teacher: Teacher
     stepper: Stepper
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LambdaLR
     controller: Controller
+    revealer: Revealer
     router: Router
-    credit: Credit
+    strength: Strength
     curriculum: Curriculum
+    rule: GradientRule
     probe: Probe
+    credit: Credit
+    measurer: Measurer
+
+    @property
+    def policies(self) -> dict[str, Policy]:
+        """What has the four verbs, by the name under which checkpoints keep its state."""
+        names = ("controller", "revealer", "router", "strength", "curriculum", "rule")
+        return {name: getattr(self, name) for name in names}
+
+    def weights(self, version: int) -> Weights:
+        """Return the student's weights as engines take them."""
+        is_adapter = hasattr(self.model, "peft_config")
+        return Weights(version, is_adapter, lambda: trained_tensors(self.model))
 
     def set_schedule(self, updates: int) -> None:
         """Put the learning-rate schedule where it stood after so many updates."""
@@ -81,59 +101,63 @@ def assemble(config: RunConfig) -> Parts:
     model.to(accelerator.device)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
-    hints = Hints(config, renderer, donors(train, config.seed) if config.prompt.hint == "wrong_problem" else {})
+    facts = config.facts()
+    revealer = config.reveal.build(facts)
+    hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
     problems, dropped = _fitting(config, hints, train, model)
+    facts = replace(facts, problem_ids=[problem.id for problem in problems])
     _warn_about_segments(config, problems)
+
     teacher = Teacher(config.teacher, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
-    gate = config.gate
-    optimizer = build_optimizer(config.optim, model)
+    teachers = Teachers(teacher, base)
     updates = config.step.num_steps * config.step.updates_per_batch
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: learning_rate_factor(config.optim, update, updates)
+    student, optimizer = accelerator.prepare(Student(model, config.loss), build_optimizer(config.optim, model))
+    scheduler = build_schedule(config.optim, optimizer, updates)
+    scorer = make_scorer(config, model, renderer, student)
+    rows = Rows(
+        hints,
+        policy=config.rl,
+        prompt_weight=config.loss.prompt_weight,
+        mask_truncated=config.step.truncated == "mask",
     )
-    student = Student(model, config.loss)
-    student, optimizer = accelerator.prepare(student, optimizer)
+    rule = config.gradient.build(facts)
     stepper = Stepper(
         accelerator=accelerator,
-        student=student,
-        teacher=teacher,
-        base=base,
+        scorer=scorer,
+        teachers=teachers,
         optimizer=optimizer,
         scheduler=scheduler,
-        gate=gate,
+        gate=config.gate,
         selection=config.selection,
-        config=config,
-        pad_id=renderer.pad_id,
+        rule=rule,
+        losses=losses_of(config),
+        updates_per_batch=config.step.updates_per_batch,
+        max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed,
     )
     probe = Probe(
         task.probe(),
-        model=model,
+        scorer=scorer,
         teacher=teacher,
         hints=hints,
-        renderer=renderer,
         driver=driver,
-        config=config,
-        training=problems,
-        base=base,
+        sampling=config.rollout,
+        completions=config.probe.sampling_k,
+        max_tokens=config.probe.max_tokens,
+        seed=config.seed,
     )
+    contract = Contract(config.cliff, probe=probe, scorer=scorer, teachers=teachers, renderer=renderer)
     credit = Credit(
-        model=model,
-        stepper=stepper,
+        scorer=scorer,
+        teachers=teachers,
+        rows=rows,
+        gate=config.gate,
         optimizer=optimizer,
-        gate=gate,
-        hints=hints,
-        references=probe.reference_rows,
-        config=config,
-    )
-    probe.credit = credit
-    facts = RunFacts(
-        total_steps=config.step.num_steps,
-        seed=derive_seed(config.seed, "exposure"),
-        teacher_frozen=teacher.frozen,
-        strength=config.target.strength,
-        cliff=config.cliff,
-        c=config.cliff_c,
+        optim=config.optim,
+        references=probe.references,
+        parameters=config.probe.credit_parameters,
+        problems=config.probe.credit_problems,
     )
     return Parts(
         model=model,
@@ -145,38 +169,60 @@ def assemble(config: RunConfig) -> Parts:
         dropped=dropped,
         driver=driver,
         hints=hints,
+        rows=rows,
         teacher=teacher,
         stepper=stepper,
         optimizer=optimizer,
         scheduler=scheduler,
         controller=config.exposure.build(facts),
-        router=_router(config),
-        credit=credit,
-        curriculum=config.curriculum.build([problem.id for problem in problems], config.step.problems, config.seed),
+        revealer=revealer,
+        router=config.routing.build(facts),
+        strength=config.strength(facts),
+        curriculum=config.curriculum.build(facts),
+        rule=rule,
         probe=probe,
+        credit=credit,
+        measurer=Measurer(probe, contract, credit, problems),
     )
 
 
-def _router(config: RunConfig) -> Router:
-    """Return the router, with lambda capped where the target asks for it."""
-    router = config.routing.build(config.cliff, config.cliff_c)
-    guarded = isinstance(config.target, Extrapolate) and config.target.guard
-    return Guarded(router, config.cliff, config.cliff_c) if guarded else router
+def make_scorer(config: RunConfig, model: nn.Module, renderer: Renderer, student: nn.Module | None = None) -> Scorer:
+    """Return the recipe's scorer of a model."""
+    return Scorer(
+        model,
+        pad_id=renderer.pad_id,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        token_budget=config.step.token_budget,
+        checkpointing=config.model.gradient_checkpointing,
+        student=student,
+    )
+
+
+def losses_of(config: RunConfig) -> Losses:
+    """Return what the update must know of the recipe's losses."""
+    return Losses(
+        policy=config.rl,
+        coefs=config.routing.coefs,
+        shared=config.routing.shared,
+        longest=config.rollout.max_new_tokens,
+        importance=config.routing.reinforces or config.loss.divergence.kind == "sampled",
+    )
 
 
 def sampling_side(
     config: RunConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Driver, Renderer, Task]:
     """Build what sampling and grading need: all that evaluation needs, too."""
+    facts = config.facts()
     renderer = make_renderer(config, tokenizer, model)
-    sampler = HFSampler(model, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, decode=renderer.decode)
-    task = config.task.build(config.seed)
+    task = config.task.build(facts)
     driver = Driver(
-        sampler=sampler,
+        sampler=config.rollout.engine.build(model, renderer),
         renderer=renderer,
-        environment=SingleTurn(),
+        environment=config.env.build(facts),
         student_messages=lambda problem: student_messages(problem, config.prompt),
-        reward=(config.reward or task.default_reward).build(),
+        reward=(config.reward or task.default_reward).build(facts),
     )
     return driver, renderer, task
 
@@ -198,12 +244,17 @@ def for_evaluation(driver: Driver, config: RunConfig) -> Driver:
     return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt))
 
 
+def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, Problem]:
+    """Return whose solution a problem's teacher is shown, where the recipe asks for another problem's."""
+    return donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {}
+
+
 def _fitting(
     config: RunConfig, hints: Hints, problems: Sequence[Problem], model: nn.Module
 ) -> tuple[list[Problem], list[str]]:
     """Keep the problems whose prompts fit, before step 0."""
     context = context_length(model)
-    fitting, overlong = hints.fitting(problems, context)
+    fitting, overlong = hints.fitting(problems, context, config.rollout.max_new_tokens)
     if config.step.overlong == "error" or not fitting:
         refuse_overlong(overlong, context)
     if not fitting:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from atesd.gates import Gate
+from atesd.gates.gate import Gate
 from atesd.losses.policy import PolicyValues
 from atesd.train.batch import Row
 from atesd.losses.stats import TokenStats

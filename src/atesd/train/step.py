@@ -17,22 +17,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from atesd.config import RunConfig
-from atesd.gates import Gate
+from atesd.gates.gate import Gate
+from atesd.gradients.rule import GradientRule
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
-from atesd.losses.divergence import Scored, TokenStreams
-from atesd.losses.policy import PolicyTokens, PolicyValues, policy_values
-from atesd.losses.target import Plain, Target, View
+from atesd.losses.divergence import TokenStreams
+from atesd.losses.policy import PolicyConfig, PolicyTokens, PolicyValues, policy_values
+from atesd.losses.stats import TokenStats
+from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
-from atesd.train.batch import Row, labels, micro_batches, view_input
-from atesd.train.forward import Student, detached, label_streams, scored_hidden
+from atesd.train.batch import Passage, Row, micro_batches
+from atesd.train.scorer import Scorer
 from atesd.train.stats import (
     Listening,
     StepOutcome,
@@ -43,8 +44,7 @@ from atesd.train.stats import (
     split_rows,
     stream_metrics,
 )
-from atesd.train.teacher import Teacher
-from atesd.losses.stats import TokenStats
+from atesd.train.teacher import Teachers
 
 
 class NonFiniteError(RuntimeError):
@@ -67,8 +67,8 @@ class MicroBatch:
         return "distil" in self.components
 
     @property
-    def completions(self) -> list[tuple[int, ...]]:
-        return [row.completion for row in self.rows]
+    def passages(self) -> list[Passage]:
+        return [row.student for row in self.rows]
 
     @property
     def lengths(self) -> list[int]:
@@ -111,51 +111,68 @@ def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What the update must know of the losses: sections and facts of the recipe, none of them a method."""
+
+    policy: PolicyConfig
+    coefs: Mapping[str, float]
+    """Factor of each component where it is not 1."""
+    shared: bool
+    """Whether all components share one denominator."""
+    longest: int
+    """Longest allowed completion: the constant of `aggregate = "constant"`."""
+    importance: bool
+    """Whether a loss reads the probabilities of the weights that the step began with."""
+
+
 class Stepper:
-    """Owns what an update needs: the wrapped student, the teacher, the optimizer and its schedule."""
+    """Owns what an update needs: the scorer, the teacher, the optimizer and its schedule, the rules of weighing."""
 
     def __init__(
         self,
         *,
         accelerator: Accelerator,
-        student: nn.Module,
-        teacher: Teacher,
-        base: Teacher | None,
+        scorer: Scorer,
+        teachers: Teachers,
         optimizer: Any,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         gate: Gate,
         selection: Selection,
-        config: RunConfig,
-        pad_id: int,
+        rule: GradientRule,
+        losses: Losses,
+        updates_per_batch: int,
+        max_grad_norm: float,
+        seed: int,
     ) -> None:
         self._accelerator = accelerator
-        self._student = student
-        self._model = cast("Student", accelerator.unwrap_model(student)).model
-        self._teacher = teacher
-        self._base = base
+        self._scorer = scorer
+        self._teachers = teachers
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._gate = gate
         self._selection = selection
-        self._config = config
-        self.pad_id = pad_id
+        self._rule = rule
+        self._losses = losses
+        self._updates_per_batch = updates_per_batch
+        self._max_grad_norm = max_grad_norm or math.inf
+        self._seed = seed
         self._target: Target = Plain()
         self._old: dict[int, Tensor] = {}
 
-    def optimize(self, rows: Sequence[Row], target: Target | None = None) -> StepOutcome:
+    def optimize(self, rows: Sequence[Row], target: Target) -> StepOutcome:
         """Train on the rows of one generation batch. NonFiniteError stops before the weights move."""
         outcome = StepOutcome()
-        self._target = self._config.target if target is None else target
-        # Dropout stays inactive (as in OPSD's code); only checkpointed activations need transformers' training mode.
-        self._model.train(self._config.model.gradient_checkpointing)
-        size = -(-len(rows) // self._config.step.updates_per_batch)
+        self._target = target
+        self._scorer.training_mode()
+        size = -(-len(rows) // self._updates_per_batch)
         parts = [self.cut(rows, range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
         self._remember_old([batch for part in parts for batch in part])
         for part in parts:
             if part:
                 self._update(part, outcome)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
-        if self._config.loss.temperature_student in (None, self._config.rollout.temperature):
+        if self._scorer.samples_as_scored:
             outcome.metrics |= logprob_gap(rows, outcome.rows)
         return outcome
 
@@ -169,8 +186,9 @@ class Stepper:
             active = [name for name in batch.components if counts.get(name)]
             if not active:
                 continue
-            scored = self._score(batch, active, selection_N, counts)
-            self._accelerator.backward(combine(scored.parts))
+            with self._rule.attached(self._scorer.model):
+                scored = self._score(batch, active, selection_N, counts)
+                self._accelerator.backward(combine(scored.parts))
             rows = split_rows(scored.stats, scored.weight_N, batch.lengths)
             outcome.rows |= zip(batch.indices, rows, strict=True)
             taken.append(scored.detached())
@@ -195,7 +213,7 @@ class Stepper:
             values_N = self._gate.values(streams)
             scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
         if "rl" in active:
-            scored.policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._config.rl)
+            scored.policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._losses.policy)
             scored.parts["rl"] = self._component("rl", batch, scored.policy.loss_N, every_N, every_N, counts)
         if "nll" in active:
             scored.parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
@@ -211,16 +229,17 @@ class Stepper:
         counts: Mapping[str, float],
     ) -> Component:
         """Weigh one component's tokens by its aggregate and coefficient."""
-        aggregate = self._config.rl.aggregate if name == "rl" else self._config.loss.aggregate
+        aggregate = self._aggregate(name)
         if aggregate != "constant":
             weights_N = aggregate_weights(weights_N, selection_N, batch.numbering(values_N.device), aggregate)
-        return Component(values_N, self._config.routing.coefs.get(name, 1.0) * weights_N, counts[name])
+        return Component(values_N, self._losses.coefs.get(name, 1.0) * weights_N, counts[name])
 
     def _move(self, losses: Mapping[str, float], outcome: StepOutcome) -> None:
         """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
         total = sum(losses.values())
-        limit = self._config.optim.max_grad_norm or math.inf
-        norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), limit))
+        model = self._scorer.model
+        self._rule.apply(model)
+        norm = float(self._accelerator.clip_grad_norm_(model.parameters(), self._max_grad_norm))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteError(f"loss {total}, gradient norm {norm}")
         outcome.metrics |= {f"loss/{name}": value for name, value in losses.items()}
@@ -232,58 +251,33 @@ class Stepper:
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
-        self._teacher.update()
+        self._rule.mend(model)
+        self._teachers.own.update()
 
     def _streams(self, batch: MicroBatch) -> TokenStreams:
         """Run the teacher views, then the student, whose graph must not see the teacher's weights in place."""
-        device = self._accelerator.device
-        views = [self.view(batch, view) for view in self._target.views] if batch.distils else []
-        inputs = view_input([row.student_prompt for row in batch.rows], batch.completions, self.pad_id, device)
-        old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old and batch.distils else None
-        temperature = 1.0 if batch.components == ("nll",) else self._temperature(batch)
-        streams: TokenStreams = self._student(
-            inputs, labels(batch.completions, device), views, self._target, temperature, old_N
-        )
-        return streams
-
-    def view(self, batch: MicroBatch, view: View) -> Scored:
-        """Return what a view makes of the completions: the base reads no hint and has the step-0 weights."""
-        weights = self._base if view == "base" else self._teacher
-        assert weights is not None, "a target with a base view was built without the base weights"
-        with weights.in_place():
-            return detached(self._hidden([row.prompt(view) for row in batch.rows], batch.completions))
-
-    def teacher_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scored:
-        """Run the teacher over any prompts."""
-        with self._teacher.in_place():
-            return detached(self._hidden(prompts, completions))
-
-    def _hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scored:
-        return scored_hidden(self._model, view_input(prompts, completions, self.pad_id, self._accelerator.device))
-
-    def _temperature(self, batch: MicroBatch) -> float:
-        """Return the sampling temperature; without a teacher the student's own, where one is set."""
-        own = self._config.loss.temperature_student
-        return self._config.rollout.temperature if batch.distils or own is None else own
+        if not batch.distils:
+            temperature = 1.0 if batch.components == ("nll",) else None
+            return self._scorer.streams(batch.passages, temperature=temperature)
+        views = [
+            self._scorer.view([row.view(view) for row in batch.rows], self._teachers.of(view))
+            for view in self._target.views
+        ]
+        old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old else None
+        return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=old_N)
 
     def _remember_old(self, batches: Sequence[MicroBatch]) -> None:
         """Score the completions under the weights that the step begins with, where several updates follow."""
         self._old = {}
-        if len(batches) == 0 or self._config.step.updates_per_batch == 1:
-            return
-        if self._config.loss.divergence.kind != "sampled" and not self._config.routing.reinforces:
+        if self._updates_per_batch == 1 or not self._losses.importance:
             return
         for batch in batches:
-            logprob_N = self._logprobs(batch)
-            self._old |= zip(batch.indices, logprob_N.split_with_sizes(batch.lengths), strict=True)
+            self._old |= zip(batch.indices, self._logprobs(batch).split_with_sizes(batch.lengths), strict=True)
 
     def _logprobs(self, batch: MicroBatch) -> Tensor:
         """Return log-probabilities of the sampled tokens under the weights in place, without a hint or gradient."""
-        temperature = self._config.loss.temperature_student or self._config.rollout.temperature
-        label_N = labels(batch.completions, self._accelerator.device)
         with torch.no_grad():
-            hidden = self._hidden([row.student_prompt for row in batch.rows], batch.completions)
-            return label_streams(hidden, label_N, self._config.loss, temperature).stats.student_logprob
+            return self._scorer.log_likelihood(batch.passages, self._scorer.student_temperature)
 
     def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
         """Collect what the reinforcement branch reads."""
@@ -292,9 +286,8 @@ class Stepper:
         old_N = torch.cat([self._old[index] for index in batch.indices]).to(now_N.dtype) if self._old else now_N
         sampled = [value for row in batch.rows for value in row.sampler_logprobs]
         reference_N = None
-        if self._config.rl.kl_coef:
-            assert self._base is not None, "a KL term was built without the base weights"
-            with self._base.in_place():
+        if self._losses.policy.kl_coef:
+            with self._teachers.of("base").in_place():
                 reference_N = self._logprobs(batch).to(now_N.dtype)
         return PolicyTokens(
             advantage_N=batch.spread([row.advantage for row in batch.rows], device).to(now_N.dtype),
@@ -304,28 +297,26 @@ class Stepper:
             sequence_N=batch.numbering(device),
         )
 
-    def cut(self, rows: Sequence[Row], part: range | None = None) -> list[MicroBatch]:
-        """Cut rows, or a part of them, into micro-batches of the same components; rows without one are left out."""
-        part = range(len(rows)) if part is None else part
+    def cut(self, rows: Sequence[Row], part: range) -> list[MicroBatch]:
+        """Cut a part of the rows into micro-batches of the same components; rows without one are left out."""
         batches = []
-        kinds = sorted({rows[index].components for index in part if rows[index].components})
-        for components in kinds:
+        for components in sorted({rows[index].components for index in part if rows[index].components}):
             indices = [index for index in part if rows[index].components == components]
-            chosen = [rows[index] for index in indices]
-            for members in micro_batches(chosen, self._config.step.token_budget):
-                batches.append(MicroBatch(tuple(indices[m] for m in members), tuple(chosen[m] for m in members)))
+            for members in micro_batches([rows[index].cost for index in indices], self._scorer.token_budget):
+                chosen = tuple(indices[member] for member in members)
+                batches.append(MicroBatch(chosen, tuple(rows[index] for index in chosen)))
         return batches
 
     def _select(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient."""
-        device = self._accelerator.device
+        device = self._scorer.device
         every = [torch.ones(sum(batch.lengths), device=device) for batch in batches]
         distilled = [index for index, batch in enumerate(batches) if batch.distils]
         if not distilled or not self._selection.needs_batch:
             return every
         with torch.no_grad():
             whole = concatenate([self._streams(batches[index]).stats for index in distilled])
-        seed = derive_seed(self._config.seed, "selection", self._scheduler.last_epoch)
+        seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
         selected = self._selection.select(whole, seed).detach()
         pieces = selected.split_with_sizes([sum(batches[index].lengths) for index in distilled])
         for index, piece in zip(distilled, pieces, strict=True):
@@ -345,22 +336,23 @@ class Stepper:
                 counts[name] = counts.get(name, 0.0) + self._units(name, batch, selection_N)
                 if self._can_move(name, batch):
                     live.add(name)
-        if self._config.routing.shared:
+        if self._losses.shared:
             counts = dict.fromkeys(counts, sum(counts.values()))
         return {name: count for name, count in counts.items() if name in live}
 
+    def _aggregate(self, name: str) -> Literal["token", "sequence", "constant"]:
+        return self._losses.policy.aggregate if name == "rl" else self._scorer.loss.aggregate
+
     def _units(self, name: str, batch: MicroBatch, selection_N: Tensor) -> float:
-        numbering = batch.numbering(torch.device("cpu"))
-        if name == "distil":
-            return selected_units(selection_N.cpu(), numbering, self._config.loss.aggregate)
-        aggregate = self._config.rl.aggregate if name == "rl" else self._config.loss.aggregate
+        aggregate = self._aggregate(name)
         if aggregate == "constant":
-            return float(len(batch.rows) * self._config.rollout.max_new_tokens)
-        return selected_units(torch.ones(sum(batch.lengths)), numbering, aggregate)
+            return float(len(batch.rows) * self._losses.longest)
+        counted_N = selection_N.cpu() if name == "distil" else torch.ones(sum(batch.lengths))
+        return selected_units(counted_N, batch.numbering(torch.device("cpu")), aggregate)
 
     def _can_move(self, name: str, batch: MicroBatch) -> bool:
-        if self._config.routing.coefs.get(name, 1.0) == 0:
+        if self._losses.coefs.get(name, 1.0) == 0:
             return False
         if name == "rl":
-            return self._config.rl.kl_coef > 0 or any(row.advantage for row in batch.rows)
+            return self._losses.policy.kl_coef > 0 or any(row.advantage for row in batch.rows)
         return name == "nll" or any(row.weight for row in batch.rows)

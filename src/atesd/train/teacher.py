@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from atesd.config import TeacherConfig
+from atesd.losses.target import View
 
 
 class Teacher:
@@ -72,6 +74,26 @@ class Teacher:
         for name, weight in _trainable(self._model):
             if name in weights:
                 weight.data = weights[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """The weights behind every view: the teacher's own, and the step-0 ones where a view, a KL term or lambda* asks."""
+
+    own: Teacher
+    base: Teacher | None
+
+    def of(self, view: View) -> Teacher:
+        """Return the weights of a view."""
+        if view != "base":
+            return self.own
+        assert self.base is not None, "a base view was asked for without the base weights"
+        return self.base
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that train, detached, by name."""
+    return {name: weight.detach() for name, weight in _trainable(model)}
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

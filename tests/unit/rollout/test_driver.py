@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
-from atesd.types import Group, Problem, StopReason, UserError
+from atesd.types import Group, Message, Problem, StopReason, UserError
 
 from support.rollouts import fake_driver
 
@@ -124,3 +125,91 @@ def test_a_reward_that_is_no_number_is_named() -> None:
     driver, _ = fake_driver(lambda prompt, place: "say 1", lambda **_: ["good", 1.0])
     with pytest.raises(UserError, match="returned 'good': return a number, or None"):
         driver.rollout(PROBLEMS, sampling(), seed=0)
+
+
+class Countdown:
+    """Asks again until the student has said `0`; the reward is one over the number of turns, if the environment grades."""
+
+    def __init__(self, limit: int = 9, grades: bool = True) -> None:
+        self.limit, self.grades = limit, grades
+        self.seeds: list[int] = []
+
+    def episode(self, problem: Problem, seed: int) -> CountdownEpisode:
+        self.seeds.append(seed)
+        return CountdownEpisode()
+
+
+class CountdownEpisode:
+    def __init__(self) -> None:
+        self.replies: list[str] = []
+
+    def reset(self, prompt: Sequence[Message]) -> Sequence[Message]:
+        return [*prompt[:-1], Message(role="user", content=prompt[-1]["content"] + " down!")]
+
+    def step(self, reply: str) -> Sequence[Message]:
+        self.replies.append(reply)
+        return [] if reply == "0" else [Message(role="user", content=f"after {reply}?")]
+
+    def reward(self) -> float | None:
+        return 1 / len(self.replies) if self.replies[-1] == "0" else 0.0
+
+
+def count_down(prompt: str, place: int) -> str:
+    """Problem "one" counts 0; "two" counts 1, 0."""
+    if "after 1?" in prompt or "one" in prompt:
+        return "0"
+    return "1"
+
+
+def test_attempts_advance_together_and_leave_when_they_are_over() -> None:
+    environment = Countdown()
+    driver, sampler = fake_driver(count_down, exact, environment)
+    groups = driver.rollout(PROBLEMS, sampling(2), seed=5)
+    assert sampler.requests == [4, 2], "the second turn is asked of the two attempts that go on"
+    assert sampler.seeds[0] == 5
+    assert sampler.seeds[1] not in (0, 5), "later turns draw from a stream of their own"
+    assert len(set(environment.seeds)) == 4
+    assert [[len(attempt.turns) for attempt in group.trajectories] for group in groups] == [[1, 1], [2, 2]]
+    assert rewards(groups) == [[1.0, 1.0], [0.5, 0.5]]
+
+
+def test_a_later_prompt_is_what_was_sampled_and_then_what_the_environment_said() -> None:
+    driver, _ = fake_driver(count_down, exact, Countdown())
+    (attempt,) = driver.rollout(PROBLEMS[1:], sampling(), seed=0)[0].trajectories
+    first, second = attempt.turns
+    begun = (*first.prompt_ids, *first.completion_ids)
+    assert second.prompt_ids[: len(begun)] == begun
+    assert driver.renderer.prompt_text(second.prompt_ids) == (
+        "<|im_start|>user\ntwo down!<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+        "<|im_start|>user\nafter 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert attempt.final is second
+    assert attempt.num_tokens == 4, "a byte and an end token each"
+
+
+def test_the_limit_of_turns_ends_an_attempt_after_its_last_reply_was_heard() -> None:
+    driver, sampler = fake_driver(lambda prompt, place: "7", exact, Countdown(limit=3))
+    (group,) = driver.rollout(PROBLEMS[:1], sampling(), seed=0)
+    assert sampler.requests == [1, 1, 1]
+    assert len(set(sampler.seeds)) == 3
+    assert rewards([group]) == [[0.0]]
+
+
+def test_a_reply_that_is_cut_off_ends_its_attempt_as_wrong_and_unheard() -> None:
+    driver, sampler = fake_driver(lambda prompt, place: "0", lambda **_: [1.0], Countdown(grades=False))
+    (group,) = driver.rollout(PROBLEMS[:1], sampling(1, 1), seed=0)
+    assert sampler.requests == [1]
+    assert group.trajectories[0].truncated
+    assert rewards([group]) == [[0.0]]
+
+
+def test_the_final_reply_is_graded_where_the_environment_does_not_grade() -> None:
+    seen: list[list[str]] = []
+
+    def reward(**columns: Any) -> list[float | None]:
+        seen.append(columns["completions"])
+        return [0.25] * len(columns["completions"])
+
+    driver, _ = fake_driver(count_down, reward, Countdown(grades=False))
+    assert rewards(driver.rollout(PROBLEMS, sampling(), seed=0)) == [[0.25], [0.25]]
+    assert seen == [["0", "0"]]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from atesd.rollout.hf import HFSampler
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.types import StopReason, Turn, UserError
 
 from support.models import EOS, PAD, VOCABULARY, tiny_model
@@ -237,7 +237,7 @@ def test_an_adapter_samples_as_it_stands() -> None:
 
 def test_turns_carry_text_and_the_version_of_the_weights() -> None:
     sampler = sampler_of(tiny_model())
-    sampler.sync(4)
+    sampler.sync(Weights(4, False, dict))
     (turn,) = sampler.sample([[5, 6]], OPEN, seed=0)
     assert turn.weights_version == 4
     assert turn.text == " ".join(map(str, turn.completion_ids))

@@ -29,7 +29,7 @@ def stats_of(count: int, **columns: list[float]) -> TokenStats:
 
 
 def row(ratio: float = 0.5, components: tuple[str, ...] = ("distil",), sampler: tuple[float, ...] = ()) -> Row:
-    return Row((1,), (1,), (2, 3), sampler, components, ratio, 0)
+    return Row((1,), (2, 3), components, 0, ratio, sampler_logprobs=sampler)
 
 
 def scored(stats: TokenStats) -> RowStats:

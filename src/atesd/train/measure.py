@@ -1,0 +1,110 @@
+"""The table of measurements that policies may ask for, all taken without moving the student's weights.
+
+    probe_nll             token-mean NLL of the probe's references under the student, without any hint
+    probe_kl              mean KL(teacher at ratio 1 || student) on completions stored at step 0
+    probe_accuracy        mean reward of hint-free completions, the same sampling seed every time
+    gt_solution@r         token-mean log-probability that the teacher at ratio r gives the reference solution
+    gt_answer@r           the same of the final answer alone
+    gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
+    contract@r            at positions of forced form in probe completions, by class: what the teacher at ratio r and
+                          the base give to the teacher's modal token, and the number of positions
+    influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
+    reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from atesd.runlog import Phases
+from atesd.train.contract import Contract
+from atesd.train.credit import Credit
+from atesd.train.probe import Probe
+from atesd.types import ContractPoint, Measurement, Problem, Reading, UserError
+
+
+class Taker(NamedTuple):
+    """How a kind of measurement is taken: at all wanted ratios together, in an order of the result that is theirs."""
+
+    take: Callable[[Sequence[float]], Sequence[Reading | None]]
+    phase: str = "probe"
+    needs_probe: bool = True
+
+
+class Measurer:
+    """Takes measurements by kind."""
+
+    def __init__(self, probe: Probe, contract: Contract, credit: Credit, training: Sequence[Problem]) -> None:
+        self._probe = probe
+        likelihood = probe.teacher_log_likelihood
+        self._table = {
+            "influence": Taker(credit.influence, "credit"),
+            "virtual_nll": Taker(lambda ratios: credit.virtual(ratios, probe.nll), "credit"),
+            "reference_nll": Taker(_each(lambda _: probe.nll_of(training)), needs_probe=False),
+            "probe_nll": Taker(_each(lambda _: probe.nll())),
+            "probe_kl": Taker(_each(lambda _: probe.kl())),
+            "probe_accuracy": Taker(_each(lambda _: probe.accuracy())),
+            "gt_solution": Taker(_each(lambda ratio: likelihood(ratio, lambda problem: problem.solution))),
+            "gt_answer": Taker(_each(lambda ratio: likelihood(ratio, lambda problem: problem.answer or ""))),
+            "gt_hidden_only": Taker(
+                _each(lambda ratio: likelihood(ratio, lambda problem: probe.unrevealed(problem, ratio)))
+            ),
+            "contract": Taker(contract.points),
+        }
+
+    @torch.no_grad()
+    def measure(self, wanted: Iterable[Measurement], phases: Phases | None = None) -> dict[Measurement, Reading]:
+        """Take each distinct measurement once; one that cannot be taken is absent.
+
+        UserError for a kind that nobody can take, and where the task has no probe problems.
+        """
+        phases = phases or Phases()
+        ratios: dict[str, list[Measurement]] = {}
+        for measurement in dict.fromkeys(wanted):
+            ratios.setdefault(measurement.kind, []).append(measurement)
+        self._check(ratios)
+        self._probe.forget()
+        found: dict[Measurement, Reading] = {}
+        for kind, taker in self._table.items():
+            asked = ratios.get(kind, [])
+            if asked:
+                with phases.phase(taker.phase):
+                    readings = taker.take([1.0 if each.ratio is None else each.ratio for each in asked])
+                found |= {each: value for each, value in zip(asked, readings, strict=True) if value is not None}
+        self._probe.forget()
+        return found
+
+    def _check(self, asked: Mapping[str, Sequence[Measurement]]) -> None:
+        unknown = [kind for kind in asked if kind not in self._table]
+        if unknown:
+            raise UserError(f"no measurement is called {unknown[0]!r}: known are {', '.join(self._table)}")
+        needing = [kind for kind in asked if self._table[kind].needs_probe]
+        if needing and not self._probe.problems:
+            raise UserError(
+                f"the run measures {', '.join(needing)} but the task has no probe problems: give it some (probe_size)"
+            )
+
+
+def logged(measured: Mapping[Measurement, Reading]) -> dict[str, float]:
+    """Return measurements as the log keeps them: contract points by class, of other tables the mean."""
+    numbers: dict[str, float] = {}
+    for measurement, reading in measured.items():
+        key = f"measure/{measurement.key}"
+        if not isinstance(reading, Mapping):
+            numbers[key] = reading
+            continue
+        points = {name: point for name, point in reading.items() if isinstance(point, ContractPoint)}
+        for name, point in points.items():
+            numbers |= {f"{key}/{name}/p": point.p, f"{key}/{name}/b": point.b, f"{key}/{name}/hits": float(point.hits)}
+        values = [value for value in reading.values() if isinstance(value, float)]
+        if values:
+            numbers[key] = sum(values) / len(values)
+    return numbers
+
+
+def _each(take: Callable[[float], Reading | None]) -> Callable[[Sequence[float]], list[Reading | None]]:
+    """Take a measurement ratio by ratio."""
+    return lambda ratios: [take(ratio) for ratio in ratios]

@@ -1,0 +1,108 @@
+"""From routed groups to rows: one a turn, with what every role reads and what the losses need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from atesd.losses.policy import PolicyConfig, group_advantages
+from atesd.losses.target import View
+from atesd.routing.route import Route
+from atesd.train.batch import Row
+from atesd.train.hints import Hints
+from atesd.types import Group, Trajectory, Turn
+
+OWN_RATIO: dict[View, float] = {"full": 1.0, "answer": 0.0}
+"""Views with an exposure ratio of their own."""
+
+
+class Rows:
+    """Builds the rows of a generation batch."""
+
+    def __init__(
+        self,
+        hints: Hints,
+        *,
+        policy: PolicyConfig,
+        prompt_weight: Literal["none", "paced"] = "none",
+        mask_truncated: bool = False,
+    ) -> None:
+        self._hints = hints
+        self._policy = policy
+        self._paced = prompt_weight == "paced"
+        self._mask_truncated = mask_truncated
+
+    def build(
+        self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], views: Sequence[View]
+    ) -> list[Row]:
+        """Return one row a turn, group by group and attempt by attempt, with what the given teacher views read."""
+        rows = []
+        for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True)):
+            advantages = self._advantages(group, route)
+            for attempt, advantage in zip(group.trajectories, advantages, strict=True):
+                rows += self._attempt_rows(index, group, attempt, route, ratio, views, advantage)
+        return rows
+
+    def _attempt_rows(
+        self,
+        index: int,
+        group: Group,
+        attempt: Trajectory,
+        route: Route,
+        ratio: float,
+        views: Sequence[View],
+        advantage: float | None,
+    ) -> list[Row]:
+        """Return the rows of one attempt. All its turns share hint, advantage and weight.
+
+        A teacher's prompt for a later turn is its prompt for the first one and, verbatim, what followed there.
+        """
+        components = self._components(attempt, route, reinforced=advantage is not None)
+        hint = self._hints.hint(group.problem, ratio, attempt) if "distil" in components else None
+        first: dict[View, tuple[int, ...]] = {}
+        if hint is not None:
+            own = {view: OWN_RATIO[view] for view in views if view in OWN_RATIO}
+            first = {view: self._hints.teacher_ids(group.problem, fixed) for view, fixed in own.items()}
+            first["teacher"] = hint.prompt_ids
+        begun = len(attempt.turns[0].prompt_ids)
+        return [
+            Row(
+                prompt=turn.prompt_ids,
+                completion=turn.completion_ids,
+                components=components,
+                group=index,
+                ratio=hint.ratio if hint else ratio,
+                hint=hint.text if hint else "",
+                view_prompts={view: prompt + turn.prompt_ids[begun:] for view, prompt in first.items()},
+                sampler_logprobs=turn.logprobs,
+                advantage=advantage or 0.0,
+                weight=self._weight(group),
+            )
+            for turn in attempt.turns
+        ]
+
+    def _components(self, attempt: Trajectory, route: Route, *, reinforced: bool) -> tuple[str, ...]:
+        """Return the losses that an attempt feeds."""
+        if self._mask_truncated and attempt.truncated:
+            return ()
+        return tuple(name for name in route.components if name != "rl" or reinforced)
+
+    def _advantages(self, group: Group, route: Route) -> list[float | None]:
+        """Return each attempt's advantage; None where it is not reinforced: ungradable, or in a group left out."""
+        dropped = self._policy.zero_variance == "drop" and len(set(group.rewards)) <= 1
+        if "rl" not in route.components or dropped or not group.rewards:
+            return [None] * len(group.trajectories)
+        found = iter(group_advantages(group.rewards, self._policy.scale))
+        return [None if attempt.reward is None else next(found) for attempt in group.trajectories]
+
+    def _weight(self, group: Group) -> float:
+        """Return the problem's weight: p (1 - p), p the pass rate (PACED 2603.11178), 1/2 where none is known; or 1."""
+        if not self._paced:
+            return 1.0
+        rate = min(1.0, max(0.0, sum(group.rewards) / len(group.rewards))) if group.rewards else 0.5
+        return rate * (1.0 - rate)
+
+
+def turns_of(groups: Sequence[Group]) -> list[tuple[Group, Trajectory, Turn]]:
+    """Return the turns of a generation batch in the order of its rows."""
+    return [(group, attempt, turn) for group in groups for attempt in group.trajectories for turn in attempt.turns]

@@ -1,0 +1,207 @@
+"""The scorer: from passages to per-token streams. The update, the probe and credit all stand on it.
+
+N scored tokens, L input positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from atesd.losses.divergence import LossConfig, Scored, TokenStreams, token_streams
+from atesd.losses.target import Plain, Target
+from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
+from atesd.train.model import decoder, head
+from atesd.train.teacher import Teacher
+
+
+class Student(nn.Module):
+    """The trained model as one module from ids to per-token streams, so that wrappers see the whole forward pass."""
+
+    def __init__(self, model: nn.Module, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(
+        self,
+        inputs: ViewInput,
+        labels_N: Tensor,
+        views: Sequence[Scored],
+        target: Target,
+        temperature: float,
+        old_logprob_N: Tensor | None = None,
+    ) -> TokenStreams:
+        """Return the divergence and log-probability streams against the target made of the teacher views.
+
+        Without a view the divergence is 0, and `temperature` is the log-probabilities' own.
+        """
+        student = hidden_states(self.model, inputs)
+        if not views:
+            return label_streams(student, labels_N, self._loss, temperature)
+        return token_streams(
+            student, views, labels_N, self._loss, target=target, temperature=temperature, old_logprob_N=old_logprob_N
+        )
+
+
+class Scorer:
+    """Runs the model over passages, with the student's or a teacher's weights in place.
+
+    `temperature` is that of sampling; `loss` may give each role its own. `student` is the model as wrapped for
+    training; without it the model itself stands in, which is enough for scoring.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pad_id: int,
+        loss: LossConfig,
+        temperature: float,
+        token_budget: int,
+        checkpointing: bool = False,
+        student: nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.token_budget = token_budget
+        self.student_temperature = loss.temperature_student or temperature
+        self.teacher_temperature = loss.temperature_teacher or temperature
+        self.samples_as_scored = self.student_temperature == temperature
+        self._temperature = temperature
+        self._pad_id = pad_id
+        self._checkpointing = checkpointing
+        self._student = student or Student(model, loss)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def training_mode(self) -> None:
+        """Switch on what the backward pass needs. Dropout stays inactive (as in OPSD's code), but for checkpointing."""
+        self.model.train(self._checkpointing)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record gradients as training does."""
+        self.training_mode()
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self.model.eval()
+
+    def streams(
+        self,
+        passages: Sequence[Passage],
+        views: Sequence[Scored] = (),
+        target: Target | None = None,
+        *,
+        temperature: float | None = None,
+        old_logprob_N: Tensor | None = None,
+    ) -> TokenStreams:
+        """Run the training forward pass. Without views `temperature` is the log-probabilities' own, unset the student's.
+
+        The views must be scored before: the student's graph must not see the teacher's weights in place.
+        """
+        default = self._temperature if views else self.student_temperature
+        streams: TokenStreams = self._student(
+            view_input(passages, self._pad_id, self.device),
+            labels(passages, self.device),
+            views,
+            target or Plain(),
+            default if temperature is None else temperature,
+            old_logprob_N,
+        )
+        return streams
+
+    def hidden(self, passages: Sequence[Passage]) -> Scored:
+        """Return the hidden states of the scored positions under the weights in place."""
+        return hidden_states(self.model, view_input(passages, self._pad_id, self.device))
+
+    def view(self, passages: Sequence[Passage], weights: Teacher) -> Scored:
+        """Return what a teacher view makes of the passages, without gradient, to be kept beyond its weights."""
+        with weights.in_place():
+            scored = self.hidden(passages)
+            return Scored(scored.hidden_NH, scored.head_VH.detach(), _detached(scored.bias_V))
+
+    def against(
+        self,
+        student: Scored,
+        views: Sequence[Scored],
+        passages: Sequence[Passage],
+        target: Target,
+        *,
+        plain: bool = False,
+    ) -> TokenStreams:
+        """Return the streams of a student pass that serves several targets; `plain`: forward KL at temperature 1."""
+        loss = _plain(self.loss) if plain else self.loss
+        temperature = 1.0 if plain else self._temperature
+        return token_streams(
+            student, views, labels(passages, self.device), loss, target=target, temperature=temperature
+        )
+
+    def log_likelihood(self, passages: Sequence[Passage], temperature: float = 1.0) -> Tensor:
+        """Return log p(label) of every scored token, [N], under the weights in place; differentiable if recorded."""
+        return self.log_likelihood_of(self.hidden(passages), labels(passages, self.device), temperature)
+
+    def log_likelihood_of(self, scored: Scored, labels_N: Tensor, temperature: float) -> Tensor:
+        """Return log p(label), [N], of hidden states at hand."""
+        return label_streams(scored, labels_N, self.loss, temperature).logprob_N
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output embedding [V, H] and its bias [V] or None, under the weights in place."""
+        return head(self.model)
+
+    def batches(self, passages: Sequence[Passage]) -> Iterator[list[int]]:
+        """Cut passages into micro-batches of the token budget, by index."""
+        return micro_batches([passage.cost for passage in passages], self.token_budget)
+
+    def each(self, passages: Sequence[Passage], score: Callable[[Sequence[Passage]], Tensor]) -> list[Tensor]:
+        """Score passages in micro-batches; return each passage's own tokens, [T] or [T, ...]."""
+        found: dict[int, Tensor] = {}
+        for members in self.batches(passages):
+            chosen = [passages[member] for member in members]
+            values = score(chosen)
+            found |= zip(members, values.split_with_sizes([len(each.completion) for each in chosen]), strict=True)
+        return [found[index] for index in range(len(passages))]
+
+    def mean(self, passages: Sequence[Passage], score: Callable[[Sequence[Passage]], Tensor]) -> float:
+        """Average a per-token score over all tokens of the passages, in micro-batches."""
+        total, count = 0.0, 0
+        for members in self.batches(passages):
+            values_N = score([passages[member] for member in members])
+            total += float(values_N.double().sum())
+            count += values_N.numel()
+        return total / count
+
+
+def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
+    """Run the decoder and keep the hidden states [N, H] of the scored positions: the head sees no other row."""
+    hidden_BLH = decoder(model)(
+        input_ids=inputs.input_ids_BL,
+        attention_mask=inputs.attention_mask_BL,
+        position_ids=inputs.position_ids_BL,
+        use_cache=False,
+    ).last_hidden_state
+    head_VH, bias_V = head(model)
+    return Scored(hidden_BLH[inputs.scored_BL], head_VH, bias_V)
+
+
+def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float) -> TokenStreams:
+    """Score labels without a teacher: the student itself stands in for the view."""
+    view = Scored(student.hidden_NH, student.head_VH.detach(), _detached(student.bias_V))
+    return token_streams(student, [view], labels_N, _plain(tiles), target=Plain(), temperature=temperature)
+
+
+def _plain(tiles: LossConfig) -> LossConfig:
+    """Return forward KL without clip or temperatures, in the same tiles."""
+    return LossConfig(tile_tokens=tiles.tile_tokens, tile_vocab=tiles.tile_vocab)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
