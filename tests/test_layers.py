@@ -1,4 +1,7 @@
-"""The import arrows: A -> B means that A may import B, and nothing else is allowed (CONTRIBUTING.md)."""
+"""The import arrows: A -> B means that A may import B, and nothing else is allowed (CONTRIBUTING.md).
+
+Imports under `if TYPE_CHECKING` and inside functions count like any other.
+"""
 
 from __future__ import annotations
 
@@ -10,52 +13,63 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "atesd"
 
-PARTS = (  # noqa: SIM905
-    "types seeds cliff losses gates selection exposure routing curriculum rewards runlog tasks envs rollout evaluate "
-    "config recipe train"
-).split()
-BELOW_CONFIG = {
-    "types",
-    "cliff",
-    "selection",
+METHODS = {
     "losses",
     "gates",
+    "selection",
+    "strength",
     "exposure",
     "routing",
+    "gradients",
     "curriculum",
     "rewards",
     "tasks",
     "envs",
-} | {
     "rollout",
-    "evaluate",
 }
+BELOW_CONFIG = METHODS | {"types", "seeds", "cliff", "facts", "evaluate", "kinds"}
+BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "seeds": set(),
-    "losses": {"types"},
     "cliff": {"types"},
+    "facts": {"types", "seeds", "cliff"},
+    "losses": {"types"},
     "gates": {"types", "losses"},
-    "selection": {"types"},
-    "exposure": {"types", "cliff"},
-    "routing": {"types", "cliff"},
-    "curriculum": {"types", "seeds"},
-    "rewards": {"types"},
+    "selection": {"types", "losses"},
+    "strength": {"types", "facts", "cliff"},
+    "exposure": {"types", "facts", "cliff"},
+    "routing": {"types", "facts", "cliff"},
+    "gradients": {"types", "facts"},
+    "curriculum": {"types", "facts", "seeds"},
+    "rewards": {"types", "facts"},
     "runlog": {"types"},
-    "tasks": {"types", "seeds", "rewards"},
-    "envs": {"types", "rewards"},
-    "rollout": {"types", "envs"},
-    "evaluate": {"types", "rewards", "tasks", "envs", "rollout", "runlog"},
+    "tasks": {"types", "facts", "seeds", "rewards"},
+    "envs": {"types", "facts"},
+    "rollout": {"types", "seeds", "envs"},
+    "evaluate": {"types", "rewards", "rollout"},
+    "kinds": METHODS,
     "config": BELOW_CONFIG,
     "recipe": {"config", "types"},
-    "train": BELOW_CONFIG | {"config", "recipe", "runlog", "seeds"},
+    "train": BELOW_TRAIN,
     "report": {"types", "runlog", "evaluate.metrics"},
-    "cli": {*PARTS, "report"},
+    "cli": BELOW_TRAIN | {"train", "report"},
     "__init__": set(),
+}
+# Inside a part: a file may import those that stand before it.
+ORDERS: dict[str, list[str]] = {
+    "exposure": (
+        "reveal prompt controller revealer overlap window held schedules closed_form influence paired beta beta_config "
+        "features beta_controller difficulty"
+    ).split(),
+    "train": (
+        "batch model optim teacher scorer stats hints rows step probe contract credit measure record checkpoint setup "
+        "inspect loop warmup"
+    ).split(),
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("losses", "gates", "selection", "rollout", "train", "exposure/beta.py"),
+    "torch": ("losses", "gates", "selection", "gradients", "rollout", "train", "exposure/beta.py"),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
     "safetensors": ("train",),
@@ -74,32 +88,38 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 FILES = sorted(SRC.rglob("*.py"))
 
 
-def imported(node: ast.AST) -> Iterator[str]:
-    """Yield the modules that a file imports, anywhere but under `if TYPE_CHECKING`."""
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-        return
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
-        yield node.module or ""
-    for child in ast.iter_child_nodes(node):
-        yield from imported(child)
+def imported(path: Path) -> Iterator[str]:
+    """Yield the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module or ""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
 def test_imports_follow_the_arrows(path: Path) -> None:
     place = path.relative_to(SRC)
     part = place.parts[0].removesuffix(".py")
-    for module in imported(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in imported(path):
         library, _, rest = module.partition(".")
         if library == "atesd":
-            target = rest.partition(".")[0]
+            target, _, file = rest.partition(".")
             allowed = target == part or target in ARROWS[part] or rest in ARROWS[part]
             assert allowed, f"{place} imports atesd.{rest}, which {part} may not"
+            if target == part and part in ORDERS:
+                order = ORDERS[part]
+                assert order.index(file) < order.index(path.stem), f"{place} imports {file}, which stands above it"
         elif library in LIBRARIES:
             homes = LIBRARIES[library]
             assert part in homes or str(place) in homes, f"{place} imports {library}, allowed in {homes or 'nothing'}"
+
+
+@pytest.mark.parametrize("part", ORDERS)
+def test_every_file_of_an_ordered_part_has_its_place(part: str) -> None:
+    files = {path.stem for path in (SRC / part).glob("*.py")} - {"__init__"}
+    assert files == set(ORDERS[part])
 
 
 def test_package_inits_are_empty() -> None:

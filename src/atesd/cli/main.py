@@ -42,7 +42,7 @@ def train(
 ) -> None:
     """Train one model.
 
-    Example: `atesd train recipes/pico.toml exposure.learning_rate=0.01 --out runs/try`
+    Example: `atesd train recipes/pico.toml step.num_steps=60 'exposure={kind="fixed", ratio=0.5}' --out runs/try`
 
     Writes the resolved recipe, metrics, rollouts, evaluations and checkpoints to the run directory, and the models
     `final` and `best`, which load with `from_pretrained`. Ctrl-C ends the step, saves and says how to continue.
