@@ -1,6 +1,7 @@
 """The run directory: its files, the table of metric names, a writer and a reader.
 
     RUN/config.json             the resolved recipe
+    RUN/about.json              what the run is, in words: format, exposure, controls, distils, reinforces
     RUN/env.json                versions, device, commit
     RUN/metrics.jsonl           one object a step: {"step": n, KEY: number, ...}
     RUN/groups.jsonl            one object a group and step: problem, route, exposure, lambda, rewards
@@ -9,6 +10,10 @@
     RUN/checkpoints/step_*/     whole states (train/checkpoint.py)
     RUN/final/  RUN/best/       models that load with `from_pretrained`
     RUN/result.json             written once, when the run is complete
+
+`exposure` in about.json ends the sentence "The teacher sees ..."; `controls` are sentences without a full stop, neutral
+controls left out; `distils` and `reinforces` tell which losses the run may take. Run directories of version 1 have no
+about.json.
 
 Reports read only these files. Keys under `time/` and `memory/` differ between two runs of one recipe; all others are
 reproducible.
@@ -30,6 +35,8 @@ from time import perf_counter
 from typing import Any
 
 from atesd.types import UserError
+
+FORMAT = 2  # of the run directory
 
 # Every metric key with its meaning and unit; `{}` stands for a name. Plots, tests and docs read this table.
 METRICS: dict[str, str] = {
@@ -89,6 +96,7 @@ METRICS: dict[str, str] = {
     "reward/uniform_groups": "groups whose rewards are all equal: their advantage is 0",
     "route/distil_groups": "groups distilled in the step",
     "route/rl_groups": "groups reinforced in the step",
+    "route/both_groups": "groups that feed both losses; counted under route/distil_groups and route/rl_groups too",
     "route/nll_groups": "groups trained on their reference in the step",
     "route/skip_groups": "groups that no loss was taken on in the step",
     "route/idle": "1 where no distillation loss was taken in the step, whatever the routes",
@@ -179,8 +187,8 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any]) -> RunDir:
-        """Make the folder and write `config.json` and `env.json`."""
+    def create(cls, path: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> RunDir:
+        """Make the folder and write `config.json`, `about.json` and `env.json`."""
         if path.exists() and any(path.iterdir()):
             raise UserError(
                 f"run directory {path} already exists and is not empty: "
@@ -189,6 +197,7 @@ class RunDir:
         for folder in ("rollouts", "eval", "checkpoints"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         write_atomic(path / "env.json", dump_json(environment()))
+        write_atomic(path / "about.json", dump_json({"format": FORMAT, **(about or {})}))
         write_atomic(path / "config.json", dump_json(config))
         return cls(path)
 
@@ -203,6 +212,10 @@ class RunDir:
         """Return the resolved recipe."""
         loaded: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         return loaded
+
+    def about(self) -> dict[str, Any]:
+        """Return what the run said of itself; {} for a run directory of version 1."""
+        return self._json("about.json") or {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the logged steps in order."""
@@ -246,7 +259,10 @@ class RunDir:
 
     def result(self) -> dict[str, Any] | None:
         """Return what `finish` wrote, or None while the run is not complete."""
-        path = self.path / "result.json"
+        return self._json("result.json")
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
         if not path.is_file():
             return None
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

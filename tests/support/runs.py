@@ -2,8 +2,8 @@
 
 The numbers are made up, but shaped like a real comparison: arms differ, evaluations are sampled per problem, the
 learned arm logs a Beta policy, and rollouts hold chain-arithmetic completions with per-token streams. Two further arms
-can be asked for: `composed` has every other control, `grpo` has no teacher. Everything follows from the seed, so two
-calls write the same files.
+can be asked for: `composed` has every other control, `grpo` has no teacher. Run directories of version 1 can be asked
+for too. Everything follows from the seed, so two calls write the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from atesd.runlog import RunDir, dump_json, write_atomic
+from atesd.runlog import FORMAT, RunDir, dump_json, write_atomic
 
 LEVELS = ("5 steps", "7 steps", "9 steps")
 START = 0.36
@@ -44,6 +44,17 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "curriculum": {"kind": "reverse_ppl", "rescore": "epoch"},
     },
     "grpo": {"routing": {"kind": "rl"}},
+}
+SEEN = {  # ends "The teacher sees ..."
+    "full": "the whole solution (OPSD)",
+    "half": "the first 50 % of the solution, always",
+    "random": "a random share between 0 % and 100 %",
+    "learned": "a learned share: a Beta policy",
+    "composed": "a learned share: candidates mixed",
+    "grpo": "nothing: the student is reinforced by its rewards",
+}
+SENTENCES = {
+    "composed": ["The target goes beyond the teacher: λ 1.35", "Half of the tokens are distilled <TIP>"],
 }
 PROBLEMS = 32  # of a step
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -79,13 +90,18 @@ def write_run(
     k: int = 4,
     hostile: bool = False,
     finished: bool = True,
+    version: int = FORMAT,
 ) -> RunDir:
     """Write one run. `hostile` plants markup in a problem, a hint and a completion."""
-    run = RunDir.create(path, run_config(arm, seed, steps))
+    run = RunDir.create(path, run_config(arm, seed, steps), run_about(arm))
+    if version == 1:
+        (path / "about.json").unlink()
     rng = np.random.default_rng([seed, *arm.encode()])
     ratios = exposure_ratios(arm, steps, rng)
     for step in range(steps + 1):
         metrics = step_metrics(arm, step, steps, ratios, rng) if step else {}
+        if version == 1:
+            metrics.pop("route/both_groups", None)
         if step % max(1, steps // 6) == 0:
             rows = evaluation_rows(arm, seed, step=step, steps=steps, problems=problems, k=k)
             run.write_rows("eval", step, rows)
@@ -97,6 +113,17 @@ def write_run(
         final = evaluation_metrics(evaluation_rows(arm, seed, step=steps, steps=steps, problems=problems, k=k), k)
         run.finish({"step": steps, "seconds": 70.0 + 3.0 * seed, "final": final, "best": {"step": steps, **final}})
     return run
+
+
+def run_about(arm: str) -> dict[str, Any]:
+    """Return what a run says of itself, as its methods' configs put it."""
+    return {
+        "format": FORMAT,
+        "exposure": SEEN.get(arm, "the first 25 % of the solution, always"),
+        "controls": SENTENCES.get(arm, []),
+        "distils": arm != "grpo",
+        "reinforces": arm in {"composed", "grpo"},
+    }
 
 
 def run_config(arm: str, seed: int, steps: int) -> dict[str, Any]:
@@ -170,9 +197,9 @@ def step_metrics(
     return metrics
 
 
-def route_metrics(*, distil: int = 0, rl: int = 0, nll: int = 0, skip: int = 0) -> dict[str, float]:
-    """Groups of a step by what they were trained by."""
-    counts = {"distil": distil, "rl": rl, "nll": nll, "skip": skip}
+def route_metrics(*, distil: int = 0, rl: int = 0, both: int = 0, nll: int = 0, skip: int = 0) -> dict[str, float]:
+    """Groups of a step by what they were trained by; those with both losses count under `distil` and `rl` too."""
+    counts = {"distil": distil, "rl": rl, "both": both, "nll": nll, "skip": skip}
     return {f"route/{name}_groups": float(count) for name, count in counts.items()}
 
 

@@ -26,11 +26,25 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_new_run_has_its_config_its_environment_and_its_folders(run: RunDir) -> None:
-    assert names(run.path) == ["checkpoints", "config.json", "env.json", "eval", "rollouts"]
+    assert names(run.path) == ["about.json", "checkpoints", "config.json", "env.json", "eval", "rollouts"]
     assert RunDir.open(run.path).config() == {"seed": 3}
     environment = json.loads((run.path / "env.json").read_text())
     assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
     assert re.fullmatch(r"[0-9a-f]{40}|", environment["commit"])
+
+
+def test_a_run_says_what_it_is_in_words(run: RunDir, tmp_path: Path) -> None:
+    assert run.about() == {"format": 2}
+    about = {"format": 2, "exposure": "nothing: λ", "controls": ["A. b"], "distils": False, "reinforces": True}
+    RunDir.create(tmp_path / "other", {}, about)
+    assert RunDir.open(tmp_path / "other").about() == about
+    assert json.loads((tmp_path / "other" / "about.json").read_text(encoding="utf-8")) == about
+
+
+def test_a_run_directory_of_version_1_says_nothing_of_itself(run: RunDir) -> None:
+    (run.path / "about.json").unlink()
+    assert RunDir.open(run.path).about() == {}
+    assert RunDir.open(run.path).config() == {"seed": 3}
 
 
 def test_a_folder_that_is_not_empty_is_not_overwritten(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atesd.report.compare import accuracy, finals
 from atesd.report.load import Study, load_comparison
-from atesd.report.plots import accuracy_curve
+from atesd.report.special import accuracy_curve
 from atesd.report.traces import COLOURS, SYMBOLS, band_opacity
 from atesd.runlog import write_atomic
 from atesd.types import UserError

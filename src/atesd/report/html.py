@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from atesd.report.compare import find
 from atesd.report.load import Study, load_study
-from atesd.report.plots import Panel
+from atesd.report.plots import Shown
 from atesd.report.sections import Section, page_header, sections
 from atesd.runlog import write_atomic
 
@@ -71,13 +71,13 @@ def _section(part: Section) -> str:
     )
 
 
-def _figures(panels: Sequence[Panel]) -> str:
+def _figures(panels: Sequence[Shown]) -> str:
     choices = any(any(panel.choices) for panel in panels)
     figures = "".join(_figure(panel, spaced=choices) for panel in panels)
     return f'<div class="figures">{figures}</div>' if panels else ""
 
 
-def _figure(panel: Panel, *, spaced: bool) -> str:
+def _figure(panel: Shown, *, spaced: bool) -> str:
     """A place for a figure, under a choice where there are several, the label of the only one, or a space in a row."""
     choice = '<div class="choice space"></div>' if spaced else ""
     if len(panel.choices) > 1:

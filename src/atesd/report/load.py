@@ -62,6 +62,7 @@ class Run:
     seed: int | None
     path: Path
     config: Mapping[str, Any]
+    about: Mapping[str, Any]
     env: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     result: Mapping[str, Any] | None
@@ -85,9 +86,30 @@ class Run:
             return None
         return self.evaluations[-1]
 
-    def series(self, *keys: str) -> Floats:
-        """Return [n, 1 + len(keys)]: the step and the values of the rows that hold every key."""
-        found = [[row["step"], *(row[key] for key in keys)] for row in self.rows if all(key in row for key in keys)]
+    @property
+    def distils(self) -> bool:
+        """Tell whether the run has a teacher; one that does not say so has one unless its log counts no group of it."""
+        counts = [row["route/distil_groups"] for row in self.rows if "route/distil_groups" in row]
+        return bool(self.about.get("distils", not counts or any(counts)))
+
+    @property
+    def reinforces(self) -> bool:
+        """Tell whether the run may reinforce; of one that does not say so, whether it did."""
+        return bool(self.about.get("reinforces", any(row.get("route/rl_groups") for row in self.rows)))
+
+    @property
+    def distilled(self) -> Run:
+        """The run with the steps in which a group was distilled: early logs have ratios that nobody saw."""
+        return replace(self, rows=[row for row in self.rows if row.get("route/distil_groups", 1) > 0])
+
+    def series(self, *keys: str, default: float | None = None) -> Floats:
+        """Return [n, 1 + len(keys)]: the step and the values of the rows that hold every key.
+
+        With a default it stands for absent values, and the rows are those that hold any key.
+        """
+        held = all if default is None else any
+        rows = [row for row in self.rows if held(key in row for key in keys)]
+        found = [[row["step"], *(row.get(key, default) for key in keys)] for row in rows]
         return np.array(found, dtype=np.float64).reshape(-1, 1 + len(keys))
 
 
@@ -117,6 +139,11 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs, arm by arm."""
         return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def traits(self) -> list[str]:
+        """All traits that were looked for in evaluated completions."""
+        return sorted({trait for run in self.runs for evaluation in run.evaluations for trait in evaluation.traits})
 
 
 def load_study(paths: Sequence[Path]) -> Study:
@@ -191,7 +218,8 @@ def load_run(path: Path, arm: str, seed: int | None) -> Run:
         arm=arm,
         seed=seed,
         path=path,
-        config=_read_json(path / "config.json"),
+        config=_checked(path / "config.json", folder.config),
+        about=_checked(path / "about.json", folder.about),
         env=_read_json(env) if env.is_file() else {},
         rows=_checked(folder.metrics_path, folder.metrics),
         result=_checked(path / "result.json", folder.result),

@@ -7,22 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from atesd.report import controls, plots
 from atesd.report.compare import Findings
 from atesd.report.load import Run, Study
-from atesd.report.plots import Panel
+from atesd.report.panels import PANELS
+from atesd.report.plots import Shown
 from atesd.report.rollouts import pack_rollouts
 from atesd.report.tables import behaviour_table, paired_table, percent, points, result_table, settings_table, swatch
-from atesd.report.words import (
-    config_in_full,
-    controls_in_words,
-    distils,
-    duration,
-    exposure_in_words,
-    listed,
-    reinforces,
-    settings_in_words,
-)
+from atesd.report.words import config_in_full, duration, listed, run_in_words, settings_in_words
 
 INTRODUCTION = """<p class="lead">A language model, the <em>student</em>, answers training problems on its own. A
 <em>teacher</em>, the same kind of model, scores every token that the student wrote, and the student moves towards the
@@ -53,7 +44,7 @@ class Section:
     name: str
     title: str
     html: str = ""
-    panels: tuple[Panel, ...] = ()
+    panels: tuple[Shown, ...] = ()
     rollouts: dict[str, Any] | None = None
     missing: str = ""
 
@@ -63,31 +54,19 @@ def sections(study: Study, findings: Findings) -> list[Section]:
     return [
         _results(study, findings),
         _setup(study),
-        _figures("accuracy", "Accuracy over training", [plots.accuracy_panel(study)], "no evaluation was written"),
-        _figures("levels", "Accuracy by level", [plots.level_panel(study)], "the task names fewer than two levels"),
+        _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
+        _figures(study, "levels", "Accuracy by level", "the task names fewer than two levels"),
+        _figures(study, "exposure", "Exposure over training", "no step with a teacher was logged"),
         _figures(
-            "exposure",
-            "Exposure over training",
-            [plots.exposure_panel(study), plots.density_panel(study), controls.credit_panel(study)],
-            "no step with a teacher was logged",
-        ),
-        _figures(
+            study,
             "controls",
             "Routes and gates over training",
-            [controls.route_panel(study), controls.gate_panel(study), controls.cliff_panel(study)],
             "every group was distilled, every token at full weight",
         ),
-        _figures(
-            "mismatch", "Mismatch against exposure", plots.mismatch_panels(study), "no distillation step was logged"
-        ),
-        _figures(
-            "reward",
-            "Rewards of the controller",
-            [plots.reward_panel(study)],
-            "no run has an exposure that is learned from rewards",
-        ),
+        _figures(study, "mismatch", "Mismatch against exposure", "no distillation step was logged"),
+        _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),
         _behaviour(study),
-        _figures("curves", "Training curves", [plots.curve_panel(study)], "no step was logged"),
+        _figures(study, "curves", "Training curves", "no step was logged"),
         _rollouts(study),
     ]
 
@@ -165,32 +144,26 @@ def _results(study: Study, findings: Findings) -> Section:
 
 def _setup(study: Study) -> Section:
     arms = "".join(
-        f"<li>{swatch(index)}<strong>{escape(arm.name)}</strong>: the teacher sees "
-        f"{escape(_in_words(arm.runs[0]))}{_overrides(arm.overrides)}</li>"
+        f"<li>{swatch(index)}<strong>{escape(arm.name)}</strong>: "
+        f"{escape(run_in_words(arm.runs[0]))}{_overrides(arm.overrides)}</li>"
         for index, arm in enumerate(study.arms)
     )
-    planted = PLANTED if study.task == "pico" and any(distils(run.config) for run in study.runs) else ""
+    planted = PLANTED if study.task == "pico" and any(run.distils for run in study.runs) else ""
     records = "".join(_record(arm.runs[0]) for arm in study.arms)
     settings = settings_table(settings_in_words(study))
     html = f"{_introduction(study)}{settings}<h3>Arms</h3><ul class=arms>{arms}</ul>{planted}{records}"
     return Section("setup", "What was run", html)
 
 
-def _in_words(run: Run) -> str:
-    """What the teacher sees, and a sentence for every other control that is not neutral."""
-    return ". ".join([exposure_in_words(run.config), *controls_in_words(run.config)])
-
-
 def _introduction(study: Study) -> str:
     """Explain distillation, reinforcement, or both."""
-    configs = [run.config for run in study.runs]
-    taught = any(distils(config) for config in configs)
+    taught = any(run.distils for run in study.runs)
     start = (
         "Groups may also be"
         if taught
         else "A language model, the <em>student</em>, answers training problems on its own and is"
     )
-    reinforced = REINFORCEMENT.format(start=start) if any(reinforces(config) for config in configs) else ""
+    reinforced = REINFORCEMENT.format(start=start) if any(run.reinforces for run in study.runs) else ""
     return (INTRODUCTION if taught or not reinforced else "") + reinforced
 
 
@@ -205,16 +178,13 @@ def _record(run: Run) -> str:
 
 
 def _behaviour(study: Study) -> Section:
-    title = "Behaviour"
-    if not any(run.evaluations for run in study.runs):
-        return Section("behaviour", title, missing=_left_out("no evaluation was written"))
     words = (
         f"<p>pass@{study.k} is the share of problems with at least one right answer among {study.k}. Accuracy that "
         "rises while it falls means that answers became more alike. Traits are habits of completions written without "
         "any hint, such as citing the hint or answering early.</p>"
     )
-    panel = plots.trait_panel(study)
-    return Section("behaviour", title, words + behaviour_table(study), (panel,) if panel else ())
+    html = words + behaviour_table(study) if any(run.evaluations for run in study.runs) else ""
+    return _figures(study, "behaviour", "Behaviour", "no evaluation was written", html)
 
 
 def _rollouts(study: Study) -> Section:
@@ -240,9 +210,10 @@ def _colours(taught: bool) -> str:
     )
 
 
-def _figures(name: str, title: str, panels: Sequence[Panel | None], reason: str) -> Section:
-    kept = tuple(panel for panel in panels if panel is not None)
-    return Section(name, title, panels=kept) if kept else Section(name, title, missing=_left_out(reason))
+def _figures(study: Study, name: str, title: str, reason: str, html: str = "") -> Section:
+    """The panels of a section under its words; left out where there is neither."""
+    panels = tuple(shown for panel in PANELS if panel.section == name and (shown := panel.show(study)))
+    return Section(name, title, html, panels, missing="" if html or panels else _left_out(reason))
 
 
 def _left_out(reason: str) -> str:

@@ -12,7 +12,7 @@ from atesd.evaluate.metrics import Difference, avg_at_k, maj_at_k, pass_at_k
 from atesd.report.compare import FULL, HALF, LEARNED, Findings, finals, seconds, starts
 from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
-from atesd.report.words import duration, exposure_in_words
+from atesd.report.words import duration, seen_in_words
 
 WIDTH, HEIGHT = 190, 20  # of an interval's drawing, CSS pixels
 
@@ -40,7 +40,7 @@ def result_table(study: Study, findings: Findings) -> str:
     for index, arm, entry in found:
         shown = interval(entry, index) if entry else "<td class=muted colspan=3>no complete run yet</td>"
         took = duration(seconds(arm)) if seconds(arm) else ""
-        words = escape(exposure_in_words(arm.runs[0].config))
+        words = escape(seen_in_words(arm.runs[0]))
         name = f"{swatch(index)}{escape(arm.name)}"
         rows.append(
             f"<tr><th scope=row>{name}</th><td class=words>{words}</td>{shown}<td class=number>{took}</td></tr>"
@@ -96,7 +96,6 @@ def behaviour_table(study: Study) -> str:
 
 def behaviour_columns(study: Study) -> list[tuple[str, Callable[[Sequence[Evaluation]], str]]]:
     """Return header and content of each column, given the evaluations of an arm."""
-    traits = sorted({trait for run in study.runs for evaluation in run.evaluations for trait in evaluation.traits})
 
     def trait_column(trait: str) -> Callable[[Sequence[Evaluation]], str]:
         return lambda evaluations: percent(mean(evaluation.traits.get(trait, math.nan) for evaluation in evaluations))
@@ -110,7 +109,7 @@ def behaviour_columns(study: Study) -> list[tuple[str, Callable[[Sequence[Evalua
         (f"majority of {study.k}", lambda evaluations: percent(mean(_majority(e) for e in evaluations))),
         ("mean length, tokens", lambda evaluations: f"{mean(e.lengths_mean for e in evaluations):.1f}"),
         ("hit the limit", lambda evaluations: percent(mean(e.truncated for e in evaluations))),
-        *((trait.replace("_", " "), trait_column(trait)) for trait in traits),
+        *((trait.replace("_", " "), trait_column(trait)) for trait in study.traits),
     ]
 
 

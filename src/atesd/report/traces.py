@@ -75,11 +75,11 @@ def axis(title: str) -> Figure:
     }
 
 
-def layout(x: str, y: str, *, y_percent: bool = False) -> Figure:
-    """A figure without legend: the page shows one for all figures."""
-    return {
+def figure(traces: Sequence[Figure], x: str, y: str, *, percent: bool = False, **yaxis: Any) -> Figure:
+    """Traces with their axes, `yaxis` in plotly's words. Without a legend: the page shows one for all figures."""
+    frame = {
         "xaxis": axis(x) | {"showgrid": False, "showline": True},
-        "yaxis": axis(y) | ({"tickformat": ".0%"} if y_percent else {}),
+        "yaxis": axis(y) | ({"tickformat": ".0%"} if percent else {}) | yaxis,
         "font": {"color": "@muted", "size": 12.5},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -89,20 +89,14 @@ def layout(x: str, y: str, *, y_percent: bool = False) -> Figure:
         "showlegend": False,
         "dragmode": False,
     }
+    return {"data": list(traces), "layout": frame}
 
 
-def legend() -> Figure:
-    """A legend of its own, above a figure whose lines are not arms."""
+def with_legend(drawn: Figure, **layout: Any) -> Figure:
+    """Give a figure whose lines are not arms a legend of its own above it, and settings of its layout."""
     place = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    return {
-        "showlegend": True,
-        "legend": place | {"itemclick": False, "itemdoubleclick": False, "font": {"color": "@text"}},
-    }
-
-
-def style(arm: int, *, width: float = 2.2) -> Figure:
-    """The line style of an arm."""
-    return {"color": colour(arm), "width": width, "dash": DASHES[arm // COLOURS % len(DASHES)]}
+    legend = place | {"itemclick": False, "itemdoubleclick": False, "font": {"color": "@text"}}
+    return drawn | {"layout": drawn["layout"] | {"showlegend": True, "legend": legend} | layout}
 
 
 def line(
@@ -116,11 +110,18 @@ def line(
         "name": name,
         "x": short(points[:, 0]),
         "y": short(points[:, 1]),
-        "line": style(arm, width=width) | {"shape": shape},
+        "line": {"color": colour(arm), "width": width, "dash": DASHES[arm // COLOURS % len(DASHES)], "shape": shape},
         "marker": {"symbol": symbol(arm), "size": 7, "color": colour(arm)},
         "hovertemplate": f"{plain(name)}<br>step %{{x}}: %{{y:.4~g}}<extra></extra>",
         "meta": {"arm": arm},
     }
+
+
+def of_no_arm(trace: Figure, shade: str, **style: Any) -> Figure:
+    """Take a line from its arm, so that it stays when the arm is hidden: its colour and line settings are its own."""
+    kept = {key: value for key, value in trace.items() if key != "meta"}
+    own = {"line": trace["line"] | {"color": shade} | style, "marker": trace["marker"] | {"color": shade}}
+    return kept | own
 
 
 def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]], *, opacity: float) -> list[Figure]:
@@ -146,27 +147,20 @@ def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]
     return [band, middle]
 
 
-def intervals(arm: int, name: str, points: Sequence[tuple[str, Mapping[str, float]]], *, shift: float) -> Figure:
-    """Means with error bars by level; the caller turns `shift` and the levels in `customdata` into positions."""
-    means = [found["average_at_k"] for _, found in points]
+def intervals(arm: int, name: str, points: Mapping[str, Mapping[str, float]], places: Sequence[float]) -> Figure:
+    """Means with error bars by label, at their places on the x axis."""
+    low, mean, high = (np.array([found[key] for found in points.values()]) for key in ("low", "average_at_k", "high"))
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "y": short(means),
-        "customdata": [level for level, _ in points],
-        "error_y": {
-            "type": "data",
-            "array": short(found["high"] - found["average_at_k"] for _, found in points),
-            "arrayminus": short(found["average_at_k"] - found["low"] for _, found in points),
-            "color": colour(arm),
-            "thickness": 1.8,
-            "width": 0,
-        },
+        "x": list(places),
+        "y": short(mean),
+        "customdata": list(points),
+        "error_y": _bars(low, mean, high, colour(arm), 1.8),
         "marker": {"symbol": symbol(arm), "size": 10, "color": colour(arm)},
         "hovertemplate": f"{plain(name)}, %{{customdata}}<br>%{{y:.1%}}<extra></extra>",
         "meta": {"arm": arm},
-        "shift": shift,
     }
 
 
@@ -199,14 +193,7 @@ def binned(points: Floats) -> Figure:
         "name": "median",
         "x": short(x),
         "y": short(median),
-        "error_y": {
-            "type": "data",
-            "array": short(high - median),
-            "arrayminus": short(median - low),
-            "color": "@text",
-            "thickness": 1.4,
-            "width": 0,
-        },
+        "error_y": _bars(low, median, high, "@text", 1.4),
         "line": {"color": "@text", "width": 1.6},
         "marker": {"color": "@text", "size": 5},
         "hovertemplate": "median of the steps near ratio %{x:.2f}: %{y:.3~g}<extra></extra>",
@@ -216,3 +203,9 @@ def binned(points: Floats) -> Figure:
 def plain(name: str) -> str:
     """Keep plotly from reading a name as markup or as a place-holder."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")
+
+
+def _bars(low: Floats, middle: Floats, high: Floats, shade: str, thickness: float) -> Figure:
+    """Error bars without caps."""
+    ends = {"array": short(high - middle), "arrayminus": short(middle - low)}
+    return {"type": "data", **ends, "color": shade, "thickness": thickness, "width": 0}

@@ -89,6 +89,12 @@ def test_nothing_is_loaded_from_elsewhere(hostile: str) -> None:
     assert "@import" not in styles[1]
 
 
+def test_a_single_choice_names_its_run(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path / "cmp", arms=("composed",), seeds=(1,), steps=20, problems=3)
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert text.count('<div class="choice">Shown: composed, seed 1</div>') == 3  # routes, the cliff and credits
+
+
 def test_the_file_is_bounded(hostile: str) -> None:
     assert len(hostile.encode()) < 8_000_000
 
@@ -113,7 +119,7 @@ def test_the_finding_names_three_pairs_and_points_to_the_rest(tmp_path: Path) ->
 
 
 def test_missing_sections_say_why(tmp_path: Path) -> None:
-    folder = RunDir.create(tmp_path / "run", {"exposure": {"kind": "fixed", "ratio": 1.0}})
+    folder = RunDir.create(tmp_path / "run", {}, {"exposure": "the whole solution (OPSD)"})
     text = write_report([folder.path], tmp_path / "deep" / "report.html").read_text()
     for reason in (
         "no complete run with graded answers",
@@ -126,7 +132,7 @@ def test_missing_sections_say_why(tmp_path: Path) -> None:
         "no completions were written",
     ):
         assert f"Left out: {reason}." in text
-    assert "the whole solution (OPSD)" in text
+    assert "the teacher sees the whole solution (OPSD)" in text
 
 
 def test_several_runs_share_a_page_without_paired_claims(tmp_path: Path) -> None:

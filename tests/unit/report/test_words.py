@@ -1,116 +1,142 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atesd.report.load import load_study
-from atesd.report.words import controls_in_words, duration, exposure_in_words, listed, settings_in_words
+from atesd.report.html import write_report
+from atesd.report.load import Run, load_run, load_study
+from atesd.report.words import duration, listed, run_in_words, seen_in_words, settings_in_words
+from atesd.runlog import RunDir
 
-from support.runs import run_config, write_compare, write_run
-
-
-@pytest.mark.parametrize(
-    ("exposure", "words"),
-    [
-        ({"kind": "fixed", "ratio": 1.0}, "the whole solution (OPSD)"),
-        ({"kind": "fixed", "ratio": 0.0}, "the final answer only"),
-        ({"kind": "fixed", "ratio": 0.25}, "the first 25 % of the solution, always"),
-        (
-            {"kind": "random", "low": 0.0, "high": 1.0, "hold": 5},
-            "a random share between 0 % and 100 %, kept for 5 steps",
-        ),
-        ({"kind": "linear", "start": 1.0, "end": 0.3}, "a share moving from 100 % to 30 % (linear)"),
-        ({"kind": "steps", "values": [1.0, 0.5]}, "shares set in advance: 100 %, then 50 %"),
-        ({"kind": "beta"}, "a learned share: a Beta policy, rewarded for the student's progress (ATESD)"),
-        ({"kind": "difficulty", "bins": 3}, "learned shares: a Beta policy for each of 3 difficulties of problems"),
-        ({"kind": "closed_form"}, "the largest share at which the target's λ is safe by the measured λ*"),
-        ({"kind": "new"}, "new"),
-        (None, "not recorded"),
-    ],
-)
-def test_exposure_in_words(exposure: Any, words: str) -> None:
-    assert exposure_in_words({"exposure": exposure}) == words
+from support.runs import SEEN, SENTENCES, write_compare, write_run
 
 
-def test_supervised_runs_have_no_teacher() -> None:
-    config = {"exposure": {"kind": "fixed", "ratio": 1.0}, "routing": {"kind": "sft"}}
-    assert exposure_in_words(config).startswith("nothing: no teacher")
+def described(path: Path, about: Mapping[str, Any] | None, config: Mapping[str, Any] | None = None) -> Run:
+    """A run that says this of itself; None for a run directory of version 1."""
+    folder = RunDir.create(path, config or {}, about)
+    if about is None:
+        (folder.path / "about.json").unlink()
+    return load_run(folder.path, "arm", None)
 
 
-def test_reinforced_runs_have_no_teacher() -> None:
-    config = {"exposure": {"kind": "fixed", "ratio": 1.0}, "routing": {"kind": "rl"}}
-    assert exposure_in_words(config).startswith("nothing: no teacher")
+def test_a_run_is_described_in_its_own_words(tmp_path: Path) -> None:
+    config = {"exposure": {"kind": "fixed"}, "routing": {"kind": "cliff"}}
+    about = {"exposure": "half of it", "controls": ["One control: λ 2", "Another"]}
+    run = described(tmp_path / "run", about, config)
+    assert seen_in_words(run) == "half of it"
+    assert run_in_words(run) == "the teacher sees half of it. One control: λ 2. Another"
 
 
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("config", "words"),
     [
-        ({"target": {"kind": "plain"}}, None),
-        ({"target": {"kind": "extrapolate", "lambda_x": 1.0}}, None),
-        ({"target": {"kind": "extrapolate", "lambda_x": 1.25}}, "The target goes beyond the teacher: λ 1.25"),
+        ({"exposure": {"kind": "beta"}}, "exposure: beta"),
         (
-            {"target": {"kind": "extrapolate", "lambda_x": 1.25, "guard": True}},
-            "The target goes beyond the teacher: λ 1.25, capped by the measured λ*",
+            {
+                "exposure": {"kind": "fixed"},
+                "target": {"kind": "extrapolate"},
+                "selection": {"kind": "tip"},
+                "gate": {"kind": "sdar"},
+                "routing": {"kind": "cliff"},
+                "curriculum": {"kind": "reverse_ppl"},
+            },
+            "exposure: fixed, target: extrapolate, selection: tip, gate: sdar, routing: cliff, curriculum: reverse_ppl",
         ),
         (
-            {"target": {"kind": "extrapolate", "lambda_x": 0.5}},
-            "The target stays between the step-0 weights and the teacher: λ 0.5",
+            {
+                "exposure": {"kind": "fixed"},
+                "target": {"kind": "plain"},
+                "selection": {"kind": "all"},
+                "gate": {"kind": "none"},
+                "routing": {"kind": "distil"},
+                "curriculum": {"kind": "random"},
+            },
+            "exposure: fixed",
         ),
-        (
-            {"target": {"kind": "anchor_mix", "weight": 0.4, "anchor": "answer"}},
-            "The target mixes 40 % of the teacher with a teacher who sees the answer alone",
-        ),
-        (
-            {"target": {"kind": "residual", "scale": 0.6, "bound": 5.0}},
-            "The target adds 60 % of what full exposure would add, at most 5 nats a token",
-        ),
-        ({"selection": {"kind": "all"}}, None),
-        ({"selection": {"kind": "tip", "ratio": 1.0}}, None),
-        (
-            {"selection": {"kind": "tip", "ratio": 0.2, "score": "entropy"}},
-            "Of the tokens 20 % are distilled, those of high student entropy (TIP)",
-        ),
-        ({"gate": {"kind": "none"}}, None),
-        (
-            {"gate": {"kind": "sdar", "beta": 5.0, "score": "gap", "target": "divergence"}},
-            "Every token's divergence is weighed by a gate: the sigmoid of 5 times the log-probability gap between "
-            "teacher and student (SDAR)",
-        ),
-        (
-            {"gate": {"kind": "sdar", "beta": 2.0, "score": "entropy", "target": "surrogate", "centered": True}},
-            "Every token's log-probability gap is weighed by a gate: the sigmoid of 2 times the student's entropy, "
-            "less 1/2 (SDAR)",
-        ),
-        ({"routing": {"kind": "distil"}}, None),
-        ({"routing": {"kind": "sft"}}, None),
-        (
-            {"routing": {"kind": "both", "coef": 0.01}},
-            "Every group is reinforced and distilled, the distillation loss times 0.01",
-        ),
-        ({"routing": {"kind": "hdpo"}}, "Groups without any success are distilled, the others reinforced"),
-        (
-            {"routing": {"kind": "cliff"}},
-            "Groups are distilled while the target's λ is at most the measured λ*, else reinforced",
-        ),
-        ({"routing": {"kind": "new"}}, "Router: new"),
-        ({"curriculum": {"kind": "random"}}, None),
-        (
-            {"curriculum": {"kind": "reverse_ppl", "rescore": "once"}},
-            "Hardest problems first, by the perplexity of the reference, scored before the first step",
-        ),
-        ({"loss": {"prompt_weight": "paced"}}, "Problems weigh p (1 - p) by their pass rate p (PACED)"),
-        ({}, None),
+        ({}, "exposure: not recorded"),
     ],
 )
-def test_controls_in_words(section: Any, words: str | None) -> None:
-    assert controls_in_words(section) == ([] if words is None else [words])
+@pytest.mark.parametrize("about", [None, {"format": 2}])
+def test_a_run_without_words_of_its_own_names_kinds(
+    about: Mapping[str, Any] | None, config: Mapping[str, Any], words: str, tmp_path: Path
+) -> None:
+    assert run_in_words(described(tmp_path / "run", about, config)) == words
 
 
-def test_every_control_of_a_composed_run_is_named_and_none_of_a_plain_one() -> None:
-    assert len(controls_in_words(run_config("composed", 1, 10))) == 5
-    assert controls_in_words(run_config("full", 1, 10)) == []
+@pytest.mark.parametrize(
+    ("rows", "distils", "reinforces"),
+    [
+        ([], True, False),  # nothing is known yet
+        ([{"route/distil_groups": 2.0, "route/rl_groups": 0.0}], True, False),
+        ([{"route/distil_groups": 0.0, "route/rl_groups": 2.0}], False, True),
+        ([{"route/distil_groups": 0.0, "route/rl_groups": 2.0}, {"route/distil_groups": 1.0}], True, True),
+        ([{"route/distil_groups": 0.0, "route/nll_groups": 2.0}], False, False),
+    ],
+)
+def test_losses_are_those_that_the_run_names_or_else_those_in_its_log(
+    rows: Sequence[Mapping[str, float]], distils: bool, reinforces: bool, tmp_path: Path
+) -> None:
+    told = {"exposure": "", "controls": [], "distils": not distils, "reinforces": not reinforces}
+    for name, about in (("old", None), ("new", told)):
+        described(tmp_path / name, about)
+        for step, row in enumerate([{}, *rows]):
+            RunDir.open(tmp_path / name).log(step, row)
+    old, new = (load_run(tmp_path / name, name, None) for name in ("old", "new"))
+    assert (old.distils, old.reinforces) == (distils, reinforces)
+    assert (new.distils, new.reinforces) == (not distils, not reinforces)
+
+
+def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
+    arms = ("full", "composed", "grpo")
+    folder = write_compare(tmp_path / "cmp", arms=arms, seeds=(1,), steps=4, problems=2)
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    for arm in arms:
+        assert f"<td class=words>{SEEN[arm]}</td>" in text
+    beyond, half = SENTENCES["composed"]
+    assert f"the teacher sees {SEEN['composed']}. {beyond}. {half.replace('<TIP>', '&lt;TIP&gt;')}</li>" in text
+
+
+def test_a_comparison_of_version_1_is_still_read(tmp_path: Path) -> None:
+    arms = ("full", "learned", "composed", "grpo")
+    options: Any = {"arms": arms, "seeds": (1,), "steps": 20, "problems": 4}
+    old, new = (
+        write_compare(tmp_path / name, version=version, **options) for name, version in (("old", 1), ("new", 2))
+    )
+    assert not list(old.glob("*/*/about.json"))
+    assert len(list(new.glob("*/*/about.json"))) == 4
+    text, today = (write_report([folder], tmp_path / f"{folder.name}.html").read_text() for folder in (old, new))
+    assert "<td class=words>exposure: fixed</td>" in text
+    assert "<td class=words>no teacher</td>" in text
+    assert (
+        "exposure: influence, target: extrapolate, selection: tip, gate: sdar, routing: cliff, curriculum: reverse_ppl"
+    ) in text
+    assert not [words for words in SEEN.values() if words in text.split("<script")[0]]
+    for shared in ("A\n<em>teacher</em>", "Groups may also be <em>reinforced</em>", "The harm of full exposure"):
+        assert shared in text
+        assert shared in today
+    # all figures and completions are there
+    assert figures(text) == figures(today)
+    assert len(figures(text)) == 13
+
+
+def figures(page: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    drawn: dict[str, Any] = found["figures"]
+    return drawn
+
+
+def test_a_page_without_a_teacher_explains_reinforcement_alone(tmp_path: Path) -> None:
+    for version in (1, 2):
+        run = write_run(tmp_path / f"grpo{version}", arm="grpo", steps=12, problems=2, version=version)
+        text = write_report([run.path], tmp_path / "report.html").read_text().partition("<script")[0]
+        assert "Left out: no step with a teacher was logged." in text
+        assert "answers training problems on its own and is <em>reinforced</em>" in text
+        assert "<em>teacher</em>" not in text
+        assert "planted" not in text
 
 
 def test_a_run_without_a_teacher_names_its_policy_loss_instead(tmp_path: Path) -> None:

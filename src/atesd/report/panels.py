@@ -1,0 +1,150 @@
+"""The table of the report's figures. A new family of metrics needs a row here, or a quantity in one."""
+
+from __future__ import annotations
+
+from atesd.report import special
+from atesd.report.plots import (
+    FROM_ZERO,
+    Panel,
+    Quantity,
+    changes,
+    leaves_one,
+    mean_lines,
+    per_run,
+    run_lines,
+    seed_lines,
+)
+
+CURVES = (
+    Quantity("loss/total", "Loss"),
+    Quantity("divergence/mean", "Mean divergence, nats"),
+    Quantity("divergence/p99", "Divergence, 99th percentile, nats"),
+    Quantity("mismatch/top1", "Top-1 disagreement"),
+    Quantity("student/entropy", "Student entropy, nats"),
+    Quantity("teacher/entropy", "Teacher entropy, nats"),
+    Quantity("reward/mean", "Reward of training completions"),
+    Quantity("rollout/length_mean", "Length of training completions, tokens"),
+    Quantity("optim/grad_norm", "Gradient norm"),
+    Quantity("optim/lr", "Learning rate"),
+    Quantity("time/step_s", "Seconds a step"),
+    Quantity("time/sample_s", "Seconds a step spent in sampling"),
+    Quantity("loss/rl", "Policy loss", shown=changes),
+    Quantity("reward/uniform_groups", "Groups of equal rewards, which reinforce nothing", shown=changes),
+    Quantity("rl/ratio", "Importance ratio of reinforced tokens", shown=changes),
+    Quantity("rl/clip_frac", "Share of reinforced tokens held by a clip", shown=changes),
+    Quantity("rl/sampler_weight", "Weight that corrects for the sampler", shown=changes),
+    Quantity("rl/kl", "KL from the step-0 weights, nats", shown=changes),
+    Quantity("route/mismatch_ema", "Mismatch that the teacher's retirement follows", shown=changes),
+    Quantity("route/retired", "Whether the teacher has retired, 0 or 1", shown=changes),
+    Quantity("exposure/paired_credit", "Paired credit: what more exposure would gain, nats", shown=changes),
+    Quantity("cliff/b/{}", "Base's probability of the forced token, {}"),
+    Quantity("cliff/p/{}", "Teacher's probability of the forced token, {}"),
+)
+
+PANELS = (
+    Panel(
+        "accuracy",
+        "accuracy",
+        "Average@{k} over training steps",
+        "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
+        "Step 0 is the model before training.",
+        special.accuracy_bands,
+    ),
+    Panel(
+        "levels", "levels", "Final Average@{k} by level", "Final accuracy with 95 % intervals.", special.level_intervals
+    ),
+    Panel(
+        "exposure",
+        "exposure",
+        "Exposure ratio over training steps",
+        "The share of the solution that the teacher saw in every step with a teacher.",
+        seed_lines(Quantity("exposure/ratio", "exposure ratio"), range=[-0.03, 1.03]),
+    ),
+    Panel(
+        "density",
+        "exposure",
+        "Density of the learned exposure policy over steps",
+        "Where the learned policy puts its next draw: strong colour is likely. The line is the ratio that was drawn.",
+        per_run(special.densities),
+        special.binned_policies,
+        most=12,  # heat maps are the largest figures
+    ),
+    Panel(
+        "credits",
+        "exposure",
+        "Influence credit of candidate ratios over training steps",
+        "To first order, how well a step of distillation at each candidate ratio would serve the probe; "
+        "moving averages of cosines.",
+        run_lines(Quantity("exposure/credit/{}", "ratio {}"), "credit", zeroline=True, zerolinecolor="@axis"),
+    ),
+    Panel(
+        "routes",
+        "controls",
+        "Share of groups by route over training steps",
+        "How the groups of each step were trained.",
+        special.route_stacks,
+        special.plain_arms,
+    ),
+    Panel(
+        "gates",
+        "controls",
+        "Weights of distilled tokens over training steps",
+        "How strongly distilled tokens listen to the teacher, mean over seeds. The weight is selection times gate: "
+        "1 everywhere in plain distillation.",
+        mean_lines(
+            Quantity("gate/mean", "Mean weight of distilled tokens", False, leaves_one),
+            Quantity("gate/kept_frac", "Share of distilled tokens that are selected", True, leaves_one),
+            Quantity("gate/open_frac", "Share of distilled tokens whose gate is above 1/2", True, leaves_one),
+            Quantity("gate/gap", "Mean gap, teacher minus student log-probability, nats", False, leaves_one),
+            Quantity("gate/gap_negative", "Share of distilled tokens with a negative gap", True, leaves_one),
+            **FROM_ZERO,
+        ),
+    ),
+    Panel(
+        "cliff",
+        "controls",
+        "λ* and the λ in force over training steps",
+        "λ* is how far the target may reach beyond the teacher before the student would leave the clip's safe region; "
+        "gaps are steps in which any λ is safe. "
+        "While the cliff router reinforces, groups of equal rewards are distilled at a capped λ, or skipped.",
+        per_run(special.cliff_lines),
+    ),
+    Panel(
+        "mismatch",
+        "mismatch",
+        "top-1 disagreement against exposure ratio",
+        "How often the most probable tokens of teacher and student differ; one point a step.",
+        special.clouds(Quantity("mismatch/top1", "top-1 disagreement", percent=True)),
+    ),
+    Panel(
+        "tail",
+        "mismatch",
+        "divergence, 99th percentile, nats against exposure ratio",
+        "The largest divergences: one token in a hundred lies above. The dark line joins medians, with quartiles. "
+        "Both also change as training goes on, and arms differ in that: "
+        "read them together with the training curves.",
+        special.clouds(Quantity("divergence/p99", "divergence, 99th percentile, nats")),
+    ),
+    Panel(
+        "rewards",
+        "reward",
+        "Reward of the exposure controller and its terms",
+        "A decision is scored after its look-ahead. The two terms are shown before their coefficient and "
+        "normalisation, each on its own scale.",
+        per_run(special.reward_rows),
+    ),
+    Panel(
+        "traits",
+        "behaviour",
+        "Share of completions with a trait over steps",
+        "Share of held-out completions with the trait, mean over seeds.",
+        special.trait_lines,
+    ),
+    Panel(
+        "curves",
+        "curves",
+        "Logged quantities over training steps",
+        "What every step logged, mean over seeds.",
+        mean_lines(*CURVES),
+    ),
+)
