@@ -84,9 +84,10 @@ METRICS: dict[str, str] = {
     "curriculum/reference_nll": "mean NLL that the student gave to the references of the step's problems before its "
     "update, nats a token (probe.log_references)",
     "measure/{}": "a measurement taken for a policy, by its key (probe_nll, gt_solution@0.5, ...)",
-    "rollout/length_mean": "mean completion length, tokens",
-    "rollout/eos_frac": "share of completions that ended with EOS",
-    "rollout/truncated": "number of completions that hit the length limit",
+    "rollout/length_mean": "mean length of an attempt, sampled tokens of all its turns",
+    "rollout/turns_mean": "mean number of turns of an attempt",
+    "rollout/eos_frac": "share of attempts that ended with EOS",
+    "rollout/truncated": "number of attempts cut off by the length limit",
     "rollout/logprob_gap": "mean |sampler log-prob - trainer log-prob| of sampled tokens, nats",
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",

@@ -15,7 +15,7 @@ from typing import Any
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.recipe import build_config
-from atesd.runlog import Phases, RunDir
+from atesd.runlog import FORMAT, Phases, RunDir
 from atesd.seeds import derive_seed
 from atesd.train.checkpoint import (
     find_checkpoints,
@@ -30,7 +30,7 @@ from atesd.train.checkpoint import (
 from atesd.train.measure import logged
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.setup import Parts, assemble, for_evaluation
-from atesd.types import Group, Measurement, Observation, Problem
+from atesd.types import Group, Measurement, Observation, Problem, UserError
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -67,8 +67,17 @@ class Trainer:
 
     @classmethod
     def resume(cls, out: Path, *, listener: Listener | None = None) -> Trainer:
-        """Continue a run from its last complete checkpoint; from the beginning where it has none."""
+        """Continue a run from its last complete checkpoint; from the beginning where it has none.
+
+        UserError for a run that an earlier version wrote: its state has another form.
+        """
         run = RunDir.open(out)
+        written = run.about().get("format")
+        if written != FORMAT:
+            raise UserError(
+                f"{out} was written by another version of atesd (format {written or 1}, this one continues {FORMAT}): "
+                "finish it with that version, or start a new run; `atesd report` and `atesd eval` still read it"
+            )
         trainer = cls(build_config(run.config(), source=str(out / "config.json")), run, listener)
         trainer._restore()
         return trainer
