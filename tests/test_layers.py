@@ -28,7 +28,7 @@ METHODS = {
     "rollout",
 }
 BELOW_CONFIG = METHODS | {"types", "seeds", "cliff", "facts", "evaluate", "kinds"}
-BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog"}
+BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog", "seals"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "seeds": set(),
@@ -43,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
     "gradients": {"types", "facts"},
     "curriculum": {"types", "facts", "seeds"},
     "rewards": {"types", "facts"},
-    "runlog": {"types"},
+    "seals": set(),
+    "runlog": {"types", "seals"},
     "tasks": {"types", "facts", "seeds", "rewards"},
     "envs": {"types", "facts"},
     "rollout": {"types", "seeds", "envs"},
@@ -64,7 +65,7 @@ ORDERS: dict[str, list[str]] = {
     ).split(),
     "train": (
         "batch model optim teacher scorer stats hints rows step probe contract credit measure record checkpoint setup "
-        "inspect loop warmup"
+        "resume inspect loop warmup"
     ).split(),
 }
 # Heavy libraries and the places that may import them.

@@ -10,6 +10,8 @@
     RUN/checkpoints/step_*/     whole states (train/checkpoint.py)
     RUN/final/  RUN/best/       models that load with `from_pretrained`
     RUN/result.json             written once, when the run is complete
+    RUN/manifest.json           seals of the files above that are written once (seals.py)
+    RUN/.lock                   held by the process that writes
 
 `exposure` in about.json ends the sentence "The teacher sees ..."; `controls` are sentences without a full stop, neutral
 controls left out; `distils` and `reinforces` tell which losses the run may take. Run directories of version 1 have no
@@ -21,12 +23,16 @@ reproducible.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -34,9 +40,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from atesd.seals import MANIFEST, flaw, read_manifest, seal
 from atesd.types import UserError
 
 FORMAT = 2  # of the run directory
+ROWS = ("rollouts", "eval")
+FOLDERS = (*ROWS, "checkpoints")
+WRITTEN = (*FOLDERS, "best", "final", "metrics.jsonl", "groups.jsonl")
+_STEP_FILE = re.compile(r"step_\d{6,}\.jsonl")
 
 # Every metric key with its meaning and unit; `{}` stands for a name. Plots, tests and docs read this table.
 METRICS: dict[str, str] = {
@@ -148,7 +159,12 @@ def is_timing(key: str) -> bool:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+    """Write a file so that a reader sees the old or the new content, never a part.
+
+    UserError where something lies there that is no ordinary file: a link, a device, a pipe, a folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path} is no ordinary file and is left as it is: remove it, or choose another place")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -166,11 +182,26 @@ def dump_json(value: object) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the objects of a JSON Lines file written by this module; a torn last line (a crash) is left out."""
+    """Read the objects of a JSON Lines file written by this module; a torn last line (a crash) is left out.
+
+    UserError with file and line where one is no object.
+    """
     if not path.exists():
         return
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a text may hold separators that splitlines would cut at
-    yield from (json.loads(line) for line in lines if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
+    *lines, _ = text.split("\n")  # a text may hold separators that splitlines would cut at
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number} is damaged ({error}): restore it from a copy") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is damaged (no object): restore it from a copy")
+            yield row
 
 
 def step_name(step: int) -> str:
@@ -186,33 +217,88 @@ class RunDir:
         self.metrics_path = path / "metrics.jsonl"
         self.groups_path = path / "groups.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._lock: Any = None
 
-    @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> RunDir:
-        """Make the folder and write `config.json`, `about.json` and `env.json`."""
-        if path.exists() and any(path.iterdir()):
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """UserError unless a run can begin here: nothing lies there, or an earlier start that came to no step."""
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UserError(f"{path} is no folder and is left as it is: choose another place with --out")
+        if path.exists() and any(path.iterdir()) and not _never_began(path):
             raise UserError(
                 f"run directory {path} already exists and is not empty: "
                 f"continue it with --resume {path}, or choose another with --out"
             )
-        for folder in ("rollouts", "eval", "checkpoints"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> RunDir:
+        """Make the folder, take its lock, and write what the run is, sealed. UserError as `check_free`."""
+        cls.check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.lock()
+        for folder in FOLDERS:
+            shutil.rmtree(path / folder, ignore_errors=True)
+            (path / folder).mkdir()
         write_atomic(path / "env.json", dump_json(environment()))
         write_atomic(path / "about.json", dump_json({"format": FORMAT, **(about or {})}))
         write_atomic(path / "config.json", dump_json(config))
-        return cls(path)
+        run.seal("env.json", "about.json", "config.json")
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Open an existing run."""
+        """Open an existing run, for reading; `lock` before writing."""
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run directory: it has no config.json; give the folder that `train` wrote")
         return cls(path)
 
+    def lock(self) -> None:
+        """Become the only writer, until `unlock` or the end of the process. UserError if there is another one."""
+        if self._lock is not None:
+            return
+        linked = [name for name in WRITTEN if (self.path / name).is_symlink()]
+        if linked:
+            raise UserError(f"{self.path / linked[0]} is a link and is not written through: put a folder in its place")
+        file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"another process is writing {self.path}: wait for it, or stop it first") from None
+        self._lock = weakref.finalize(self, os.close, file)
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
+
+    def seal(self, *names: str) -> None:
+        """Add files to the run's manifest, as they are now."""
+        manifest = read_manifest(self.path) or {"files": {}}
+        kept = {name: each for name, each in manifest["files"].items() if (self.path / name).is_file()}
+        manifest["files"] = kept | {name: seal(self.path / name) for name in names}
+        write_atomic(self.path / MANIFEST, dump_json(manifest))
+
+    def flaw(self, *names: str) -> str | None:
+        """Say what is wrong with the named files that were sealed; None where nothing is."""
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            return f"{MANIFEST} is missing or damaged"
+        return flaw(self.path, {name: each for name, each in manifest["files"].items() if name in names})
+
+    def lengthen(self, was: int, now: int) -> None:
+        """Take in a config.json with more steps: it becomes the run's own, and env.json remembers the change."""
+        env = self._json("env.json") or {}
+        env["lengthened"] = [*env.get("lengthened", []), {"from": was, "to": now}]
+        write_atomic(self.path / "env.json", dump_json(env))
+        (self.path / "result.json").unlink(missing_ok=True)
+        self.seal("config.json", "env.json")
+
     def config(self) -> dict[str, Any]:
         """Return the resolved recipe."""
-        loaded: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return loaded
+        return self._json("config.json") or {}
 
     def about(self) -> dict[str, Any]:
         """Return what the run said of itself; {} for a run directory of version 1."""
@@ -238,12 +324,24 @@ class RunDir:
         with self.groups_path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **group}, allow_nan=False) + "\n" for group in groups)
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step` updates, so that a resumed run writes it again."""
-        for path, rows in ((self.metrics_path, self.metrics()), (self.groups_path, self.groups())):
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        for folder in ("rollouts", "eval"):
-            for path in (self.path / folder).glob("step_*.jsonl"):
+    def written(self) -> dict[str, Any]:
+        """Return the seals of logs, rollouts and evaluations as they are now: what a checkpoint remembers of them."""
+        paths = [path for path in (self.metrics_path, self.groups_path) if path.exists()]
+        paths += [path for folder in ROWS for path in self._step_files(folder)]
+        return {path.relative_to(self.path).as_posix(): seal(path) for path in paths}
+
+    def written_flaw(self, seals: Mapping[str, Any]) -> str | None:
+        """Say which of the files in `written` is no longer what it was, but for what came after."""
+        return flaw(self.path, seals, prefix=True)
+
+    def rewind(self, step: int, seals: Mapping[str, Any]) -> None:
+        """Forget what was logged after `written` returned `seals`, at `step`, so that it is written again."""
+        for path in (self.metrics_path, self.groups_path):
+            kept = seals.get(path.name, {"size": 0})["size"]
+            if path.exists():
+                os.truncate(path, kept)
+        for folder in ROWS:
+            for path in self._step_files(folder):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
 
@@ -255,19 +353,37 @@ class RunDir:
         return path
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete, and seal its logs."""
         write_atomic(self.path / "result.json", dump_json(result))
+        self.seal("result.json", *self.written())
 
     def result(self) -> dict[str, Any] | None:
         """Return what `finish` wrote, or None while the run is not complete."""
         return self._json("result.json")
 
+    def _step_files(self, folder: str) -> list[Path]:
+        """Return the files that this module wrote there; strays are nobody's business."""
+        return sorted(path for path in (self.path / folder).glob("step_*.jsonl") if _STEP_FILE.fullmatch(path.name))
+
     def _json(self, name: str) -> dict[str, Any] | None:
+        """Return an object from a file; None where there is none. UserError where it cannot be read."""
         path = self.path / name
         if not path.is_file():
             return None
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}): restore it from a copy, or start a new run") from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path} is damaged (no object): restore it from a copy, or start a new run")
         return loaded
+
+
+def _never_began(path: Path) -> bool:
+    """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
+    names = {entry.name for entry in path.iterdir()}
+    made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", *FOLDERS}
+    return "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
 
 
 class Phases:

@@ -71,7 +71,7 @@ def die() -> None:
 def test_killed_at_random_moments(tmp_path: Path, uninterrupted: Any) -> None:
     run, seed = tmp_path / "run", random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
-    RunDir.create(run, build_config(TREE).model_dump(mode="json"))
+    RunDir.create(run, build_config(TREE).model_dump(mode="json")).unlock()
     for _ in range(4):
         child = in_child(lambda: void(Trainer.resume(run).train()))
         time.sleep(rng.uniform(0.3, 2.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from math import inf, nan
@@ -26,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_new_run_has_its_config_its_environment_and_its_folders(run: RunDir) -> None:
-    assert names(run.path) == ["about.json", "checkpoints", "config.json", "env.json", "eval", "rollouts"]
+    assert names(run.path) == [".lock", "about.json", "checkpoints", "config.json", "env.json", "eval", "manifest.json", "rollouts"]
     assert RunDir.open(run.path).config() == {"seed": 3}
     environment = json.loads((run.path / "env.json").read_text())
     assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
@@ -87,7 +88,7 @@ def test_a_torn_last_line_is_left_out(torn: str, tmp_path: Path) -> None:
 def test_a_damaged_line_before_the_last_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0\n{"step": 1}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 1 is damaged .*: restore it from a copy"):
         list(read_jsonl(path))
 
 
@@ -107,27 +108,115 @@ def test_rows_come_back_as_they_were_written(run: RunDir) -> None:
     assert list(read_jsonl(path)) == rows[:1]
 
 
-def test_rewind_forgets_every_later_step(run: RunDir) -> None:
+def test_rewind_forgets_what_came_after_the_seals(run: RunDir) -> None:
     for step in range(12):
         run.log(step, {"loss/total": step / 10})
+        run.log_groups(step, [{"problem_id": "a"}])
         run.write_rows("rollouts", step, [{"step": step}])
         run.write_rows("eval", step, [{"step": step}])
-    run.rewind(9)
+        if step == 9:
+            seals = run.written()
+    assert run.written_flaw(seals) is None, "what came after does not matter"
+    run.rewind(9, seals)
     assert run.metrics() == [{"step": step, "loss/total": step / 10} for step in range(10)]
+    assert [row["step"] for row in run.groups()] == list(range(10))
     kept = [f"step_{step:06d}.jsonl" for step in range(10)]
     assert names(run.path / "rollouts") == names(run.path / "eval") == kept
 
 
 def test_rewind_mends_a_torn_line_before_the_next_is_appended(run: RunDir) -> None:
-    run.metrics_path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    run.rewind(1)
+    run.log(0, {})
+    run.log(1, {})
+    seals = run.written()
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    run.rewind(1, seals)
     run.log(2, {"loss/total": 0.5})
     assert run.metrics() == [{"step": 0}, {"step": 1}, {"step": 2, "loss/total": 0.5}]
 
 
-def test_rewind_of_a_run_without_a_step_is_harmless(run: RunDir) -> None:
-    run.rewind(0)
+def test_rewind_to_before_the_first_step_leaves_strangers_files_alone(run: RunDir) -> None:
+    run.log(0, {})
+    stray = run.path / "rollouts" / "step_of_mine.jsonl"
+    stray.write_text("mine")
+    run.rewind(-1, {})
     assert run.metrics() == []
+    assert stray.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("damage", "flaw"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"7", 1)), "metrics.jsonl is not what was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "metrics.jsonl has 23 bytes instead of 24"),
+        (lambda path: path.unlink(), "metrics.jsonl is missing"),
+    ],
+)
+def test_logs_that_do_not_begin_as_they_did_are_told(run: RunDir, damage: Any, flaw: str) -> None:
+    run.log(0, {})
+    run.log(1, {})
+    seals = run.written()
+    assert seals["metrics.jsonl"]["size"] == 24
+    damage(run.metrics_path)
+    assert run.written_flaw(seals) == flaw
+
+
+def test_one_writer_a_run(run: RunDir) -> None:
+    """The fixture holds the lock; a second holder is refused until it lets go."""
+    other = RunDir.open(run.path)
+    with pytest.raises(UserError, match=f"another process is writing {run.path}: wait for it, or stop it first"):
+        other.lock()
+    run.unlock()
+    other.lock()
+    other.unlock()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "best", "final", "metrics.jsonl"])
+def test_nothing_is_written_through_a_link(run: RunDir, tmp_path: Path, name: str) -> None:
+    run.unlock()
+    place = run.path / name
+    if place.is_dir():
+        place.rmdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link and is not written through"):
+        RunDir.open(run.path).lock()
+
+
+def test_a_start_that_came_to_no_step_may_be_repeated(run: RunDir) -> None:
+    run.unlock()
+    again = RunDir.create(run.path, {"seed": 4})
+    assert again.config() == {"seed": 4}
+    assert again.flaw("config.json") is None
+    again.log(0, {})
+    again.unlock()
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        RunDir.check_free(run.path)
+
+
+def test_a_place_that_is_no_folder_is_left_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("pipe", "link"):
+        with pytest.raises(UserError, match=f"{name} is no folder and is left as it is"):
+            RunDir.check_free(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is no ordinary file and is left as it is"):
+            write_atomic(tmp_path / name, "text")
+
+
+def test_sealed_files_prove_themselves(run: RunDir) -> None:
+    assert run.flaw("config.json", "about.json", "env.json") is None
+    (run.path / "config.json").write_text('{"seed": 4}')
+    assert run.flaw("about.json") is None
+    assert "config.json has" in (run.flaw("config.json") or "")
+    (run.path / "manifest.json").write_text('{"files": {"a": 3}}')
+    assert run.flaw("about.json") == "manifest.json is missing or damaged"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b'{"a": ', b""])
+def test_a_damaged_json_file_is_named(run: RunDir, content: bytes) -> None:
+    (run.path / "result.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"result.json is damaged \(.*\): restore it from a copy"):
+        run.result()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

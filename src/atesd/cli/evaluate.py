@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
+from atesd.seals import MANIFEST, folder_flaw
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def model_of(run: Path, which: str) -> Path:
     """Return one of a run's two models."""
     if not (run / which).is_dir():
         raise UserError(f"{run} has no model {which!r} yet: finish the run, or choose the other with --which")
+    flaw = folder_flaw(run / which) if (run / MANIFEST).is_file() else None  # runs of version 1 have no seals
+    if flaw:
+        raise UserError(f"{run / which} is damaged: {flaw}; choose the other model with --which, or a checkpoint")
     return run / which
 
 
@@ -67,7 +71,11 @@ def recipe_of(model: str, run: Path | None) -> RunConfig:
     from atesd.recipe import build_config
 
     if run is not None:
-        return build_config(RunDir.open(run).config(), source=f"{run}/config.json")
+        opened = RunDir.open(run)
+        flaw = opened.flaw("config.json") if (run / MANIFEST).is_file() else None
+        if flaw:
+            raise UserError(f"{run} is damaged: {flaw}; name the recipe with its prompts and task by --recipe")
+        return build_config(opened.config(), source=f"{run}/config.json")
     if (Path(model) / "compare.json").is_file():
         raise UserError(f"{model} is a comparison: give one of its runs, {model}/ARM/seed_N")
     raise UserError(f"{model} is not a run directory: name the recipe with its prompts and task by --recipe")

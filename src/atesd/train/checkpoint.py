@@ -3,15 +3,17 @@
     step_000100/  config.json model.safetensors tokenizer...   loads with `from_pretrained` (adapters: with peft)
                   optimizer.safetensors  teacher.safetensors    tensors by parameter name
                   state.json                                    everything else
+                  manifest.json                                 size and digest of every file
 
 A checkpoint is written under another name and renamed when complete, so an interrupted one is never taken for a whole
-one. No random state needs saving: every generator is derived from (seed, purpose, step).
+one; one that is damaged later does not match its manifest. No random state needs saving: every generator is derived from (seed, purpose, step).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,10 +26,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atesd.runlog import dump_json, step_name
+from atesd.seals import MANIFEST, seal_files
 from atesd.types import UserError
 
 _PARTIAL = ".partial"
 _ASIDE = ".old"
+_NAME = re.compile(r"step_\d{6,}")
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,6 +39,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBas
     partial = _fresh_partial(folder)
     try:
         _write_model(partial, model, tokenizer)
+        _seal(partial)
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,6 +66,7 @@ def save_checkpoint(
         if teacher:
             save_file({name: value.contiguous() for name, value in teacher.items()}, partial / "teacher.safetensors")
         (partial / "state.json").write_text(dump_json(state), encoding="utf-8")
+        _seal(partial)
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,10 +77,10 @@ def save_checkpoint(
 
 
 def find_checkpoints(checkpoints: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first, and clear away what an interrupted run left half written."""
+    """Return the checkpoints, oldest first, and clear away what an interrupted run left half written."""
     for left_over in checkpoints.glob(f"*{_PARTIAL}"):
         shutil.rmtree(left_over, ignore_errors=True)
-    return sorted(path for path in checkpoints.glob("step_*") if not path.suffix and (path / "state.json").is_file())
+    return sorted(path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def restore_interrupted(folder: Path) -> None:
@@ -144,6 +150,10 @@ def _all_shards(folder: Path) -> dict[str, Tensor]:
     for path in sorted(folder.glob("model*.safetensors")):
         weights |= load_file(path)
     return weights
+
+
+def _seal(folder: Path) -> None:
+    (folder / MANIFEST).write_text(dump_json({"files": seal_files(folder)}), encoding="utf-8")
 
 
 def _fresh_partial(folder: Path) -> Path:

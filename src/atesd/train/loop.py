@@ -14,13 +14,10 @@ from typing import Any
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
-from atesd.recipe import build_config
-from atesd.runlog import FORMAT, Phases, RunDir
+from atesd.runlog import Phases, RunDir
 from atesd.seeds import derive_seed
 from atesd.train.checkpoint import (
-    find_checkpoints,
     load_optimizer,
-    load_state,
     load_teacher,
     load_weights,
     restore_interrupted,
@@ -29,8 +26,9 @@ from atesd.train.checkpoint import (
 )
 from atesd.train.measure import logged
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
+from atesd.train.resume import newest_whole, open_for_resume, resumed_config
 from atesd.train.setup import Parts, assemble, for_evaluation
-from atesd.types import Group, Measurement, Observation, Problem, UserError
+from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -47,10 +45,10 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 class Trainer:
     """One run in one directory: `Trainer.start(...)` or `Trainer.resume(...)`, then `train()`."""
 
-    def __init__(self, config: RunConfig, run: RunDir, listener: Listener | None = None) -> None:
+    def __init__(self, config: RunConfig, run: RunDir, parts: Parts, listener: Listener | None = None) -> None:
         self.config = config
         self.run = run
-        self.parts: Parts = assemble(config)
+        self.parts = parts
         self.step = 0
         self.listener = listener
         self._phases = Phases()
@@ -61,46 +59,52 @@ class Trainer:
 
     @classmethod
     def start(cls, config: RunConfig, out: Path, *, listener: Listener | None = None) -> Trainer:
-        """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit."""
-        run = RunDir.create(out, config.model_dump(mode="json"), config.about())
-        return cls(config, run, listener)
+        """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit.
+
+        The directory is made last, so that a start that fails leaves nothing behind.
+        """
+        RunDir.check_free(out)
+        parts = assemble(config)
+        return cls(config, RunDir.create(out, config.model_dump(mode="json"), config.about()), parts, listener)
 
     @classmethod
     def resume(cls, out: Path, *, listener: Listener | None = None) -> Trainer:
-        """Continue a run from its last complete checkpoint; from the beginning where it has none.
+        """Continue a run from its newest whole checkpoint; from the beginning where it has none.
 
-        UserError for a run that an earlier version wrote: its state has another form.
+        UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
         """
-        run = RunDir.open(out)
-        written = run.about().get("format")
-        if written != FORMAT:
-            raise UserError(
-                f"{out} was written by another version of atesd (format {written or 1}, this one continues {FORMAT}): "
-                "finish it with that version, or start a new run; `atesd report` and `atesd eval` still read it"
-            )
-        trainer = cls(build_config(run.config(), source=str(out / "config.json")), run, listener)
-        trainer._restore()
+        run = open_for_resume(out)
+        for name in ("best", "final"):
+            restore_interrupted(out / name)
+        found = newest_whole(run)
+        config = resumed_config(run, found[1]["config"] if found else None)
+        trainer = cls(config, run, assemble(config), listener)
+        if found:
+            trainer._restore(*found)
         return trainer
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return what `result.json` holds. Interrupted after SIGINT or SIGTERM, state saved."""
         done = self.run.result()
-        if done is not None:
+        if done is not None and self.step >= self.config.step.num_steps:
             return done
-        with self._stoppable():
-            if self.step == 0:
-                self._begin()
-            while self.step < self.config.step.num_steps:
-                self._one_step()
-                if self._stop_asked and self.step < self.config.step.num_steps:
-                    self._save()
-                    raise Interrupted(self.step, self.run.path)
-        return self._finish()
+        try:
+            with self._stoppable():
+                if self.step == 0:
+                    self._begin()
+                while self.step < self.config.step.num_steps:
+                    self._one_step()
+                    if self._stop_asked and self.step < self.config.step.num_steps:
+                        self._save()
+                        raise Interrupted(self.step, self.run.path)
+            return self._finish()
+        finally:
+            self.run.unlock()
 
     def _begin(self) -> None:
         """Measure and evaluate the untrained student: l_0, and the start of every curve."""
         clock = perf_counter()
-        self.run.rewind(-1)
+        self.run.rewind(-1, {})
         metrics = {"task/dropped": float(len(self.parts.dropped))} | self._observe({}) | self._evaluate()
         self._seconds += perf_counter() - clock
         self._log(metrics | self._phases.take())
@@ -201,6 +205,8 @@ class Trainer:
         """Write everything that the rest of the run depends on."""
         parts = self.parts
         state = {
+            "config": self.config.model_dump(mode="json"),
+            "written": self.run.written(),
             "step": self.step,
             "seconds": self._seconds,
             "best": self._best,
@@ -220,15 +226,9 @@ class Trainer:
             keep=self.config.save.keep,
         )
 
-    def _restore(self) -> None:
-        """Load the last complete checkpoint and forget what was logged after it."""
-        for name in ("best", "final"):
-            restore_interrupted(self.run.path / name)
-        found = find_checkpoints(self.run.checkpoints)
-        if not found:
-            return
-        parts, folder = self.parts, found[-1]
-        state = load_state(folder)
+    def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint and forget what was logged after it."""
+        parts = self.parts
         load_weights(folder, parts.model)
         load_optimizer(folder, parts.model, parts.optimizer)
         parts.teacher.load_tensors(load_teacher(folder))
@@ -239,7 +239,7 @@ class Trainer:
         self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._latest_eval = state["latest_eval"]
         parts.driver.sampler.sync(parts.weights(self.step))
-        self.run.rewind(self.step)
+        self.run.rewind(self.step, state["written"])
 
     def _finish(self) -> dict[str, Any]:
         """Write the final model and the result."""

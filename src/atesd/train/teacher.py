@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atesd.config import TeacherConfig
 from atesd.losses.target import View
+from atesd.types import UserError
 
 
 class Teacher:
@@ -66,7 +67,9 @@ class Teacher:
         return self._weights if self._kind == "ema" else {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `tensors`."""
+        """Restore `tensors`. UserError unless they are the same weights."""
+        if set(tensors) != set(self.tensors()):
+            raise UserError("the checkpoint holds other teacher weights than this run's: it was written by another run")
         for name, value in tensors.items():
             self._weights[name].copy_(value)
 

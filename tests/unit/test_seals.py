@@ -1,0 +1,60 @@
+"""Files that prove themselves: sizes, digests, prefixes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.seals import flaw, folder_flaw, seal, seal_files
+
+
+def test_a_seal_is_size_and_sha256_of_a_file_or_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abcdef")
+    assert seal(path) == {"size": 6, "sha256": hashlib.sha256(b"abcdef").hexdigest()}
+    assert seal(path, 3) == {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+def sealed(folder: Path) -> Path:
+    (folder / "sub").mkdir()
+    (folder / "a.bin").write_bytes(bytes(range(256)) * 10)
+    (folder / "sub" / "b.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"files": seal_files(folder)}))
+    return folder
+
+
+def test_an_untouched_folder_has_no_flaw(tmp_path: Path) -> None:
+    folder = sealed(tmp_path)
+    assert set(seal_files(folder)) == {"a.bin", "sub/b.json"}
+    assert folder_flaw(folder) is None
+
+
+@pytest.mark.parametrize("place", [0, 1279, 2559])
+def test_every_flipped_byte_shows(tmp_path: Path, place: int) -> None:
+    folder = sealed(tmp_path)
+    content = bytearray((folder / "a.bin").read_bytes())
+    content[place] ^= 1
+    (folder / "a.bin").write_bytes(content)
+    assert folder_flaw(folder) == "a.bin is not what was written"
+
+
+def test_missing_short_and_long_files_show(tmp_path: Path) -> None:
+    folder = sealed(tmp_path)
+    (folder / "sub" / "b.json").write_text("{} ")
+    assert folder_flaw(folder) == "sub/b.json has 3 bytes instead of 2"
+    assert flaw(folder, {"sub/b.json": seal(folder / "sub" / "b.json", 2)}, prefix=True) is None
+    (folder / "sub" / "b.json").unlink()
+    assert folder_flaw(folder) == "sub/b.json is missing"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"files": []}', '{"files": {"a": {"size": "1"}}}', "\udcff"])
+def test_a_manifest_that_cannot_be_read_is_a_flaw(tmp_path: Path, content: Any) -> None:
+    folder = sealed(tmp_path)
+    (folder / "manifest.json").unlink()
+    if content is not None:
+        (folder / "manifest.json").write_text(content, errors="surrogateescape")
+    assert folder_flaw(folder) == "manifest.json is missing or damaged"
