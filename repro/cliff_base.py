@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from atesd.config import RunConfig
-from atesd.exposure.prompt import student_messages, teacher_messages
+from atesd.exposure.prompt import hint_text, student_messages, teacher_messages
 from atesd.recipe import load_config
 from atesd.rollout.render import Renderer
 from atesd.tasks.synthetic import pico
@@ -68,7 +68,8 @@ def sample(rng: random.Random, problem: Problem, renderer: Renderer, config: Run
     mark = "#" if hinted or rng.random() < 0.5 else ">"
     solution = problem.solution.replace("#", mark)
     if hinted:
-        messages = teacher_messages(problem, rng.random(), config.prompt, config.reveal)
+        shown = config.reveal.build(config.facts()).reveal(problem, rng.random())
+        messages = teacher_messages(problem, hint_text(problem, shown, config.prompt), config.prompt)
         prompt = renderer.teacher_ids(messages)
     else:
         prompt = renderer.student_ids(student_messages(problem, config.prompt))

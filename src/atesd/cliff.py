@@ -17,7 +17,7 @@ full-vocabulary divergence, which carries no importance weight, all of them are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import exp, inf, isfinite, log, log1p
 from typing import Annotated, Any, Self
@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from scipy.optimize import brentq, isotonic_regression
 
-from atesd.types import Config, Measurement, Observation, UserError
+from atesd.types import Config, ContractPoint, Measurement, Observation, UserError
 
 CLAMP = 1e-6
 """Measured probabilities are kept in [CLAMP, 1 - CLAMP]."""
@@ -163,10 +163,16 @@ class CliffMeter:
         """
         if observation.step % self.config.every:
             return
-        found = _collect(observation.measured, self.config.grid)
-        enough = {name: rows for name, rows in found.items() if min(row[3] for row in rows) >= self.config.min_hits}
-        self._thin = len(found) - len(enough)
-        fitted = {name: contract_class(name, [row[:3] for row in rows]) for name, rows in enough.items()}
+        found: dict[str, dict[float, ContractPoint]] = {}
+        for ratio in self.config.grid:
+            for name, point in observation.table(Measurement("contract", ratio)).items():
+                found.setdefault(name, {})[ratio] = point
+        fitted = {
+            name: contract_class(name, points)
+            for name, points in found.items()
+            if min(point.hits for point in points.values()) >= self.config.min_hits
+        }
+        self._thin = len(found) - len(fitted)
         known = {known.name: known for known in self._classes} | fitted
         self._stale = len(known) - len(fitted)
         self._classes = [known[name] for name in sorted(known)]
@@ -208,11 +214,11 @@ class CliffMeter:
         self._thin, self._stale = state["thin"], state["stale"]
 
 
-def contract_class(name: str, points: Sequence[tuple[float, float, float]]) -> ContractClass:
-    """Fit (ratio, p, b) points with rising ratios: isotonic, non-decreasing logit p; the mean logit b."""
-    fitted = isotonic_regression([logit(clamp(p)) for _, p, _ in points]).x
-    base = float(np.mean([logit(clamp(b)) for _, _, b in points]))
-    return ContractClass(name, [ratio for ratio, _, _ in points], [float(value) for value in fitted], base)
+def contract_class(name: str, points: Mapping[float, ContractPoint]) -> ContractClass:
+    """Fit points at rising ratios: isotonic, non-decreasing logit p; the mean logit b."""
+    fitted = isotonic_regression([logit(clamp(point.p)) for point in points.values()]).x
+    base = float(np.mean([logit(clamp(point.b)) for point in points.values()]))
+    return ContractClass(name, list(points), [float(value) for value in fitted], base)
 
 
 def clamp(p: float) -> float:
@@ -235,17 +241,3 @@ def _crossing(known: ContractClass, strength: float, c: float, high: float) -> f
             share = (limit - values[index]) / (values[index + 1] - values[index])
             return min(high, ratios[index] + share * (ratios[index + 1] - ratios[index]))
     return high
-
-
-def _collect(
-    measured: Mapping[str, float], grid: Sequence[float]
-) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Group `contract@r/NAME/{p,b,hits}` by class: (ratio, p, b, hits) in the order of the grid."""
-    rows: dict[str, list[tuple[float, float, float, float]]] = {}
-    for ratio in grid:
-        prefix = Measurement("contract", ratio).key + "/"
-        names = {key[len(prefix) :].rpartition("/")[0] for key in measured if key.startswith(prefix)}
-        for name in names:
-            p, b, hits = (measured[f"{prefix}{name}/{part}"] for part in ("p", "b", "hits"))
-            rows.setdefault(name, []).append((ratio, p, b, hits))
-    return rows

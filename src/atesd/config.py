@@ -1,154 +1,47 @@
-"""The recipe's tree: `RunConfig` and the sections of the model, the teacher, the optimizer and the cadences.
+"""The recipe's tree: `RunConfig`, what does not go together in it, and what follows from all of it.
 
-Sections of the other parts stand beside what they configure. `recipe.py` reads TOML and overrides into it.
+Sections stand beside what they configure, or in `sections.py`; choices by `kind` in `kinds.py`. `recipe.py` reads TOML
+and overrides into the tree. Checks ask methods what they declare of themselves, never which ones they are.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from atesd.cliff import CliffConfig
-from atesd.curriculum import CurriculumConfig, RandomConfig
+from atesd.curriculum import RandomConfig
 from atesd.evaluate.runner import EvalConfig
-from atesd.exposure.closed_form import ClosedForm
-from atesd.exposure.difficulty import Difficulty
-from atesd.exposure.kinds import ExposureConfig
-from atesd.exposure.overlap import Overlap
 from atesd.exposure.prompt import PromptConfig
-from atesd.exposure.reveal import RevealConfig
 from atesd.exposure.schedules import Fixed
-from atesd.gates import GateConfig, OpenGate, SdarGate
+from atesd.exposure.segments import Segments
+from atesd.facts import RunFacts
+from atesd.gates.gate import OpenGate
+from atesd.gradients.rule import AllGradients
+from atesd.kinds import (
+    CurriculumSection,
+    ExposureSection,
+    GateSection,
+    GradientSection,
+    RevealSection,
+    RewardSection,
+    RoutingSection,
+    SelectionSection,
+    TargetSection,
+    TaskSection,
+)
 from atesd.losses.divergence import LossConfig
 from atesd.losses.policy import PolicyConfig
-from atesd.losses.target import Extrapolate, Plain, TargetConfig
-from atesd.rewards.kinds import RewardConfig
+from atesd.losses.target import Plain
 from atesd.rollout.sampler import SamplingConfig
-from atesd.routing import CliffRouterConfig, DistilConfig, RoutingConfig
-from atesd.selection import SelectAll, SelectionConfig
-from atesd.tasks.kinds import PicoConfig, TaskConfig
+from atesd.routing.fixed import Distil
+from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig
+from atesd.selection import SelectAll
+from atesd.strength import Constant, Guard, Strength
+from atesd.tasks.kinds import PicoConfig
 from atesd.types import Config
-
-Positive = Annotated[int, Field(ge=1)]
-
-# Exposure that is measured or learned, and so costs something even where nothing is distilled.
-_MEASURED = ("beta", "closed_form", "paired", "difficulty", "influence", "overlap")
-_ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class LoraConfig(Config):
-    """Low-rank adapters instead of full fine-tuning; the defaults are OPSD's (2601.18734, released code)."""
-
-    r: Annotated[int, Field(ge=1)] = 64
-    """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 128
-    """Scale: the update is multiplied by alpha / r."""
-    targets: tuple[str, ...] = _ALL_PROJECTIONS
-    """Names of the linear layers that get an adapter."""
-
-
-class ModelConfig(Config):
-    """Which model learns."""
-
-    path: str = "pico"
-    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the loaded weights. Adapters are kept in float32 whatever this says."""
-    lora: LoraConfig | None = None
-    """Adapters; leave it out to train all weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-    @model_validator(mode="after")
-    def _full_tuning_needs_float32(self) -> ModelConfig:
-        if self.dtype == "bfloat16" and self.lora is None:
-            raise ValueError(
-                "training all weights in bfloat16 rounds small updates away: "
-                'set model.dtype = "float32", or train adapters with model.lora = {}'
-            )
-        return self
-
-
-class TeacherConfig(Config):
-    """Which weights score."""
-
-    weights: Literal["frozen", "live", "ema"] = "frozen"
-    """`frozen`: the step-0 weights (OPSD). `live`: the student's own. `ema`: their moving average, from the student."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """EMA only: share of the old average kept at each optimizer step; default .999 (OPSD's code)."""
-
-    @model_validator(mode="after")
-    def _decay_belongs_to_ema(self) -> TeacherConfig:
-        if self.ema_decay is not None and self.weights != "ema":
-            raise ValueError(f'teacher.ema_decay has no effect with weights = "{self.weights}": remove it')
-        return self
-
-
-class OptimConfig(Config):
-    """AdamW and its schedule. Defaults: OPSD's released recipe (2601.18734), whose rate is effectively constant."""
-
-    lr: Annotated[float, Field(gt=0)] = 5e-6
-    """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay rates of Adam's two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's denominator offset."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; `linear` and `cosine` end at 0 with the last update."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the rate rises linearly from 0."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 0.1
-    """Largest gradient norm, over all trained weights; 0 switches clipping off."""
-
-
-class ProbeConfig(Config):
-    """How the student's progress is measured, on fixed problems that are never trained on."""
-
-    max_tokens: Positive = 512
-    """Leading tokens of the reference solution whose log-likelihood is measured."""
-    sampling_k: Positive = 1
-    """Completions a probe problem for `probe_accuracy` and for contract positions."""
-    credit_parameters: Literal["last_layer", "all"] = "last_layer"
-    """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
-    credit_problems: Positive = 16
-    """Distilled problems of the latest batch, at most, on which influence and paired credit are taken."""
-    log_references: bool = False
-    """Log in every step the NLL that the student gives to the references of the step's problems, before the update."""
-    log_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
-
-
-class StepConfig(Config):
-    """How long a run is and what one step consists of."""
-
-    num_steps: Positive = 100
-    """Steps of the run: one generation batch each."""
-    problems: Positive = 32
-    """Problems in a generation batch."""
-    updates_per_batch: Positive = 1
-    """Optimizer updates into which a generation batch is split."""
-    token_budget: Positive = 16384
-    """Padded input positions of the longer role in one micro-batch: what bounds memory."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
-    truncated: Literal["train", "mask"] = "train"
-    """Whether completions that hit the length limit are trained on. They always grade as wrong."""
-
-
-class SaveConfig(Config):
-    """What is written while training."""
-
-    every: Positive = 25
-    """Steps between checkpoints; one is always written at the end and on an interrupt."""
-    keep: Positive = 2
-    """How many of the latest checkpoints to keep. `final` and `best` are kept apart from them."""
-    rollouts_every: Positive = 10
-    """Steps between rollout files."""
-    rollouts: Annotated[int, Field(ge=0)] = 4
-    """Completions written to a rollout file."""
 
 
 class RunConfig(Config):
@@ -158,34 +51,36 @@ class RunConfig(Config):
     """Fixes the order of problems, the sampling, LoRA's initialisation and the controller."""
     model: ModelConfig = ModelConfig()
     """The model that learns."""
-    task: TaskConfig = PicoConfig()
+    task: TaskSection = PicoConfig()
     """Problems to train on, to probe and to evaluate on."""
-    reward: RewardConfig | None = None
+    reward: RewardSection | None = None
     """How completions are graded; leave it out for the task's own grader."""
     prompt: PromptConfig = PromptConfig()
     """Texts of both roles."""
-    reveal: RevealConfig = RevealConfig()
-    """How a solution is cut into segments."""
-    exposure: ExposureConfig = Fixed()
+    reveal: RevealSection = Segments()
+    """How a ratio becomes what is visible of a solution."""
+    exposure: ExposureSection = Fixed()
     """How much of the solution the teacher sees."""
     teacher: TeacherConfig = TeacherConfig()
     """Which weights the teacher has."""
-    target: TargetConfig = Plain()
+    target: TargetSection = Plain()
     """The distribution made from the teacher's view."""
     loss: LossConfig = LossConfig()
     """Divergence, clip, temperatures and tiles."""
-    selection: SelectionConfig = SelectAll()
+    selection: SelectionSection = SelectAll()
     """Which tokens are distilled at all."""
-    gate: GateConfig = OpenGate()
+    gate: GateSection = OpenGate()
     """How strongly they listen."""
-    routing: RoutingConfig = DistilConfig()
+    routing: RoutingSection = Distil()
     """Which loss trains a group."""
     rl: PolicyConfig = PolicyConfig()
     """The reinforcement branch of routers that reinforce."""
     cliff: CliffConfig = CliffConfig()
     """How the bound on extrapolation is measured: for the router `cliff`, `target.guard` and closed-form exposure."""
-    curriculum: CurriculumConfig = RandomConfig()
+    curriculum: CurriculumSection = RandomConfig()
     """The order of problems."""
+    gradient: GradientSection = AllGradients()
+    """Which weights an update moves, and how."""
     rollout: SamplingConfig = SamplingConfig()
     """How the student samples."""
     optim: OptimConfig = OptimConfig()
@@ -227,8 +122,62 @@ class RunConfig(Config):
     @property
     def needs_base(self) -> bool:
         """Whether the step-0 weights are read without a hint."""
-        measured = isinstance(self.routing, CliffRouterConfig) or isinstance(self.exposure, ClosedForm)
+        measured = self.routing.reads_lambda or self.exposure.reads_lambda
         return measured or "base" in self.target.views or (self.routing.reinforces and self.rl.kl_coef > 0)
+
+    def facts(self, problem_ids: Sequence[str] = ()) -> RunFacts:
+        """Return what methods may depend on besides their own sections; `problem_ids` are the training problems'."""
+        return RunFacts(
+            seed=self.seed,
+            total_steps=self.step.num_steps,
+            problems_per_step=self.step.problems,
+            problem_ids=problem_ids,
+            teacher_frozen=self.teacher.weights == "frozen",
+            strength=self.target.strength,
+            cliff=self.cliff,
+            c=self.cliff_c,
+        )
+
+    def strength(self, run: RunFacts) -> Strength:
+        """Return what answers the lambda of each step: measured only where the target or the router caps it."""
+        if self.target.capped or self.routing.reads_lambda:
+            return Guard(run, always=self.target.capped)
+        return Constant(run)
+
+    def about(self) -> dict[str, Any]:
+        """Say in words what teaches the student, for readers who have not seen a recipe.
+
+        `exposure` completes "The teacher sees ..."; `controls` are sentences without a full stop, of what is not
+        neutral.
+        """
+        weighs = "Problems weigh p (1 - p) by their pass rate p (PACED)" if self.loss.prompt_weight == "paced" else ""
+        router = self.routing.describe()
+        controls = [
+            self.target.describe(),
+            self.selection.describe(),
+            self.gate.describe(),
+            weighs,
+            router if self.routing.distils else "",
+            self.curriculum.describe(),
+            self.gradient.describe(),
+        ]
+        return {
+            "exposure": self._shown() if self.routing.distils else router,
+            "controls": [words for words in controls if words],
+            "distils": self.routing.distils,
+            "reinforces": self.routing.reinforces,
+        }
+
+    def _shown(self) -> str:
+        """Complete "The teacher sees ..." where there is a teacher."""
+        revealed = self.reveal.describe()
+        if not revealed:
+            return self.exposure.describe()
+        return f"{revealed}, at most {self.exposure.describe()}" if self._is_set("exposure") else revealed
+
+    def _is_set(self, name: str) -> bool:
+        """Tell whether a section is another than the default, which is the neutral one."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @model_validator(mode="after")
     def _reinforcement_samples_untruncated(self) -> Self:
@@ -246,128 +195,116 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _routing_fits(self) -> Self:
-        kind = self.routing.kind
+        router = f'routing.kind = "{self.routing.kind}"'
         if self.routing.reinforces and self.rollout.group_size < 2:
             raise ValueError(
-                f'routing.kind = "{kind}" compares completions of a group, but rollout.group_size is '
-                f"{self.rollout.group_size}: set it to at least 2 (8 is usual)"
+                f"{router} compares completions of a group, but rollout.group_size is {self.rollout.group_size}: "
+                "set it to at least 2 (8 is usual)"
             )
         if self.routing.reinforces and self.loss.temperature_student not in (None, self.rollout.temperature):
             raise ValueError(
-                f'routing.kind = "{kind}" needs the probabilities that were sampled from: remove '
+                f"{router} needs the probabilities that were sampled from: remove "
                 f"loss.temperature_student = {self.loss.temperature_student} or set it to rollout.temperature"
             )
         if self.routing.shared and self.rl.aggregate != self.loss.aggregate:
             raise ValueError(
-                f'routing.kind = "{kind}" divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" '
-                f'and loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'
+                f'{router} divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" and '
+                f'loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'
             )
-        uniform = isinstance(self.routing, CliffRouterConfig) and self.routing.uniform == "distil"
-        if self.loss.prompt_weight == "paced" and (kind == "hdpo" or uniform):
+        if not self.routing.distils:
+            idle = [name for name in ("gate", "selection", "target") if self._is_set(name)]
+            idle += ["loss.prompt_weight"] * (self.loss.prompt_weight != "none")
+            idle += ["exposure"] * self.exposure.measured + ["reveal"] * self.reveal.reads_rollout
+            if idle:
+                raise ValueError(f"{router} distils nothing: remove {idle[0]}, which has no effect")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.loss.prompt_weight == "none":
+            return self
+        paced = f'loss.prompt_weight = "{self.loss.prompt_weight}"'
+        if self.routing.distils_uniform:
             raise ValueError(
-                f'loss.prompt_weight = "paced" gives weight 0 to problems of equal rewards, and router "{kind}" '
-                "distils what has no other use: remove either"
+                f'{paced} gives weight 0 to problems of equal rewards, and router "{self.routing.kind}" distils what '
+                "has no other use: remove either"
             )
-        if self.loss.prompt_weight == "paced" and self.rollout.group_size < 2:
+        if self.rollout.group_size < 2:
             raise ValueError(
-                f'loss.prompt_weight = "paced" needs pass rates, but rollout.group_size is {self.rollout.group_size}, '
-                "so every weight would be 0: set it to at least 2"
+                f"{paced} needs pass rates, but rollout.group_size is {self.rollout.group_size}, so every weight would "
+                "be 0: set it to at least 2"
             )
         return self
 
     @model_validator(mode="after")
     def _target_fits(self) -> Self:
-        target, gate = self.target, self.gate
-        extrapolates = isinstance(target, Extrapolate) and target.lambda_x > 1
-        asks = [
-            name
-            for name, asked in (
-                ('routing.kind = "cliff"', isinstance(self.routing, CliffRouterConfig)),
-                ("target.guard = true", isinstance(target, Extrapolate) and target.guard),
-                ('exposure.kind = "closed_form"', isinstance(self.exposure, ClosedForm)),
-            )
-            if asked
-        ]
-        if asks and not extrapolates:
+        if self.target.strength <= 1:
+            for name, method in (("routing", self.routing), ("exposure", self.exposure)):
+                if method.reads_lambda:
+                    raise ValueError(
+                        f'{name}.kind = "{method.kind}" weighs how far the target is extrapolated, but here it is not: '
+                        'set target = {kind = "extrapolate", lambda_x = 1.25}'
+                    )
+        if self.target.capped and self.routing.reads_lambda:
             raise ValueError(
-                f"{asks[0]} weighs how far the target is extrapolated, but here it is not: "
-                'set target = {kind = "extrapolate", lambda_x = 1.25}'
+                f'routing.kind = "{self.routing.kind}" caps lambda itself where it must: remove target.guard'
             )
-        if isinstance(target, Extrapolate) and target.guard and isinstance(self.routing, CliffRouterConfig):
-            raise ValueError('routing.kind = "cliff" caps lambda itself where it must: remove target.guard')
-        if isinstance(gate, SdarGate) and gate.target == "surrogate" and target.kind != "plain":
-            raise ValueError(
-                f'the SDAR surrogate has the same gradient whatever the target, so target.kind = "{target.kind}" would '
-                'have no effect: set gate.target = "divergence" or target.kind = "plain"'
-            )
-        if not self.routing.distils:
-            idle = [
-                name
-                for name, set_ in (
-                    ("gate", self.gate.kind != "none"),
-                    ("selection", self.selection.kind != "all"),
-                    ("target", target.kind != "plain"),
-                    ("loss.prompt_weight", self.loss.prompt_weight != "none"),
-                    ("exposure", self.exposure.kind in _MEASURED),
-                )
-                if set_
-            ]
-            if idle:
-                raise ValueError(
-                    f'routing.kind = "{self.routing.kind}" distils nothing: remove {idle[0]}, which has no effect'
-                )
         return self
 
     @model_validator(mode="after")
     def _loss_is_listened_to(self) -> Self:
-        if isinstance(self.gate, SdarGate) and self.gate.target == "surrogate":
-            ignored = [name for name in ("clip", "top_k") if getattr(self.loss, name) not in ("none", None)]
-            ignored += ["divergence"] * (self.loss.divergence.kind == "sampled")
-            if ignored:
-                raise ValueError(
-                    f"the SDAR surrogate looks at the sampled token alone, so loss.{ignored[0]} would have no effect: "
-                    'remove it, or set gate.target = "divergence"'
-                )
+        if self.gate.reads_divergence:
+            return self
+        gate = f'gate.kind = "{self.gate.kind}" looks at the sampled token alone here, not at the divergence'
+        remedy = 'or set gate.target = "divergence"'
+        if self._is_set("target"):
+            raise ValueError(
+                f'{gate}, and has the same gradient whatever the target, so target.kind = "{self.target.kind}" would '
+                f'have no effect: set target.kind = "plain", {remedy}'
+            )
+        ignored = [name for name in ("clip", "top_k") if getattr(self.loss, name) not in ("none", None)]
+        ignored += ["divergence"] * (self.loss.divergence.kind == "sampled")
+        if ignored:
+            raise ValueError(f"{gate}, so loss.{ignored[0]} would have no effect: remove it, {remedy}")
         return self
 
     @model_validator(mode="after")
-    def _overlap_fits(self) -> Self:
-        if self.prompt.hint == "none" and self.exposure.kind in _MEASURED:
+    def _exposure_fits(self) -> Self:
+        exposure = f'exposure.kind = "{self.exposure.kind}"'
+        if self.prompt.hint == "none" and self.exposure.measured:
             raise ValueError(
-                f'prompt.hint = "none" shows nothing at any ratio, so exposure.kind = "{self.exposure.kind}" steers '
-                'nothing: set exposure = {kind = "fixed"}'
+                f'prompt.hint = "none" shows nothing at any ratio, so {exposure} steers nothing: '
+                'set exposure = {kind = "fixed"}'
             )
-        if not isinstance(self.exposure, Overlap):
+        if self.exposure.reads_rewards and self.rollout.group_size < 2:
+            raise ValueError(
+                f"{exposure} tells problems apart by their pass rates, but with rollout.group_size = 1 these know two "
+                'difficulties, right and wrong: raise the group size, or set exposure.by = "reference_ppl"'
+            )
+        if self.exposure.reads_rewards and self.routing.distils_failures_only:
+            raise ValueError(
+                f'{exposure} tells problems apart by their pass rates, and routing.kind = "{self.routing.kind}", which '
+                'distils failed groups alone, leaves one bin: set exposure.by = "reference_ppl"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reveal_fits(self) -> Self:
+        if not self.reveal.reads_rollout:
             return self
+        reveal = f'reveal.kind = "{self.reveal.kind}"'
+        if self.prompt.hint == "none":
+            raise ValueError(
+                f'prompt.hint = "none" shows nothing at any ratio, so {reveal} has no effect: remove reveal.kind'
+            )
         if self.prompt.hint == "wrong_problem":
             raise ValueError(
-                'exposure.kind = "overlap" compares with the own solution, but prompt.hint = "wrong_problem" shows '
-                "another: set another exposure"
+                f'{reveal} compares with the own solution, but prompt.hint = "wrong_problem" shows another: '
+                'set reveal.kind = "segments"'
             )
-        if self.reveal.order != "prefix":
+        if self.routing.reads_exposure or self.target.capped:
             raise ValueError(
-                f'exposure.kind = "overlap" counts revealed segments from the start: set reveal.order = "prefix" '
-                f'instead of "{self.reveal.order}"'
-            )
-        guarded = isinstance(self.target, Extrapolate) and self.target.guard
-        if guarded or isinstance(self.routing, CliffRouterConfig):
-            raise ValueError(
-                'exposure.kind = "overlap" is known only after the rollout, but lambda* needs the exposure before: '
-                "set another exposure, or remove target.guard and the cliff router"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _difficulty_needs_rates(self) -> Self:
-        exposure = self.exposure
-        if isinstance(exposure, Difficulty) and exposure.by == "pass_rate" and self.rollout.group_size < 2:
-            raise ValueError(
-                'exposure.by = "pass_rate" with rollout.group_size = 1 knows two difficulties, right and wrong: raise '
-                'the group size, or set exposure.by = "reference_ppl"'
-            )
-        if isinstance(exposure, Difficulty) and exposure.by == "pass_rate" and self.routing.kind == "hdpo":
-            raise ValueError(
-                'exposure.by = "pass_rate" with routing.kind = "hdpo", which distils failed groups alone, leaves one '
-                'bin: set exposure.by = "reference_ppl"'
+                f"{reveal} settles the exposure only after the rollout, but lambda* needs it before: "
+                'set reveal.kind = "segments", or remove target.guard and the cliff router'
             )
         return self

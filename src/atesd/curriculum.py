@@ -12,13 +12,15 @@ There the solution is the training target, here it is what the teacher sees: an 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-from pydantic import Field
 
+from atesd.facts import RunFacts
 from atesd.seeds import derive_seed
-from atesd.types import Config, Measurement, Observation, Policy, Stateless, UserError
+from atesd.types import Measurement, Method, Observation, Policy, Stateless, UserError
+
+REFERENCES = Measurement("reference_nll")
 
 
 class Curriculum(Policy, Protocol):
@@ -79,22 +81,22 @@ class ByPerplexity(Shuffled):
     last.
     """
 
-    def __init__(self, config: PerplexityConfig, problem_ids: Sequence[str], batch: int) -> None:
+    def __init__(self, config: PerplexityConfig, run: RunFacts) -> None:
         self._config = config
-        self._ids = list(problem_ids)
-        self._batch = batch
+        self._ids = list(run.problem_ids)
+        self._batch = run.problems_per_step
         self._nll: list[float | None] = []
         super().__init__(len(self._ids), seed=0)
 
     def wants(self, step: int) -> Sequence[Measurement]:
         """Ask for all references before the first step, and before a step that begins an epoch."""
         begins = self._position + self._batch >= self._num_problems and self._config.rescore == "epoch"
-        return [Measurement("reference_nll")] if step == 0 or begins else []
+        return [REFERENCES] if step == 0 or begins else []
 
     def observe(self, observation: Observation) -> None:
         """Keep new scores. They sort the epoch that has not begun; one under way keeps its order."""
-        scores = observation.by_problem.get("reference_nll")
-        if scores is None or not self.wants(observation.step):
+        scores = observation.table(REFERENCES)
+        if not scores or not self.wants(observation.step):
             return
         self._nll = [scores.get(problem) for problem in self._ids]
         if self._position == 0:
@@ -119,18 +121,28 @@ class ByPerplexity(Shuffled):
         return [index for _, index in sorted(known)] + missing
 
 
-class RandomConfig(Config):
+class CurriculumMethod(Method):
+    """Base of curricula's sections."""
+
+    declares: ClassVar[tuple[str, ...]] = ("describe", "build")
+
+
+class RandomConfig(CurriculumMethod):
     """Shuffle the problems anew in every epoch."""
 
     kind: Literal["random"] = "random"
 
-    def build(self, problem_ids: Sequence[str], batch: int, seed: int) -> Curriculum:  # noqa: ARG002
+    def describe(self) -> str:
+        """Nothing to say."""
+        return ""
+
+    def build(self, run: RunFacts) -> Curriculum:
         """Return the order."""
-        assert problem_ids
-        return Shuffled(len(problem_ids), seed)
+        assert run.problem_ids
+        return Shuffled(len(run.problem_ids), run.seed)
 
 
-class PerplexityConfig(Config):
+class PerplexityConfig(CurriculumMethod):
     """Sort the problems by the perplexity of their reference under the student (SU-01 2605.13301)."""
 
     kind: Literal["reverse_ppl", "forward_ppl"] = "reverse_ppl"
@@ -138,10 +150,13 @@ class PerplexityConfig(Config):
     rescore: Literal["epoch", "once"] = "epoch"
     """Score all training problems before every epoch, or only before the first step; each costs one pass over them."""
 
-    def build(self, problem_ids: Sequence[str], batch: int, seed: int) -> Curriculum:  # noqa: ARG002
+    def describe(self) -> str:
+        """Name order and cadence."""
+        first = "Hardest" if self.kind == "reverse_ppl" else "Easiest"
+        when = "before the first step" if self.rescore == "once" else "before every epoch"
+        return f"{first} problems first, by the perplexity of the reference, scored {when}"
+
+    def build(self, run: RunFacts) -> Curriculum:
         """Return the order."""
-        assert problem_ids
-        return ByPerplexity(self, problem_ids, batch)
-
-
-CurriculumConfig = Annotated[RandomConfig | PerplexityConfig, Field(discriminator="kind")]
+        assert run.problem_ids
+        return ByPerplexity(self, run)

@@ -13,12 +13,21 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from atesd.config import RunConfig
 from atesd.types import UserError
+
+# What to write instead of a kind that is one of another section: (section, kind) -> remedy.
+_ELSEWHERE = {
+    (
+        "exposure",
+        "overlap",
+    ): 'exposure.kind = "overlap" is a kind of reveal: write reveal = {kind = "overlap", ...} with '
+    'its n, extra and unit, and exposure = {kind = "fixed"}'
+}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -83,7 +92,10 @@ def _explain(error: ValidationError) -> list[str]:
     clauses = []
     for finding in error.errors():
         where = ".".join(str(part) for part in finding["loc"])
-        if finding["type"] == "extra_forbidden":
+        elsewhere = _ELSEWHERE.get((where, str(finding.get("ctx", {}).get("tag"))))
+        if elsewhere:
+            clauses.append(elsewhere)
+        elif finding["type"] == "extra_forbidden":
             clauses.append(f"unknown key {where!r}{_suggest(finding['loc'])}")
         elif finding["type"] == "value_error":
             clauses.append(f"{where}: {finding['ctx']['error']}" if where else str(finding["ctx"]["error"]))
@@ -109,7 +121,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         for model in models:
             if part in model.model_fields:
                 following += _models_in(model.model_fields[str(part)].annotation)
-        models = following or [model for model in models if _kind(model) == part] or models
+        models = following or [model for model in models if part in _kinds(model)] or models
     return [name for model in models for name in model.model_fields]
 
 
@@ -119,6 +131,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
 
 
-def _kind(model: type[BaseModel]) -> str | None:
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
     field = model.model_fields.get("kind")
-    return None if field is None else str(field.default)
+    return () if field is None else get_args(field.annotation)

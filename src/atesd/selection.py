@@ -23,7 +23,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from atesd.losses.stats import TokenStats
-from atesd.types import Config
+from atesd.types import Method
+
+_SCORES = {
+    "soft_or": "those of high entropy or high divergence",
+    "entropy": "those of high student entropy",
+    "q3": "those where the student is sure and the teacher disagrees",
+    "multinomial": "drawn at random, more often at high entropy and divergence",
+}
 
 
 class Selection(Protocol):
@@ -39,19 +46,29 @@ class Selection(Protocol):
         ...
 
 
-class SelectAll(Config):
+class SelectionMethod(Method):
+    """Base of selections."""
+
+    declares: ClassVar[tuple[str, ...]] = ("needs_batch", "select", "describe")
+
+
+class SelectAll(SelectionMethod):
     """Every token."""
 
     kind: Literal["all"] = "all"
 
     needs_batch: ClassVar[bool] = False
 
+    def describe(self) -> str:
+        """Nothing to say."""
+        return ""
+
     def select(self, stats: TokenStats, seed: int) -> Tensor:  # noqa: ARG002
         """Select everything."""
         return torch.ones_like(stats.student_logprob)
 
 
-class TipSelection(Config):
+class TipSelection(SelectionMethod):
     """TIP's informative tokens (2604.14084). Ours: the score `q3`, as the paper's thresholds are not published.
 
     Deviations: 1. the second factor of `multinomial` is the configured divergence, cut at ln 2: the released code's
@@ -80,6 +97,12 @@ class TipSelection(Config):
     def needs_batch(self) -> bool:
         """A ratio of 1 keeps everything and needs no ranking."""
         return self.ratio < 1
+
+    def describe(self) -> str:
+        """Name share and score."""
+        if not self.needs_batch:
+            return ""
+        return f"Of the tokens {100 * self.ratio:.3g} % are distilled, {_SCORES[self.score]} (TIP)"
 
     def select(self, stats: TokenStats, seed: int) -> Tensor:
         """Keep max(1, floor(rho N)) tokens."""
@@ -127,6 +150,3 @@ def _cut(values: Tensor, percentile: float) -> Tensor:
     """Cut values at the smallest one that a share `percentile` of them does not exceed."""
     rank = max(1, math.ceil(percentile * values.numel() - 1e-9))
     return values.clamp(max=values.kthvalue(rank).values)
-
-
-SelectionConfig = Annotated[SelectAll | TipSelection, Field(discriminator="kind")]

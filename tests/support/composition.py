@@ -20,7 +20,10 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "difficulty": {"kind": "difficulty", "bins": 2, "policy": BETA},
     "difficulty_ppl": {"kind": "difficulty", "by": "reference_ppl", "policy": BETA},
     "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
-    "overlap": {"kind": "overlap", "n": 3},
+}
+REVEALS: dict[str, dict[str, Any]] = {
+    "segments": {"unit": "line"},
+    "overlap": {"kind": "overlap", "unit": "line", "n": 3},
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "all": {"kind": "all"},
@@ -54,13 +57,18 @@ TARGETS: dict[str, dict[str, Any]] = {
     "anchor_mix": {"kind": "anchor_mix"},
     "residual": {"kind": "residual"},
 }
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+}
 AXES = {
     "exposure": CONTROLLERS,
+    "reveal": REVEALS,
     "selection": SELECTIONS,
     "gate": GATES,
     "routing": ROUTERS,
     "curriculum": CURRICULA,
     "target": TARGETS,
+    "gradient": GRADIENTS,
 }
 BASE: dict[str, Any] = {
     "threads": 1,
@@ -90,11 +98,13 @@ def legal(names: dict[str, str]) -> bool:
     idle = router in ("rl", "sft")
     if idle and names.get("exposure") == "closed_form":
         return False
-    if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence", "overlap"):
+    if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence"):
+        return False
+    if idle and names.get("reveal") == "overlap":
         return False
     if names.get("exposure") == "difficulty" and router == "hdpo":
         return False
-    if names.get("exposure") == "overlap" and (router == "cliff" or target == "guarded"):
+    if names.get("reveal") == "overlap" and (router == "cliff" or target == "guarded"):
         return False
     return not (idle and (gate not in ("none", None) or names.get("selection") not in ("all", None)
                           or target not in ("plain", None)))  # fmt: skip

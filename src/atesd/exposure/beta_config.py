@@ -1,4 +1,4 @@
-"""Settings of ATESD's learned exposure controller. Free of torch, so that recipes load fast.
+"""Settings of ATESD's learned exposure controller.
 
 ATESD, arXiv 2605.11458. The paper publishes the form of the controller but not its settings: every default below is
 our choice unless it says otherwise, and each is a field.
@@ -10,8 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.schedules import Ratio
+from atesd.exposure.held import Ratio
 from atesd.exposure.window import Baseline, Rectify
 from atesd.types import Config
 
@@ -51,10 +50,8 @@ class WarmStart(Config):
         return self
 
 
-class BetaConfig(Config):
-    """ATESD's learned exposure: a Beta policy on training-state features, one draw per hold window (2605.11458)."""
-
-    kind: Literal["beta"] = "beta"
+class BetaSettings(Config):
+    """What the controller and its parts read."""
 
     features: tuple[Feature, ...] = Field(default=PAPER_FEATURES, min_length=1)
     """State of the policy. The first six are the paper's; `improvement` (fall of the progress metric since the last
@@ -166,12 +163,6 @@ class BetaConfig(Config):
         if self.bounds == "affine":
             return self.alpha_min + (self.alpha_max - self.alpha_min) * draw
         return min(self.alpha_max, max(self.alpha_min, draw))
-
-    def build(self, run: RunFacts) -> Controller:
-        """Return the controller. A frozen teacher's grounded term depends on the ratio alone and is tabulated."""
-        from atesd.exposure.beta_controller import BetaController
-
-        return BetaController(self, run.total_steps, run.seed, run.teacher_frozen)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

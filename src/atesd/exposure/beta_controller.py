@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from atesd.exposure.beta import BetaPolicy, Draw
-from atesd.exposure.beta_config import BetaConfig
+from atesd.exposure.beta_config import BetaSettings
+from atesd.exposure.controller import Controller, ExposureMethod
 from atesd.exposure.features import TrainingState
 from atesd.exposure.window import (
     Decision,
@@ -26,12 +27,28 @@ from atesd.exposure.window import (
     advantages,
     discounted_mean,
     discounted_progress,
-    finite,
     is_idle,
     ramp,
     step_counts,
 )
+from atesd.facts import RunFacts
 from atesd.types import Measurement, Observation
+
+
+class BetaConfig(ExposureMethod, BetaSettings):
+    """ATESD's learned exposure: a Beta policy on training-state features, one draw per hold window (2605.11458)."""
+
+    kind: Literal["beta"] = "beta"
+
+    measured: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Name policy and reward."""
+        return "a learned share: a Beta policy, rewarded for the student's progress (ATESD)"
+
+    def build(self, run: RunFacts) -> Controller:
+        """Return the controller. A frozen teacher's grounded term depends on the ratio alone and is tabulated."""
+        return BetaController(self, run.total_steps, run.seed_for("exposure"), run.teacher_frozen)
 
 
 class BetaController:
@@ -42,7 +59,7 @@ class BetaController:
     counted, if its look-ahead contains a step without a distilled group or lacks a finite measurement.
     """
 
-    def __init__(self, config: BetaConfig, total_steps: int, seed: int, teacher_frozen: bool) -> None:
+    def __init__(self, config: BetaSettings, total_steps: int, seed: int, teacher_frozen: bool) -> None:
         self._config = config
         self._grounded = config.grounded_weight > 0.0
         self._frozen = teacher_frozen
@@ -92,8 +109,8 @@ class BetaController:
         Measurements that this controller did not ask for are ignored, so that logging more changes nothing.
         """
         assert observation.step == self._step + 1, f"step {observation.step} observed after step {self._step}"
-        asked = {measurement.key for measurement in self.wants(observation.step)}
-        measured = {key: value for key, value in observation.measured.items() if key in asked}
+        asked = set(self.wants(observation.step))
+        measured = {measurement: value for measurement, value in observation.measured.items() if measurement in asked}
         observation = replace(observation, measured=measured)
         self._step = observation.step
         self._step_log = {}
@@ -190,7 +207,7 @@ class BetaController:
                 return False
             decision.progress.append(self._state.level)
         if due and self._grounded and not self._frozen:
-            grounded = finite(observation.measured, Measurement(self._config.gt_kind, decision.ratio).key)
+            grounded = observation.number(Measurement(self._config.gt_kind, decision.ratio))
             if grounded is None:
                 return False
             decision.grounded.append(grounded)
@@ -201,7 +218,7 @@ class BetaController:
         if not self._grounded or not self._frozen or self._table["ratios"]:
             return
         grid = self._config.gt_grid
-        found = [(ratio, finite(observation.measured, Measurement(self._config.gt_kind, ratio).key)) for ratio in grid]
+        found = [(ratio, observation.number(Measurement(self._config.gt_kind, ratio))) for ratio in grid]
         known = [(ratio, value) for ratio, value in found if value is not None]
         if len(known) >= 2:
             self._table = {"ratios": [ratio for ratio, _ in known], "values": [value for _, value in known]}

@@ -10,33 +10,26 @@ the largest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any, ClassVar, Literal
 
 from atesd.cliff import CliffMeter
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.held import Held
-from atesd.exposure.schedules import Ratio
-from atesd.types import Config, Measurement, Observation
+from atesd.exposure.controller import Controller
+from atesd.exposure.held import BoundedMethod, Held
+from atesd.facts import RunFacts
+from atesd.types import Measurement, Observation
 
 
-class ClosedForm(Config):
+class ClosedForm(BoundedMethod):
     """The largest exposure at which the target's lambda is safe, by the section `cliff`; nothing is learned."""
 
     kind: Literal["closed_form"] = "closed_form"
-    low: Ratio = 0.0
-    """Smallest exposure ratio."""
-    high: Ratio = 1.0
-    """Largest exposure ratio."""
-    hold: int = Field(default=5, ge=1)
-    """Updates that share one ratio; a step without a distilled group does not count."""
 
-    @model_validator(mode="after")
-    def _check_range(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
-        return self
+    measured: ClassVar[bool] = True
+    reads_lambda: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Name the rule."""
+        return "the largest share at which the target's λ is safe by the measured λ*"
 
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""

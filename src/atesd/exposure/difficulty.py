@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from atesd.exposure.beta_config import BetaConfig
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.types import Config, Measurement, Observation
+from atesd.exposure.beta_controller import BetaConfig, BetaController
+from atesd.exposure.controller import Controller, ExposureMethod
+from atesd.facts import RunFacts
+from atesd.types import Measurement, Observation
+
+_REFERENCES = Measurement("reference_nll")
 
 
-class Difficulty(Config):
+class Difficulty(ExposureMethod):
     """A Beta policy per difficulty bin (ours)."""
 
     kind: Literal["difficulty"] = "difficulty"
@@ -35,6 +37,17 @@ class Difficulty(Config):
     """Number of bins."""
     policy: BetaConfig = BetaConfig()
     """Settings of every bin's policy."""
+
+    measured: ClassVar[bool] = True
+
+    @property
+    def reads_rewards(self) -> bool:
+        """By the pass rate."""
+        return self.by == "pass_rate"
+
+    def describe(self) -> str:
+        """Name the number of policies."""
+        return f"learned shares: a Beta policy for each of {self.bins} difficulties of problems"
 
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
@@ -46,8 +59,10 @@ class DifficultyController:
 
     def __init__(self, config: Difficulty, run: RunFacts) -> None:
         self._config = config
+        seed = run.seed_for("exposure")
         self._parts = [
-            config.policy.build(replace(run, seed=run.seed + 1000 * (number + 1))) for number in range(config.bins)
+            BetaController(config.policy, run.total_steps, seed + 1000 * (number + 1), run.teacher_frozen)
+            for number in range(config.bins)
         ]
         self._edges: list[float] = []
         self._levels: dict[str, float] = {}
@@ -67,12 +82,12 @@ class DifficultyController:
         """Ask for what the policies want, and once for the references' perplexity."""
         wanted = [measurement for part in self._parts for measurement in part.wants(step)]
         if step == 0 and self._config.by == "reference_ppl":
-            wanted.append(Measurement("reference_nll"))
+            wanted.append(_REFERENCES)
         return wanted
 
     def observe(self, observation: Observation) -> None:
         """Hand on to every bin; fix the bins' edges at step 0."""
-        scores = observation.by_problem.get("reference_nll")
+        scores = observation.table(_REFERENCES)
         if scores and not self._levels and self._config.by == "reference_ppl":
             self._levels = dict(scores)
             inner = np.arange(1, self._config.bins) / self._config.bins

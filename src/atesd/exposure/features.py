@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from atesd.exposure.beta_config import BetaConfig
+from atesd.exposure.beta_config import BetaSettings
 from atesd.exposure.window import Average, finite
-from atesd.types import Observation
+from atesd.types import Measurement, Observation
 
 FEATURE_BOUND = 10.0
 
@@ -21,7 +21,7 @@ FEATURE_BOUND = 10.0
 class TrainingState:
     """Follows the observations of a run; `level` is the latest l, as a loss."""
 
-    def __init__(self, config: BetaConfig, total_steps: int) -> None:
+    def __init__(self, config: BetaSettings, total_steps: int) -> None:
         self._config = config
         self._total = max(1, total_steps)
         self._averages = {name: Average(config.ema_decay) for name in ("ratio", "loss", "mismatch", "probe", "reward")}
@@ -98,7 +98,7 @@ class TrainingState:
     def _probe_level(self, observation: Observation) -> float | None:
         """Return the probe measurement as a loss: an accuracy becomes an error rate."""
         kind = self._config.probe_kind
-        value = finite(observation.measured, kind) if kind is not None else None
+        value = observation.number(Measurement(kind)) if kind is not None else None
         return 1.0 - value if value is not None and kind == "probe_accuracy" else value
 
     def _improvement(self) -> float | None:

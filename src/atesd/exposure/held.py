@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Self
 
+from pydantic import Field, model_validator
+
+from atesd.exposure.controller import ExposureMethod
 from atesd.exposure.window import HoldClock, step_counts
 from atesd.types import Observation
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class HeldMethod(ExposureMethod):
+    """Base of their sections."""
+
+    hold: int = Field(default=5, ge=1)
+    """Updates that share one ratio; a step without a distilled group does not count."""
+
+
+class BoundedMethod(HeldMethod):
+    """Base of those that move between two bounds."""
+
+    low: Ratio = 0.0
+    """Smallest exposure ratio."""
+    high: Ratio = 1.0
+    """Largest exposure ratio."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
+        return self
 
 
 class Held:

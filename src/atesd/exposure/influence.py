@@ -16,19 +16,19 @@ standardising makes the temperature the same for every model. Measured by `train
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.held import Held
-from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import finite, is_idle
-from atesd.types import Config, Measurement, Observation
+from atesd.exposure.controller import Controller
+from atesd.exposure.held import Held, HeldMethod, Ratio
+from atesd.exposure.window import is_idle
+from atesd.facts import RunFacts
+from atesd.types import Measurement, Observation
 
 
-class Influence(Config):
+class Influence(HeldMethod):
     """Exposure by first-order credit of candidate ratios at each hold window (ours)."""
 
     kind: Literal["influence"] = "influence"
@@ -36,12 +36,16 @@ class Influence(Config):
     """Candidate ratios; each costs a teacher pass and a partial backward pass a window."""
     start: Ratio = 0.5
     """Exposure ratio before the first credit."""
-    hold: int = Field(default=5, ge=1)
-    """Updates that share one ratio; a step without a distilled group does not count."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the credits' moving averages, per window."""
     temperature: Annotated[float, Field(gt=0)] = 0.2
     """Softness of the choice between ratios; towards 0 it takes the best one."""
+
+    measured: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Name the credit."""
+        return "a learned share: candidates mixed by what their gradients would do to the probe (influence credit)"
 
     @model_validator(mode="after")
     def _check_grid(self) -> Influence:
@@ -78,7 +82,7 @@ class InfluenceController(Held):
         """Average the credits in; a candidate without one spoils the whole set, which is then left out."""
         self._latest = {}
         wanted = self.wants(observation.step)
-        found = [finite(observation.measured, measurement.key) for measurement in wanted]
+        found = [observation.number(measurement) for measurement in wanted]
         known = [credit for credit in found if credit is not None]
         if wanted and len(known) == len(wanted):
             decay, before = self._config.decay, self._credits or known

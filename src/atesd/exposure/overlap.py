@@ -2,28 +2,28 @@
 
 arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference. Only this half of it is here:
 its interpolation of targets at tokens of mismatched entropy is left out, and its thresholds are not known to us. Ours:
-reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; one that
-is shorter than n counts as a whole. Nothing is learned; the strong baseline.
+1. reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; one
+that is shorter than n counts as a whole; 2. the exposure bounds the share from above. Nothing is learned; the strong
+baseline, with `exposure = {kind = "fixed"}` at ratio 1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.reveal import RevealConfig, split_segments
-from atesd.exposure.schedules import Schedule
-from atesd.types import Config
+from atesd.exposure.reveal import Reveal, split_segments
+from atesd.exposure.segments import Cut
+from atesd.types import Problem, Trajectory
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class Overlap(Config):
-    """Exposure per sample by the overlap of rollout and reference (PAINT 2604.26573)."""
+class Overlap(Cut):
+    """Segments from the start, for each sample by the overlap of rollout and reference (PAINT 2604.26573)."""
 
     kind: Literal["overlap"] = "overlap"
     n: Annotated[int, Field(ge=1)] = 8
@@ -31,18 +31,27 @@ class Overlap(Config):
     extra: Annotated[int, Field(ge=0)] = 1
     """Segments revealed beyond the last shared one."""
 
-    def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
-        """Return a controller that proposes 1: the rule looks at each rollout itself."""
-        return Schedule(lambda step: 1.0)  # noqa: ARG005
+    reads_rollout: ClassVar[bool] = True
 
-    def ratio(self, solution: str, rollout: str, reveal: RevealConfig) -> float:
-        """Return the exposure ratio of one sample."""
-        parts, said = split_segments(solution, reveal.unit), words(rollout)
+    def describe(self) -> str:
+        """Name the rule."""
+        return "each completion its own share: the solution up to where the completion still follows it (PAINT)"
+
+    def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:
+        """Show the overlap's share, at most the ratio; without a rollout, the ratio."""
+        if rollout is not None:
+            said = "\n".join(turn.text for turn in rollout.turns)
+            ratio = min(ratio, self.share(problem.solution, said))
+        return self._shown(problem, ratio)
+
+    def share(self, solution: str, said: str) -> float:
+        """Return the share of the solution that a text follows, with the extra segments."""
+        parts, spoken = split_segments(solution, self.unit), words(said)
         last = -1
         for index, part in enumerate(parts):
             own = words(part)
             n = min(self.n, len(own))
-            if n and grams(own, n) & grams(said, n):
+            if n and grams(own, n) & grams(spoken, n):
                 last = index
         return min(1.0, (last + 1 + self.extra) / len(parts))
 

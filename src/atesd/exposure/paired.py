@@ -14,39 +14,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.held import Held
-from atesd.exposure.schedules import Ratio
-from atesd.exposure.window import finite
-from atesd.types import Config, Measurement, Observation
+from atesd.exposure.controller import Controller
+from atesd.exposure.held import BoundedMethod, Held, Ratio
+from atesd.facts import RunFacts
+from atesd.types import Measurement, Observation
 
 
-class Paired(Config):
+class Paired(BoundedMethod):
     """Exposure by the difference of two virtual steps at each hold window (ours)."""
 
     kind: Literal["paired"] = "paired"
     start: Ratio = 0.5
     """Exposure ratio before the first credit."""
-    low: Ratio = 0.0
-    """Smallest exposure ratio."""
-    high: Ratio = 1.0
-    """Largest exposure ratio."""
     delta: Annotated[float, Field(gt=0, le=0.5)] = 0.15
     """How much more and less is compared."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Largest change of the ratio per window."""
-    hold: int = Field(default=5, ge=1)
-    """Updates that share one ratio; a step without a distilled group does not count."""
+
+    measured: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _check_range(self) -> Self:
+    def _check_start(self) -> Self:
         if not self.low <= self.start <= self.high:
             raise ValueError(f"start {self.start} is outside [{self.low}, {self.high}]; move it or the bounds")
         return self
+
+    def describe(self) -> str:
+        """Name the credit."""
+        return "a learned share: moved to the better of two virtual steps, with more and with less (paired credit)"
 
     def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
         """Return the controller."""
@@ -73,7 +72,7 @@ class PairedController(Held):
         """Move the ratio where both sides were measured and the window has ended."""
         self._latest = {}
         wanted = self.wants(observation.step)
-        found = [finite(observation.measured, measurement.key) for measurement in wanted]
+        found = [observation.number(measurement) for measurement in wanted]
         self._count(observation)
         values = [value for value in found if value is not None]
         if len(values) == 2:

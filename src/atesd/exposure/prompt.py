@@ -21,8 +21,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from atesd.exposure.reveal import RevealConfig, check_ratio
-from atesd.exposure.reveal import reveal as reveal_solution
+from atesd.exposure.reveal import Reveal
 from atesd.types import Config, Message, Problem, UserError
 
 _BOXED_SENTENCE = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -98,38 +97,25 @@ def evaluation_messages(problem: Problem, config: PromptConfig) -> list[Message]
     return _user(_fill(config.evaluation or config.student, problem=problem.problem))
 
 
-def teacher_messages(
-    problem: Problem, ratio: float, prompt: PromptConfig, reveal: RevealConfig, *, donor: Problem | None = None
-) -> list[Message]:
-    """Return the teacher's prompt: the problem and its hint at an exposure ratio. Errors as `hint_text`."""
-    if prompt.hint == "none":
-        check_ratio(ratio)
+def teacher_messages(problem: Problem, hint: str | None, prompt: PromptConfig) -> list[Message]:
+    """Return the teacher's prompt: the problem and its hint; without a hint, or with `hint = "none"`, that of none."""
+    if hint is None or prompt.hint == "none":
         template = prompt.student if prompt.hint_none is None else prompt.hint_none
         return _user(_fill(template, problem=problem.problem))
-    hint = hint_text(problem, ratio, prompt, reveal, donor=donor)
     return _user(_fill(prompt.teacher, problem=problem.problem, hint=hint))
 
 
-def hint_text(
-    problem: Problem, ratio: float, prompt: PromptConfig, reveal: RevealConfig, *, donor: Problem | None = None
-) -> str:
+def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     """Return what `{hint}` stands for: the revealed part and the final answer, joined as the module text says.
 
-    `donor` is the problem whose solution and answer are shown with `hint = "wrong_problem"`; otherwise it is unused.
-    A problem without an answer gets the revealed part alone. UserError if the ratio leaves [0, 1], the solution is
-    empty, or the donor is missing or the problem itself.
+    `source` is the problem whose solution is `shown`: with `hint = "wrong_problem"` the donor, see `donors`. A problem
+    without an answer gets the revealed part alone. Empty with `hint = "none"`.
     """
     if prompt.hint == "none":
         return ""
-    source = problem
-    if prompt.hint == "wrong_problem":
-        if donor is None or donor.id == problem.id:
-            raise UserError(f"hint 'wrong_problem' needs a donor other than problem {problem.id!r}; see `donors`")
-        source = donor
-    revealed = reveal_solution(source.solution, ratio, reveal, seed_key=source.id)
-    if revealed.complete:
+    if shown.complete:
         return source.solution
-    visible = revealed.text.rstrip()
+    visible = shown.text.rstrip()
     if not source.answer or not prompt.answer:
         return visible
     answer = _fill(prompt.answer, answer=source.answer)

@@ -19,7 +19,7 @@ from math import floor
 from statistics import median
 from typing import Literal, get_args
 
-from atesd.types import Config, UserError
+from atesd.types import UserError
 
 Unit = Literal["auto", "line", "sentence", "paragraph", "token"]
 Order = Literal["prefix", "suffix", "random_segments"]
@@ -41,26 +41,16 @@ _FORMULA_STOP = re.compile(r"[.!?]\s*(?:\$\$?|\\\]|\\\)|\\end\{[a-zA-Z*]+\})$")
 _SPACE = re.compile(r"\s*")
 
 
-class RevealConfig(Config):
-    """How a solution is cut and which segments are shown. Defaults: lines or sentences, from the start, no marker."""
-
-    unit: Unit = "auto"
-    """What a segment is. `auto` is `line` for a solution with several non-empty lines, else `sentence`; `token` means
-    words with the white space after them, not a tokenizer's tokens."""
-    order: Order = "prefix"
-    """Which segments are shown first: from the start (the paper), from the end, or in a fixed random order."""
-    hidden_marker: str = ""
-    """Text in place of each run of hidden segments, for instance `[...]`; empty leaves no trace (the paper)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reveal:
-    """The visible part of a solution: `shown` of `total` segments.
+    """The visible part of a solution at an exposure ratio: `shown` of `total` segments.
 
     `hidden_spans` are half-open character ranges of the solution that are not visible, in order and not adjacent.
     """
 
     text: str
+    ratio: float
+    """The share in force."""
     shown: int
     total: int
     hidden_spans: tuple[tuple[int, int], ...] = ()
@@ -88,28 +78,36 @@ def split_segments(solution: str, unit: Unit = "auto") -> list[str]:
     return _cut(solution, ends(solution))
 
 
-def reveal(solution: str, ratio: float, config: RevealConfig, *, seed_key: str = "") -> Reveal:
-    """Show the first floor(ratio * m + 1e-9) of m segments, in the configured order but at their own places.
+def reveal(
+    solution: str,
+    ratio: float,
+    *,
+    unit: Unit = "auto",
+    order: Order = "prefix",
+    hidden_marker: str = "",
+    seed_key: str = "",
+) -> Reveal:
+    """Show the first floor(ratio * m + 1e-9) of m segments, in the given order but at their own places.
 
     What is visible at a ratio stays visible at every larger one, in all orders; 0 shows nothing, 1 everything.
     With `random_segments` the order is fixed by `seed_key` (a problem's id) and the solution. A marker is followed by
     the white space that ended what it replaces. UserError if the ratio leaves [0, 1] or the solution is empty.
     """
     check_ratio(ratio)
-    segments = split_segments(solution, config.unit)
+    segments = split_segments(solution, unit)
     total = len(segments)
     shown = floor(ratio * total + 1e-9)
-    visible = set(_order(total, config.order, f"{seed_key}\0{solution}")[:shown])
+    visible = set(_order(total, order, f"{seed_key}\0{solution}")[:shown])
     text, hidden, position = "", [], 0
     for index, segment in enumerate(segments):
         if index in visible:
             text += segment
         elif index + 1 == total or index + 1 in visible:
-            text += config.hidden_marker + segment[len(segment.rstrip()) :] if config.hidden_marker else ""
+            text += hidden_marker + segment[len(segment.rstrip()) :] if hidden_marker else ""
         if index not in visible:
             hidden.append((position, position + len(segment)))
         position += len(segment)
-    return Reveal(text, shown, total, _merge(hidden))
+    return Reveal(text, ratio, shown, total, _merge(hidden))
 
 
 def check_ratio(ratio: float) -> None:

@@ -8,66 +8,95 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import cos, pi
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.held import Held
-from atesd.types import Config, Observation, Stateless
+from atesd.exposure.controller import Controller, ExposureMethod
+from atesd.exposure.held import BoundedMethod, Held, Ratio
+from atesd.facts import RunFacts
+from atesd.types import Observation, Stateless
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 
-
-class Fixed(Config):
+class Fixed(ExposureMethod):
     """The same exposure at every step. OPSD shows the whole solution: ratio 1."""
 
     kind: Literal["fixed"] = "fixed"
     ratio: Ratio = 1.0
     """Exposure ratio: 0 shows the answer only, 1 the whole solution."""
 
+    measured: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Name the share, and OPSD."""
+        if self.ratio == 1.0:
+            return "the whole solution (OPSD)"
+        return (
+            "the final answer only"
+            if self.ratio == 0.0
+            else f"the first {_percent(self.ratio)} of the solution, always"
+        )
+
     def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
         """Return the controller."""
         return Schedule(lambda step: self.ratio)  # noqa: ARG005
 
 
-class Linear(Config):
+class Moving(ExposureMethod):
+    """Base of schedules from `start` at update 0 to `end` at update `steps` - 1, then constant. Our choice of ends."""
+
+    start: Ratio = 1.0
+    """Exposure ratio of the first update."""
+    end: Ratio = 0.0
+    """Exposure ratio of the last update."""
+    steps: int | None = Field(default=None, ge=1)
+    """Updates that the change takes; unset, the whole run."""
+
+    measured: ClassVar[bool] = False
+
+    def build(self, run: RunFacts) -> Controller:
+        """Return the controller."""
+        steps = self.steps or run.total_steps
+        return Schedule(lambda step: self.start + (self.end - self.start) * self.share(share_done(step, steps)))
+
+    def share(self, done: float) -> float:
+        """Return the share of the way that is behind, where a share `done` of the updates is."""
+        raise NotImplementedError
+
+    def _moving(self, shape: str) -> str:
+        return f"a share moving from {_percent(self.start)} to {_percent(self.end)} ({shape})"
+
+
+class Linear(Moving):
     """A straight line from `start` at update 0 to `end` at update `steps` - 1, then constant. Our choice of ends."""
 
     kind: Literal["linear"] = "linear"
-    start: Ratio = 1.0
-    """Exposure ratio of the first update."""
-    end: Ratio = 0.0
-    """Exposure ratio of the last update."""
-    steps: int | None = Field(default=None, ge=1)
-    """Updates that the change takes; unset, the whole run."""
 
-    def build(self, run: RunFacts) -> Controller:
-        """Return the controller."""
-        steps = self.steps or run.total_steps
-        return Schedule(lambda step: self.start + (self.end - self.start) * share_done(step, steps))
+    def describe(self) -> str:
+        """Name both ends."""
+        return self._moving("linear")
+
+    def share(self, done: float) -> float:
+        """Return it unchanged."""
+        return done
 
 
-class Cosine(Config):
+class Cosine(Moving):
     """Half a cosine from `start` at update 0 to `end` at update `steps` - 1, then constant. Our choice of ends."""
 
     kind: Literal["cosine"] = "cosine"
-    start: Ratio = 1.0
-    """Exposure ratio of the first update."""
-    end: Ratio = 0.0
-    """Exposure ratio of the last update."""
-    steps: int | None = Field(default=None, ge=1)
-    """Updates that the change takes; unset, the whole run."""
 
-    def build(self, run: RunFacts) -> Controller:
-        """Return the controller."""
-        steps = self.steps or run.total_steps
-        rise = self.end - self.start
-        return Schedule(lambda step: self.start + rise * (1.0 - cos(pi * share_done(step, steps))) / 2.0)
+    def describe(self) -> str:
+        """Name both ends."""
+        return self._moving("cosine")
+
+    def share(self, done: float) -> float:
+        """Return (1 - cos(pi f)) / 2."""
+        return (1.0 - cos(pi * done)) / 2.0
 
 
-class Steps(Config):
+class Steps(ExposureMethod):
     """Piecewise constant exposure: values[i] from update boundaries[i-1] on."""
 
     kind: Literal["steps"] = "steps"
@@ -75,6 +104,12 @@ class Steps(Config):
     """Exposure ratios, in order."""
     boundaries: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Updates at which the next value begins, rising; one fewer than `values`."""
+
+    measured: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Name all shares."""
+        return "shares set in advance: " + ", then ".join(_percent(value) for value in self.values)
 
     @model_validator(mode="after")
     def _check_boundaries(self) -> Self:
@@ -91,31 +126,29 @@ class Steps(Config):
         return Schedule(lambda step: self.values[sum(1 for boundary in self.boundaries if boundary <= step)])
 
 
-class Uniform(Config):
+class Uniform(BoundedMethod):
     """One uniform draw per hold window, for all problems. The paper's `random` arm; its range is our choice."""
 
     kind: Literal["random"] = "random"
-    low: Ratio = 0.0
-    """Smallest exposure ratio."""
-    high: Ratio = 1.0
-    """Largest exposure ratio."""
-    hold: int = Field(default=5, ge=1)
-    """Updates that share one draw; a step without a distilled group does not count."""
 
-    @model_validator(mode="after")
-    def _check_range(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
-        return self
+    measured: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Name range and window."""
+        return f"a random share between {_percent(self.low)} and {_percent(self.high)}, kept for {self.hold} steps"
 
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        return UniformController(self, run.seed)
+        return UniformController(self, run.seed_for("exposure"))
 
 
 def share_done(step: int, steps: int) -> float:
     """Return how much of a change is done at an update: 0 at the first, 1 from update `steps` - 1 on."""
     return min(1.0, step / max(1, steps - 1))
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g} %"
 
 
 class Schedule(Stateless):

@@ -1,4 +1,4 @@
-"""Gates: how strongly each token of the student's completion listens, and what it listens to.
+"""SDAR's gate: a sigmoid of the gap between teacher and student, of the student's entropy, or of both.
 
 Shapes: N valid completion tokens of one micro-batch.
 
@@ -13,55 +13,25 @@ SDAR, arXiv 2605.15155. A gate is detached: the gradient of its surrogate g_t (l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from atesd.gates.gate import GateMethod
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
-from atesd.types import Config
+
+_SCORES = {
+    "gap": "the log-probability gap between teacher and student",
+    "entropy": "the student's entropy",
+    "soft_or": "the gap or the student's entropy",
+}
+_TARGETS = {"surrogate": "log-probability gap", "divergence": "divergence"}
 
 
-class Gate(Protocol):
-    """A rule from a token's statistics to its weight. Stateless, and blind to other tokens: `selection` sees those.
-
-    Weights only scale (the loss is divided by the number of selected tokens), so that they can shrink the loss.
-    """
-
-    def values(self, streams: TokenStreams) -> Tensor:
-        """Return the loss per token that the weights multiply, [N], differentiable."""
-        ...
-
-    def weights(self, stats: TokenStats) -> Tensor:
-        """Return a factor per token, [N], in [0, 1] unless the gate says otherwise."""
-        ...
-
-    def metrics(self, stats: TokenStats) -> Mapping[str, float]:
-        """Return numbers of its own over all tokens of an update, by keys of the metric table."""
-        ...
-
-
-class OpenGate(Config):
-    """Every token listens fully."""
-
-    kind: Literal["none"] = "none"
-
-    def values(self, streams: TokenStreams) -> Tensor:
-        """Listen to the divergence."""
-        return streams.divergence_N
-
-    def weights(self, stats: TokenStats) -> Tensor:
-        """Leave everything as it is."""
-        return torch.ones_like(stats.student_logprob)
-
-    def metrics(self, stats: TokenStats) -> Mapping[str, float]:  # noqa: ARG002
-        """Nothing of its own."""
-        return {}
-
-
-class SdarGate(Config):
+class SdarGate(GateMethod):
     """SDAR's sigmoid gate (2605.15155). Defaults: the paper's; its coefficient .01 is `routing.coef` of `both`.
 
     The surrogate pushes every sampled token up with weight g_t in (0, 1), so the teacher acts through the gate alone;
@@ -88,9 +58,22 @@ class SdarGate(Config):
             )
         return self
 
+    @property
+    def reads_divergence(self) -> bool:
+        """The surrogate looks at the sampled token alone."""
+        return self.target == "divergence"
+
+    def describe(self) -> str:
+        """Name score and target."""
+        centred = ", less 1/2" if self.centered else ""
+        return (
+            f"Every token's {_TARGETS[self.target]} is weighed by a gate: the sigmoid of {self.beta:g} times "
+            f"{_SCORES[self.score]}{centred} (SDAR)"
+        )
+
     def values(self, streams: TokenStreams) -> Tensor:
         """Return the surrogate or the divergence."""
-        if self.target == "divergence":
+        if self.reads_divergence:
             return streams.divergence_N
         return streams.stats.teacher_logprob - streams.logprob_N
 
@@ -121,6 +104,3 @@ class SdarGate(Config):
 
 def _gap(stats: TokenStats) -> Tensor:
     return stats.teacher_logprob - stats.student_logprob
-
-
-GateConfig = Annotated[OpenGate | SdarGate, Field(discriminator="kind")]

@@ -17,9 +17,9 @@ from torch import Tensor
 from atesd.losses import summands
 from atesd.losses.gradient import scores_with_gradient
 from atesd.losses.scores import Scores, Scoring
+from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role
-from atesd.losses.stats import TokenStats
 from atesd.types import Config, UserError
 
 

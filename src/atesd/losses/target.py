@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from atesd.types import Config
+from atesd.types import Method
 
 View = Literal["teacher", "base", "full", "answer"]
 """`teacher`: its hint at the ratio in force. `full`, `answer`: at ratios 1 and 0. `base`: step-0 weights, no hint."""
@@ -56,13 +56,21 @@ class Target(Protocol):
         ...
 
 
-class _Unscaled(Config):
-    """A target without a strength."""
+class TargetMethod(Method):
+    """Base of targets' sections, and what the rest of the program needs to know of any target."""
+
+    declares: ClassVar[tuple[str, ...]] = ("views", "is_first_view", "strength", "at", "log_target", "describe")
 
     @property
-    def strength(self) -> float:
-        """1: nothing is extrapolated."""
-        return 1.0
+    def capped(self) -> bool:
+        """Whether lambda is held, at every step, to the cap that lambda* sets: the field `guard`."""
+        return False
+
+
+class _Unscaled(TargetMethod):
+    """A target without a strength."""
+
+    strength: ClassVar[float] = 1.0
 
     def at(self, strength: float) -> Self:  # noqa: ARG002
         """Return the target itself."""
@@ -77,12 +85,16 @@ class Plain(_Unscaled):
     views: ClassVar[tuple[View, ...]] = ("teacher",)
     is_first_view: ClassVar[bool] = True
 
+    def describe(self) -> str:
+        """Nothing to say."""
+        return ""
+
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         """Return the log-probabilities of the only view."""
         return log_views[0]
 
 
-class Extrapolate(Config):
+class Extrapolate(TargetMethod):
     """Reward extrapolation: lambda log p_T - (lambda - 1) log p_B (G-OPD 2602.12125, 2605.08737).
 
     lambda 1 is the plain target, bit for bit and at its cost; below 1 it interpolates. G-OPD applies lambda to the
@@ -95,6 +107,20 @@ class Extrapolate(Config):
     """lambda: 1 is the teacher, more goes beyond it. G-OPD's best is 1.25; 1.5 was unstable there."""
     guard: bool = False
     """Cap lambda at 1 + kappa (lambda* - 1), with lambda* measured as the section `cliff` says."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.guard and self.lambda_x <= 1:
+            raise ValueError(
+                "target.guard = true caps how far the target is extrapolated, but here it is not: "
+                "set target.lambda_x above 1, such as 1.25, or remove target.guard"
+            )
+        return self
+
+    @property
+    def capped(self) -> bool:
+        """By `guard`."""
+        return self.guard
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -110,6 +136,13 @@ class Extrapolate(Config):
     def strength(self) -> float:
         """lambda."""
         return self.lambda_x
+
+    def describe(self) -> str:
+        """Name lambda, and its cap."""
+        if self.is_first_view:
+            return ""
+        where = "goes beyond the teacher" if self.lambda_x > 1 else "stays between the step-0 weights and the teacher"
+        return f"The target {where}: λ {self.lambda_x:g}" + (", capped by the measured λ*" if self.guard else "")
 
     def at(self, strength: float) -> Extrapolate:
         """Return the same target with another lambda."""
@@ -143,6 +176,11 @@ class AnchorMix(_Unscaled):
         """Teacher and anchor."""
         return ("teacher", self.anchor)
 
+    def describe(self) -> str:
+        """Name share and anchor."""
+        anchor = {"base": "the step-0 weights without a hint", "answer": "a teacher who sees the answer alone"}
+        return f"The target mixes {100 * self.weight:.3g} % of the teacher with {anchor[self.anchor]}"
+
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         """Return w log p_T + (1 - w) log p_A."""
         teacher, anchor = log_views
@@ -161,10 +199,12 @@ class Residual(_Unscaled):
     views: ClassVar[tuple[View, ...]] = ("teacher", "full")
     is_first_view: ClassVar[bool] = False
 
+    def describe(self) -> str:
+        """Name scale and bound."""
+        added = f"{100 * self.scale:.3g} % of what full exposure would add"
+        return f"The target adds {added}, at most {self.bound:g} nats a token"
+
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         """Return the teacher plus the clipped residual."""
         teacher, full = log_views
         return teacher + self.scale * (full - teacher).clamp(-self.bound, self.bound)
-
-
-TargetConfig = Annotated[Plain | Extrapolate | AnchorMix | Residual, Field(discriminator="kind")]

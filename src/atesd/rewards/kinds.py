@@ -6,41 +6,56 @@ import sys
 from collections.abc import Callable
 from importlib import import_module, util
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, Protocol, cast
 
 from pydantic import Field
 
+from atesd.facts import RunFacts
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.math import MathReward
-from atesd.types import Config, UserError
+from atesd.types import Method, UserError
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
 
 
-class ExactConfig(Config):
+class Grader(Protocol):
+    """A section that builds a reward function."""
+
+    def build(self, run: RunFacts) -> RewardFunction:
+        """Return the reward function."""
+        ...
+
+
+class RewardMethod(Method):
+    """Base of graders' sections."""
+
+    declares: ClassVar[tuple[str, ...]] = ("build",)
+
+
+class ExactConfig(RewardMethod):
     """The final answer must equal the gold one as text, but for white space, case and a closing full stop."""
 
     kind: Literal["exact"] = "exact"
 
-    def build(self) -> RewardFunction:
+    def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the reward function."""
         return exact_reward
 
 
-class MathConfig(Config):
+class MathConfig(RewardMethod):
     """The final answer must mean the same as the gold one, by math-verify: LaTeX, fractions, sets, plain numbers."""
 
     kind: Literal["math"] = "math"
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds for one comparison; one that takes longer scores 0."""
 
-    def build(self) -> RewardFunction:
+    def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the reward function; its verifier process starts with the first answer that needs it."""
         return MathReward(self.timeout_s)
 
 
-class PythonConfig(Config):
+class PythonConfig(RewardMethod):
     """A reward function of your own, in TRL's signature: f(prompts, completions, **columns) -> list of float or None.
 
     Columns are `answer`, `solution` and `id`, one entry a completion; take `**kwargs` for those you do not read. None
@@ -51,7 +66,7 @@ class PythonConfig(Config):
     function: str
     """Where it is: `package.module:name`, or `path/to/file.py:name`. The code runs with your rights."""
 
-    def build(self) -> RewardFunction:
+    def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the function. UserError if it cannot be found."""
         return load_function(self.function)
 
@@ -77,6 +92,3 @@ def load_function(place: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"reward.function = {place!r}: {source} has no function {name!r}: mend the name")
     return cast("RewardFunction", function)
-
-
-RewardConfig = Annotated[ExactConfig | MathConfig | PythonConfig, Field(discriminator="kind")]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import ClassVar, Literal, Protocol
 
-from atesd.facts import RunFacts
 from atesd.types import Group, Method, Policy
 
 Source = Literal["student", "reference"]
@@ -44,6 +43,8 @@ class RoutingMethod(Method):
     """Base of routers' sections, and what the rest of the program needs to know of any router."""
 
     declares: ClassVar[tuple[str, ...]] = ("reinforces", "distils", "describe", "build")
+    """`reinforces`, `distils`: whether groups may be. One that distils nothing is described by words that complete
+    "The teacher sees ..."."""
 
     source: ClassVar[Source] = "student"
     """Whose completions are trained on: sampled ones, or the references."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from atesd.rewards.answer import extract_answer
-from atesd.rewards.kinds import RewardConfig, RewardFunction
-from atesd.types import Problem, UserError
+from atesd.rewards.kinds import Grader, RewardFunction
+from atesd.types import Method, Problem, UserError
 
 _CITES_HINT = re.compile(
     r"reference (solution|answer)|(provided|given|above|hinted) solution|solution (provided|given|above)"
@@ -27,7 +27,7 @@ class Task(Protocol):
         ...
 
     @property
-    def default_reward(self) -> RewardConfig:
+    def default_reward(self) -> Grader:
         """The grader where the recipe names none."""
         ...
 
@@ -46,6 +46,12 @@ class Task(Protocol):
     def traits(self, problem: Problem, completion: str) -> dict[str, bool]:
         """Return what to count in completions, by name."""
         ...
+
+
+class TaskMethod(Method):
+    """Base of tasks' sections."""
+
+    declares: ClassVar[tuple[str, ...]] = ("build",)
 
 
 def cites_hint(completion: str) -> bool:

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from atesd.facts import RunFacts
 from atesd.rewards.answer import extract_answer
-from atesd.rewards.kinds import MathConfig, RewardConfig
+from atesd.rewards.kinds import Grader, MathConfig
 from atesd.seeds import derive_seed
-from atesd.tasks.base import check_disjoint, cites_hint, content_of
+from atesd.tasks.base import TaskMethod, check_disjoint, cites_hint, content_of
 from atesd.types import Config, Problem, UserError
 
 _MOST_DEFECTS = 10
@@ -40,7 +41,7 @@ class Columns(Config):
     """A difficulty, for reports."""
 
 
-class JsonlConfig(Config):
+class JsonlConfig(TaskMethod):
     """Your own problems with worked solutions, from a JSONL file."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -61,7 +62,7 @@ class JsonlConfig(Config):
     max_line_bytes: Annotated[int, Field(ge=1)] = 1_000_000
     """Longest line that is read."""
 
-    def build(self, seed: int) -> JsonlTask:  # noqa: ARG002 (one signature for all tasks)
+    def build(self, run: RunFacts) -> JsonlTask:  # noqa: ARG002
         """Return the task; the file is read when problems are first asked for."""
         return JsonlTask(self)
 
@@ -78,7 +79,7 @@ class JsonlTask:
         return Path(self.config.eval_path or self.config.path).stem.replace("/", "-")
 
     @property
-    def default_reward(self) -> RewardConfig:
+    def default_reward(self) -> Grader:
         """Answers are compared by meaning."""
         return MathConfig()
 

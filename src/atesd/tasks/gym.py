@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from atesd.rewards.kinds import MathConfig, RewardConfig
-from atesd.tasks.base import cites_hint
-from atesd.types import Config, Problem, UserError
+from atesd.facts import RunFacts
+from atesd.rewards.kinds import Grader, MathConfig
+from atesd.tasks.base import TaskMethod, cites_hint
+from atesd.types import Problem, UserError
 
 _SOLUTION_FIELDS = ("answer_cot", "solution_cot", "worked_solution")
 
 
-class GymConfig(Config):
+class GymConfig(TaskMethod):
     """A generated data set; problems are drawn until there are enough different ones."""
 
     kind: Literal["gym"] = "gym"
@@ -36,7 +37,7 @@ class GymConfig(Config):
     data_seed: Annotated[int, Field(ge=0)] = 0
     """Fixes the problems; it does not follow the run's seed."""
 
-    def build(self, seed: int) -> GymTask:  # noqa: ARG002 (one signature for all tasks)
+    def build(self, run: RunFacts) -> GymTask:  # noqa: ARG002
         """Return the task; problems are drawn when first asked for."""
         return GymTask(self)
 
@@ -53,7 +54,7 @@ class GymTask:
         return self.config.dataset
 
     @property
-    def default_reward(self) -> RewardConfig:
+    def default_reward(self) -> Grader:
         """Answers are compared by meaning."""
         return MathConfig()
 

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The section of the embedded task."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from atesd.tasks.base import Task
-from atesd.tasks.files import JsonlConfig
-from atesd.tasks.gym import GymConfig
+from atesd.facts import RunFacts
+from atesd.tasks.base import Task, TaskMethod
 from atesd.tasks.synthetic.task import PicoTask
-from atesd.types import Config
 
 
-class PicoConfig(Config):
+class PicoConfig(TaskMethod):
     """The embedded task: chains of digit arithmetic whose idea comes first (see `tasks/synthetic/pico.py`)."""
 
     kind: Literal["pico"] = "pico"
@@ -26,14 +24,11 @@ class PicoConfig(Config):
     data_seed: Annotated[int, Field(ge=0)] | None = None
     """Fixes training and held-out problems; unset, every seed of a run draws its own."""
 
-    def build(self, seed: int) -> Task:
+    def build(self, run: RunFacts) -> Task:
         """Return the task."""
         return PicoTask(
             train_size=self.train_size,
             probe_size=self.probe_size,
             eval_size=self.eval_size,
-            seed=seed if self.data_seed is None else self.data_seed,
+            seed=run.seed if self.data_seed is None else self.data_seed,
         )
-
-
-TaskConfig = Annotated[PicoConfig | JsonlConfig | GymConfig, Field(discriminator="kind")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from atesd.rewards.kinds import ExactConfig, RewardConfig
+from atesd.rewards.kinds import ExactConfig, Grader
 from atesd.tasks.synthetic import pico
 from atesd.types import Problem
 
@@ -18,7 +18,7 @@ class PicoTask:
     eval_size: int
     seed: int
     name: str = "pico"
-    default_reward: RewardConfig = field(default_factory=ExactConfig)
+    default_reward: Grader = field(default_factory=ExactConfig)
 
     def train(self) -> list[Problem]:
         """Return the training problems."""

@@ -1,0 +1,117 @@
+"""Every choice that a recipe makes by `kind`: one union a part, one method a line.
+
+A new method is a file of its own, its import, and its entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.exposure.beta_controller import BetaConfig
+from atesd.exposure.closed_form import ClosedForm
+from atesd.exposure.difficulty import Difficulty
+from atesd.exposure.influence import Influence
+from atesd.exposure.overlap import Overlap
+from atesd.exposure.paired import Paired
+from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
+from atesd.exposure.segments import Segments
+from atesd.gates.gate import OpenGate
+from atesd.gates.sdar import SdarGate
+from atesd.gradients.rule import AllGradients
+from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual
+from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
+from atesd.routing.cliff import Cliff
+from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
+from atesd.routing.retire import Retire
+from atesd.selection import SelectAll, TipSelection
+from atesd.tasks.files import JsonlConfig
+from atesd.tasks.gym import GymConfig
+from atesd.tasks.kinds import PicoConfig
+
+
+def reveal_kind(section: Any) -> str:
+    """Return the kind of a `[reveal]` section, which may leave it out."""
+    if isinstance(section, Mapping):
+        return str(section.get("kind", "segments"))
+    return str(getattr(section, "kind", "segments"))
+
+
+TaskSection = Annotated[
+    PicoConfig  # the embedded task
+    | JsonlConfig  # your own problems
+    | GymConfig,  # reasoning-gym
+    Field(discriminator="kind"),
+]
+
+RewardSection = Annotated[
+    ExactConfig  # equal text
+    | MathConfig  # equal meaning
+    | PythonConfig,  # your own function
+    Field(discriminator="kind"),
+]
+
+ExposureSection = Annotated[
+    Fixed  # one ratio; OPSD at 1
+    | Linear  # a straight line
+    | Cosine  # half a cosine
+    | Steps  # piecewise constant
+    | Uniform  # drawn at random
+    | BetaConfig  # ATESD's learned policy
+    | ClosedForm  # the largest ratio on the safe side of the cliff
+    | Paired  # a little more against a little less
+    | Difficulty  # a learned policy per difficulty
+    | Influence,  # what each ratio's gradient would do to the probe
+    Field(discriminator="kind"),
+]
+
+RevealSection = Annotated[
+    Annotated[Segments, Tag("segments")]  # that share of the segments
+    | Annotated[Overlap, Tag("overlap")],  # at most up to where the rollout follows: PAINT
+    Discriminator(reveal_kind),
+]
+
+TargetSection = Annotated[
+    Plain  # the teacher
+    | Extrapolate  # beyond the teacher: G-OPD
+    | AnchorMix  # between teacher and anchor: beta-OPSD
+    | Residual,  # the teacher and a part of what full exposure would add: AR-OPD
+    Field(discriminator="kind"),
+]
+
+SelectionSection = Annotated[
+    SelectAll  # every token
+    | TipSelection,  # the informative ones: TIP
+    Field(discriminator="kind"),
+]
+
+GateSection = Annotated[
+    OpenGate  # every token listens fully
+    | SdarGate,  # a sigmoid of the gap or of the entropy: SDAR
+    Field(discriminator="kind"),
+]
+
+RoutingSection = Annotated[
+    Distil  # OPSD, ATESD
+    | Reinforce  # GRPO and its kin
+    | Both  # both losses: SDAR
+    | Hdpo  # failed groups are distilled: HDPO
+    | Retire  # both, until the mismatch stops shrinking: RetireOPD
+    | Cliff  # distil while lambda is safe
+    | Supervised,  # cross-entropy on the references
+    Field(discriminator="kind"),
+]
+
+CurriculumSection = Annotated[
+    RandomConfig  # shuffled
+    | PerplexityConfig,  # sorted: SU-01
+    Field(discriminator="kind"),
+]
+
+GradientSection = Annotated[
+    AllGradients,  # every gradient as it is
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,126 @@
+"""Sections of a recipe that belong to no part: the model, the teacher, the optimizer and the cadences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from atesd.types import Config
+
+Positive = Annotated[int, Field(ge=1)]
+_ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraConfig(Config):
+    """Low-rank adapters instead of full fine-tuning; the defaults are OPSD's (2601.18734, released code)."""
+
+    r: Annotated[int, Field(ge=1)] = 64
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 128
+    """Scale: the update is multiplied by alpha / r."""
+    targets: tuple[str, ...] = _ALL_PROJECTIONS
+    """Names of the linear layers that get an adapter."""
+
+
+class ModelConfig(Config):
+    """Which model learns."""
+
+    path: str = "pico"
+    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the loaded weights. Adapters are kept in float32 whatever this says."""
+    lora: LoraConfig | None = None
+    """Adapters; leave it out to train all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _full_tuning_needs_float32(self) -> ModelConfig:
+        if self.dtype == "bfloat16" and self.lora is None:
+            raise ValueError(
+                "training all weights in bfloat16 rounds small updates away: "
+                'set model.dtype = "float32", or train adapters with model.lora = {}'
+            )
+        return self
+
+
+class TeacherConfig(Config):
+    """Which weights score."""
+
+    weights: Literal["frozen", "live", "ema"] = "frozen"
+    """`frozen`: the step-0 weights (OPSD). `live`: the student's own. `ema`: their moving average, from the student."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """EMA only: share of the old average kept at each optimizer step; default .999 (OPSD's code)."""
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_ema(self) -> TeacherConfig:
+        if self.ema_decay is not None and self.weights != "ema":
+            raise ValueError(f'teacher.ema_decay has no effect with weights = "{self.weights}": remove it')
+        return self
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule. Defaults: OPSD's released recipe (2601.18734), whose rate is effectively constant."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` end at 0 with the last update."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the rate rises linearly from 0."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.1
+    """Largest gradient norm, over all trained weights; 0 switches clipping off."""
+
+
+class ProbeConfig(Config):
+    """How the student's progress is measured, on fixed problems that are never trained on."""
+
+    max_tokens: Positive = 512
+    """Leading tokens of the reference solution whose log-likelihood is measured."""
+    sampling_k: Positive = 1
+    """Completions a probe problem for `probe_accuracy` and for contract positions."""
+    credit_parameters: Literal["last_layer", "all"] = "last_layer"
+    """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
+    credit_problems: Positive = 16
+    """Distilled problems of the latest batch, at most, on which influence and paired credit are taken."""
+    log_references: bool = False
+    """Log in every step the NLL that the student gives to the references of the step's problems, before the update."""
+    log_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between probe measurements taken for the log where no policy asks for them; 0 takes none."""
+
+
+class StepConfig(Config):
+    """How long a run is and what one step consists of."""
+
+    num_steps: Positive = 100
+    """Steps of the run: one generation batch each."""
+    problems: Positive = 32
+    """Problems in a generation batch."""
+    updates_per_batch: Positive = 1
+    """Optimizer updates into which a generation batch is split."""
+    token_budget: Positive = 16384
+    """Padded input positions of the longer role in one micro-batch: what bounds memory."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
+    truncated: Literal["train", "mask"] = "train"
+    """Whether completions that hit the length limit are trained on. They always grade as wrong."""
+
+
+class SaveConfig(Config):
+    """What is written while training."""
+
+    every: Positive = 25
+    """Steps between checkpoints; one is always written at the end and on an interrupt."""
+    keep: Positive = 2
+    """How many of the latest checkpoints to keep. `final` and `best` are kept apart from them."""
+    rollouts_every: Positive = 10
+    """Steps between rollout files."""
+    rollouts: Annotated[int, Field(ge=0)] = 4
+    """Completions written to a rollout file."""
