@@ -47,6 +47,17 @@ class Evaluation:
         kept: NDArray[np.bool_] = self.rewards[~np.isnan(self.accuracies)] == 1.0
         return kept
 
+    def at(self, level: str) -> Evaluation:
+        """The problems of one level."""
+        kept = [index for index, name in enumerate(self.levels) if name == level]
+        return replace(
+            self,
+            problem_ids=tuple(self.problem_ids[index] for index in kept),
+            levels=(level,) * len(kept),
+            rewards=self.rewards[kept],
+            answers=tuple(self.answers[index] for index in kept),
+        )
+
     @property
     def graded_answers(self) -> list[tuple[str | None, ...]]:
         """The answers of the same problems."""

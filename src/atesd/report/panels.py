@@ -92,10 +92,10 @@ PANELS = (
         "How strongly distilled tokens listen to the teacher, mean over seeds. The weight is selection times gate: "
         "1 everywhere in plain distillation.",
         mean_lines(
-            Quantity("gate/mean", "Mean weight of distilled tokens", False, leaves_one),
+            Quantity("gate/mean", "Mean weight of distilled tokens", shown=leaves_one),
             Quantity("gate/kept_frac", "Share of distilled tokens that are selected", True, leaves_one),
             Quantity("gate/open_frac", "Share of distilled tokens whose gate is above 1/2", True, leaves_one),
-            Quantity("gate/gap", "Mean gap, teacher minus student log-probability, nats", False, leaves_one),
+            Quantity("gate/gap", "Mean gap, teacher minus student log-probability, nats", shown=leaves_one),
             Quantity("gate/gap_negative", "Share of distilled tokens with a negative gap", True, leaves_one),
             **FROM_ZERO,
         ),
@@ -146,5 +146,6 @@ PANELS = (
         "Logged quantities over training steps",
         "What every step logged, mean over seeds.",
         mean_lines(*CURVES),
+        most=None,
     ),
 )

@@ -46,17 +46,17 @@ class Panel:
     caption: str
     draw: Draw
     note: Callable[[Study], str] | None = None
-    most: int = 24
+    most: int | None = 24
 
     def show(self, study: Study) -> Shown | None:
         """Draw the panel; None where the runs hold no data for it."""
         choices = self.draw(study)
         if not choices:
             return None
-        caption = self.caption + (self.note(study) if self.note else "")
-        if len(choices) > self.most:
-            caption += f" Shown for {self.most} of {len(choices)}."
         kept = dict(list(choices.items())[: self.most])
+        caption = self.caption + (self.note(study) if self.note else "")
+        if len(kept) < len(choices):
+            caption += f" Shown for {len(kept)} of {len(choices)}."
         return Shown(self.name, self.description.format(k=study.k), caption, kept)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -57,18 +56,19 @@ def accuracy_curve(arm: Arm) -> list[tuple[int, dict[str, float]]]:
 
 def level_intervals(study: Study) -> Choices:
     """Final accuracy of every arm at every level, with 95 % intervals."""
-    names = sorted({level for arm in study.arms for level in _levels(arm)}, key=natural)
-    arms = [(index, arm.name, found) for index, arm in enumerate(study.arms) if (found := _level_accuracies(arm))]
-    if not arms or len(names) < 2:
+    found = [_by_level(arm) for arm in study.arms]
+    names = sorted({level for levels in found for level in levels}, key=natural)
+    drawn = [(index, levels) for index, levels in enumerate(found) if levels]
+    if len(names) < 2:
         return {}
+    places = {level: place for place, level in enumerate(names)}
     traces = []
-    for index, name, found in arms:
-        shift = (index - (len(study.arms) - 1) / 2) * 0.5 / len(arms)
-        traces.append(intervals(index, name, found, [names.index(level) + shift for level in found]))
-    drawn = figure(traces, "", f"Average@{study.k}", percent=True)
-    ticks = {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
-    drawn["layout"]["xaxis"] |= ticks
-    return {"": drawn}
+    for index, levels in drawn:
+        shift = (index - (len(found) - 1) / 2) * 0.5 / len(drawn)
+        traces.append(intervals(index, study.arms[index].name, levels, [places[level] + shift for level in levels]))
+    shown = figure(traces, "", f"Average@{study.k}", percent=True)
+    shown["layout"]["xaxis"] |= {"tickvals": [*places.values()], "ticktext": names, "range": [-0.5, len(names) - 0.5]}
+    return {"": shown}
 
 
 def trait_lines(study: Study) -> Choices:
@@ -176,21 +176,19 @@ def cliff_lines(run: Run, arm: int) -> Choices:
     """
     points = run.series("cliff/lambda_star", "cliff/lambda", "cliff/reinforcing", default=np.nan)
     points = thin(points[points[:, 0] > 0])
-    if np.isnan(points[:, 1]).all():
+    steps, bound, asked, reinforcing = points.T
+    if np.isnan(bound).all():
         return {}
-    wanted = setting(run.config, "target.lambda_x") or np.nan
-    asked, reinforcing = np.where(np.isnan(points[:, 2]), wanted, points[:, 2]), np.nan_to_num(points[:, 3])
-    traces = [_shade(points[:, 0], reinforcing)] if reinforcing.any() else []
-    bound = of_no_arm(
-        line(arm, "λ*, the largest safe λ", points[:, :2], markers=True, shape="hvh"), "@text", dash="dot"
-    )
-    bound["marker"] |= {"symbol": "circle", "size": [4 * alone for alone in _isolated(points[:, 1])]}
-    traces.append(bound)
+    asked = np.where(np.isnan(asked), setting(run.config, "target.lambda_x") or np.nan, asked)
+    traces = [_shade(np.stack([steps, np.nan_to_num(reinforcing)], axis=1))] if np.nansum(reinforcing) else []
+    limit = line(arm, "λ*, the largest safe λ", points[:, :2], markers=True, shape="hvh")
+    limit["marker"] |= {"symbol": "circle", "size": [4 * alone for alone in _isolated(bound)]}
+    traces.append(of_no_arm(limit, "@text", dash="dot"))
     if not np.isnan(asked).all():
-        in_force = line(arm, "λ in force", np.stack([points[:, 0], asked], axis=1), shape="hvh")
+        in_force = line(arm, "λ in force", np.stack([steps, asked], axis=1), shape="hvh")
         traces.append(of_no_arm(in_force, colour(arm)))
     # the lines lie above the shade, which has an axis of its own
-    drawn = figure(traces, "step", "λ", range=_lambda_range(points[:, 1], asked), overlaying="y2", tickmode="auto")
+    drawn = figure(traces, "step", "λ", range=_lambda_range(bound, asked), overlaying="y2", tickmode="auto")
     return {run.label: with_legend(drawn, yaxis2=axis("") | {"range": [0, 1], "visible": False})}
 
 
@@ -207,28 +205,13 @@ def _accuracy(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
     return accuracy(evaluations, resamples=CURVE_RESAMPLES)
 
 
-def _levels(arm: Arm) -> list[str]:
-    """Return the levels of an arm's final evaluations; none where its runs were evaluated on different problems."""
+def _by_level(arm: Arm) -> dict[str, dict[str, float]]:
+    """Return an arm's final accuracy at every level; none where its runs were evaluated on different problems."""
     if not are_shared(finals(arm)):
-        return []
-    return sorted({level for evaluation in finals(arm) for level in evaluation.levels if level}, key=natural)
-
-
-def _level_accuracies(arm: Arm) -> dict[str, dict[str, float]]:
-    """Return the final accuracy at every level that can be graded."""
-    found = {level: _accuracy([_only(evaluation, level) for evaluation in finals(arm)]) for level in _levels(arm)}
+        return {}
+    levels = sorted({level for evaluation in finals(arm) for level in evaluation.levels if level}, key=natural)
+    found = {level: _accuracy([evaluation.at(level) for evaluation in finals(arm)]) for level in levels}
     return {level: entry for level, entry in found.items() if entry}
-
-
-def _only(evaluation: Evaluation, level: str) -> Evaluation:
-    kept = [index for index, name in enumerate(evaluation.levels) if name == level]
-    return replace(
-        evaluation,
-        problem_ids=tuple(evaluation.problem_ids[index] for index in kept),
-        levels=(level,) * len(kept),
-        rewards=evaluation.rewards[kept],
-        answers=tuple(evaluation.answers[index] for index in kept),
-    )
 
 
 def _trait_series(arm: Arm, trait: str) -> Floats:
@@ -287,20 +270,10 @@ def _only_distils(found: Mapping[str, Floats]) -> bool:
 
 
 def _stack(points: Floats) -> Figure:
-    kept = thin(points)
     traces = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": words,
-            "x": short(kept[:, 0]),
-            "y": short(kept[:, column]),
-            "stackgroup": "routes",
-            "line": {"color": f"@{name}", "width": 1, "shape": "hvh"},
-            "fillcolor": f"@{name}/0.55",
-            "fillpattern": _hatching(name),
-            "hovertemplate": f"{words}: %{{y:.0%}}<extra></extra>",
-        }
+        of_no_arm(line(0, words, points[:, [0, column]], shape="hvh", width=1), f"@{name}")
+        | {"stackgroup": "routes", "fillcolor": f"@{name}/0.55", "fillpattern": _hatching(name)}
+        | {"hovertemplate": f"{words}: %{{y:.0%}}<extra></extra>"}
         for column, (name, (words, _)) in enumerate(ROUTES.items(), start=1)
         if points[:, column].any()
     ]
@@ -330,18 +303,8 @@ def _isolated(values: Floats) -> list[bool]:
     return alone
 
 
-def _shade(steps: Floats, reinforcing: Floats) -> Figure:
+def _shade(points: Floats) -> Figure:
     """The reinforcing steps as areas over the whole height."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "reinforcing steps",
-        "x": short(steps),
-        "y": short(reinforcing),
-        "yaxis": "y2",
-        "line": {"width": 0, "shape": "hvh"},
-        "fill": "tozeroy",
-        "fillcolor": "@rl/0.14",
-        "fillpattern": _hatching("rl"),
-        "hoverinfo": "skip",
-    }
+    shade = of_no_arm(line(0, "reinforcing steps", points, shape="hvh", width=0), "@rl")
+    area = {"fill": "tozeroy", "fillcolor": "@rl/0.14", "fillpattern": _hatching("rl")}
+    return shade | area | {"yaxis": "y2", "hoverinfo": "skip"}

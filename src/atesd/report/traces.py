@@ -104,17 +104,9 @@ def line(
 ) -> Figure:
     """A line through `points`, [n, 2]."""
     points = thin(points)
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if markers else "lines",
-        "name": name,
-        "x": short(points[:, 0]),
-        "y": short(points[:, 1]),
-        "line": {"color": colour(arm), "width": width, "dash": DASHES[arm // COLOURS % len(DASHES)], "shape": shape},
-        "marker": {"symbol": symbol(arm), "size": 7, "color": colour(arm)},
-        "hovertemplate": f"{plain(name)}<br>step %{{x}}: %{{y:.4~g}}<extra></extra>",
-        "meta": {"arm": arm},
-    }
+    mode, dash = "lines+markers" if markers else "lines", DASHES[arm // COLOURS % len(DASHES)]
+    style = {"color": colour(arm), "width": width, "dash": dash, "shape": shape}
+    return _of_arm(arm, name, points, 7, "<br>step %{x}: %{y:.4~g}") | {"mode": mode, "line": style}
 
 
 def of_no_arm(trace: Figure, shade: str, **style: Any) -> Figure:
@@ -141,43 +133,23 @@ def banded(arm: int, name: str, points: Sequence[tuple[int, Mapping[str, float]]
     }
     middle = line(arm, name, np.array([[step, found["average_at_k"]] for step, found in points]), markers=True)
     middle["customdata"] = [list(pair) for pair in zip(lows, highs, strict=True)]
-    middle["hovertemplate"] = (
-        f"{plain(name)}, step %{{x}}<br>%{{y:.1%}} (%{{customdata[0]:.1%}} to %{{customdata[1]:.1%}})<extra></extra>"
-    )
+    middle["hovertemplate"] = _hover(name, ", step %{x}<br>%{y:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})")
     return [band, middle]
 
 
 def intervals(arm: int, name: str, points: Mapping[str, Mapping[str, float]], places: Sequence[float]) -> Figure:
     """Means with error bars by label, at their places on the x axis."""
     low, mean, high = (np.array([found[key] for found in points.values()]) for key in ("low", "average_at_k", "high"))
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": list(places),
-        "y": short(mean),
-        "customdata": list(points),
-        "error_y": _bars(low, mean, high, colour(arm), 1.8),
-        "marker": {"symbol": symbol(arm), "size": 10, "color": colour(arm)},
-        "hovertemplate": f"{plain(name)}, %{{customdata}}<br>%{{y:.1%}}<extra></extra>",
-        "meta": {"arm": arm},
-    }
+    trace = _of_arm(arm, name, np.stack([places, mean], axis=1), 10, ", %{customdata}<br>%{y:.1%}")
+    return trace | {"customdata": list(points), "error_y": _bars(low, mean, high, colour(arm), 1.8)}
 
 
 def cloud(arm: int, name: str, points: Floats, *, percent: bool) -> Figure:
     """One point a step of an arm; `points` are [n, 3]: step, exposure ratio, value."""
     points, number = thin(points), "%{y:.1%}" if percent else "%{y:.3~g}"
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": short(points[:, 1]),
-        "y": short(points[:, 2]),
-        "customdata": points[:, 0].astype(int).tolist(),
-        "marker": {"symbol": symbol(arm), "size": 6, "color": f"{colour(arm)}/0.45"},
-        "hovertemplate": f"{plain(name)}, step %{{customdata}}<br>ratio %{{x:.2f}}: {number}<extra></extra>",
-        "meta": {"arm": arm},
-    }
+    trace = _of_arm(arm, name, points[:, 1:], 6, f", step %{{customdata}}<br>ratio %{{x:.2f}}: {number}")
+    trace["marker"]["color"] += "/0.45"
+    return trace | {"customdata": points[:, 0].astype(int).tolist()}
 
 
 def binned(points: Floats) -> Figure:
@@ -203,6 +175,24 @@ def binned(points: Floats) -> Figure:
 def plain(name: str) -> str:
     """Keep plotly from reading a name as markup or as a place-holder."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")
+
+
+def _of_arm(arm: int, name: str, points: Floats, size: int, hover: str) -> Figure:
+    """The markers of an arm at `points`, [n, 2]."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": short(points[:, 0]),
+        "y": short(points[:, 1]),
+        "marker": {"symbol": symbol(arm), "size": size, "color": colour(arm)},
+        "hovertemplate": _hover(name, hover),
+        "meta": {"arm": arm},
+    }
+
+
+def _hover(name: str, text: str) -> str:
+    return f"{plain(name)}{text}<extra></extra>"
 
 
 def _bars(low: Floats, middle: Floats, high: Floats, shade: str, thickness: float) -> Figure:
