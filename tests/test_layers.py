@@ -59,14 +59,46 @@ ARROWS: dict[str, set[str]] = {
 }
 # Inside a part: a file may import those that stand before it.
 ORDERS: dict[str, list[str]] = {
-    "exposure": (
-        "reveal prompt controller revealer overlap window held schedules closed_form influence paired beta beta_config "
-        "features beta_controller difficulty"
-    ).split(),
-    "train": (
-        "batch model optim teacher scorer stats hints rows step probe contract credit measure record checkpoint setup "
-        "resume inspect loop warmup"
-    ).split(),
+    "exposure": [
+        "reveal",
+        "prompt",
+        "controller",
+        "revealer",
+        "overlap",
+        "window",
+        "held",
+        "schedules",
+        "closed_form",
+        "influence",
+        "paired",
+        "beta",
+        "beta_config",
+        "features",
+        "beta_controller",
+        "difficulty",
+    ],
+    "train": [
+        "batch",
+        "model",
+        "optim",
+        "teacher",
+        "scorer",
+        "stats",
+        "hints",
+        "rows",
+        "step",
+        "probe",
+        "contract",
+        "credit",
+        "measure",
+        "record",
+        "checkpoint",
+        "setup",
+        "resume",
+        "inspect",
+        "loop",
+        "warmup",
+    ],
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {

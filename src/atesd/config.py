@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from atesd.cliff import CliffConfig
 from atesd.curriculum import RandomConfig
+from atesd.envs.single_turn import SingleTurn
 from atesd.evaluate.runner import EvalConfig
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.schedules import Fixed
@@ -22,6 +23,8 @@ from atesd.gates.gate import OpenGate
 from atesd.gradients.rule import AllGradients
 from atesd.kinds import (
     CurriculumSection,
+    EngineSection,
+    EnvSection,
     ExposureSection,
     GateSection,
     GradientSection,
@@ -35,6 +38,7 @@ from atesd.kinds import (
 from atesd.losses.divergence import LossConfig
 from atesd.losses.policy import PolicyConfig
 from atesd.losses.target import Plain
+from atesd.rollout.hf import HFEngine
 from atesd.rollout.sampler import SamplingConfig
 from atesd.routing.fixed import Distil
 from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig
@@ -42,6 +46,13 @@ from atesd.selection import SelectAll
 from atesd.strength import Constant, Guard, Strength
 from atesd.tasks.kinds import PicoConfig
 from atesd.types import Config
+
+
+class RolloutConfig(SamplingConfig):
+    """How the student samples while it trains, and with which engine. Defaults: OPSD's released recipe."""
+
+    engine: EngineSection = HFEngine()
+    """What samples completions, in training and evaluation."""
 
 
 class RunConfig(Config):
@@ -81,7 +92,9 @@ class RunConfig(Config):
     """The order of problems."""
     gradient: GradientSection = AllGradients()
     """Which weights an update moves, and how."""
-    rollout: SamplingConfig = SamplingConfig()
+    env: EnvSection = SingleTurn()
+    """What the student acts in: single problems, or several turns with an environment."""
+    rollout: RolloutConfig = RolloutConfig()
     """How the student samples."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""
@@ -160,6 +173,8 @@ class RunConfig(Config):
             router if self.routing.distils else "",
             self.curriculum.describe(),
             self.gradient.describe(),
+            self.env.describe(),
+            self.rollout.engine.describe(),
         ]
         return {
             "exposure": self._shown() if self.routing.distils else router,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.difficulty import Difficulty
@@ -24,6 +25,7 @@ from atesd.gates.sdar import SdarGate
 from atesd.gradients.rule import AllGradients
 from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
+from atesd.rollout.hf import HFEngine
 from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
@@ -113,5 +115,15 @@ CurriculumSection = Annotated[
 
 GradientSection = Annotated[
     AllGradients,  # every gradient as it is
+    Field(discriminator="kind"),
+]
+
+EnvSection = Annotated[
+    SingleTurn,  # one prompt, one completion
+    Field(discriminator="kind"),
+]
+
+EngineSection = Annotated[
+    HFEngine,  # transformers' generate on the weights that train
     Field(discriminator="kind"),
 ]

@@ -383,7 +383,9 @@ def _never_began(path: Path) -> bool:
     """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
     names = {entry.name for entry in path.iterdir()}
     made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", *FOLDERS}
-    return "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
+    return (
+        "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
+    )
 
 
 class Phases:

@@ -37,7 +37,9 @@ class Method(Config):
         super().__pydantic_init_subclass__(**kwargs)
         missing = [name for name in cls.declares if not hasattr(cls, name)]
         if "kind" in cls.model_fields and missing:
-            raise TypeError(f"method {cls.__name__} does not declare {', '.join(missing)}: see {cls.__mro__[1].__name__}")
+            raise TypeError(
+                f"method {cls.__name__} does not declare {', '.join(missing)}: see {cls.__mro__[1].__name__}"
+            )
 
 
 class UserError(ValueError):

@@ -62,9 +62,7 @@ def test_the_trainer_scores_what_the_sampler_sampled(pad_id: int) -> None:
     assert {turn.stop for turn in turns} == {StopReason.EOS, StopReason.LENGTH}
     passages = [Passage(turn.prompt_ids, turn.completion_ids) for turn in turns]
     assert int(view_input(passages, pad_id, CPU).scored_BL.sum()) == sum(len(turn.logprobs) for turn in turns)
-    scorer = Scorer(
-        model, pad_id=pad_id, loss=LossConfig(), temperature=sampling.temperature, token_budget=10_000
-    )
+    scorer = Scorer(model, pad_id=pad_id, loss=LossConfig(), temperature=sampling.temperature, token_budget=10_000)
     with torch.no_grad():
         scored = scorer.streams(passages, [scorer.hidden(passages)], Plain()).logprob_N
     sampled = torch.tensor([logprob for turn in turns for logprob in turn.logprobs])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from atesd.config import LoraConfig
 from atesd.losses.divergence import TokenStreams
+from atesd.losses.stats import TokenStats
+from atesd.sections import LoraConfig
 from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.train.step import NonFiniteError
-from atesd.losses.stats import TokenStats
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from atesd.config import LoraConfig, TeacherConfig
+from atesd.sections import LoraConfig, TeacherConfig
 from atesd.train.model import _with_lora
 from atesd.train.teacher import Teacher
 

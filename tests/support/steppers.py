@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from atesd.config import TeacherConfig
 from atesd.facts import RunFacts
 from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
 from atesd.losses.target import Target
 from atesd.recipe import build_config
+from atesd.sections import TeacherConfig
 from atesd.selection import Selection
 from atesd.train.batch import Row
 from atesd.train.optim import build_optimizer

@@ -27,7 +27,16 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_new_run_has_its_config_its_environment_and_its_folders(run: RunDir) -> None:
-    assert names(run.path) == [".lock", "about.json", "checkpoints", "config.json", "env.json", "eval", "manifest.json", "rollouts"]
+    assert names(run.path) == [
+        ".lock",
+        "about.json",
+        "checkpoints",
+        "config.json",
+        "env.json",
+        "eval",
+        "manifest.json",
+        "rollouts",
+    ]
     assert RunDir.open(run.path).config() == {"seed": 3}
     environment = json.loads((run.path / "env.json").read_text())
     assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
@@ -147,7 +156,10 @@ def test_rewind_to_before_the_first_step_leaves_strangers_files_alone(run: RunDi
 @pytest.mark.parametrize(
     ("damage", "flaw"),
     [
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"7", 1)), "metrics.jsonl is not what was written"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"7", 1)),
+            "metrics.jsonl is not what was written",
+        ),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "metrics.jsonl has 23 bytes instead of 24"),
         (lambda path: path.unlink(), "metrics.jsonl is missing"),
     ],

@@ -51,7 +51,9 @@ def test_missing_short_and_long_files_show(tmp_path: Path) -> None:
     assert folder_flaw(folder) == "sub/b.json is missing"
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"files": []}', '{"files": {"a": {"size": "1"}}}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"files": []}', '{"files": {"a": {"size": "1"}}}', "\udcff"]
+)
 def test_a_manifest_that_cannot_be_read_is_a_flaw(tmp_path: Path, content: Any) -> None:
     folder = sealed(tmp_path)
     (folder / "manifest.json").unlink()

@@ -10,8 +10,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from atesd.selection import SelectAll, SelectionConfig, TipSelection
 from atesd.losses.stats import TokenStats
+from atesd.selection import SelectAll, SelectionConfig, TipSelection
 
 
 def stats_of(h: list[float], d: list[float], divergence: list[float] | None = None) -> TokenStats:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from atesd.cli.progress import make_console
 from atesd.exposure.reveal import segmentation_warning
+from atesd.facts import RunFacts
 from atesd.rewards.kinds import ExactConfig, MathConfig
 from atesd.tasks.base import Task, check_disjoint, check_gold
 from atesd.tasks.files import JsonlConfig
@@ -22,7 +23,7 @@ _GRADERS = {"exact": ExactConfig, "math": MathConfig}
 def run_check(task: str, grader: str | None) -> None:
     """Validate a task and print what was found; UserError where the grader disagrees with the gold answers."""
     chosen = task_of(task)
-    reward = (_GRADERS[grader]() if grader else chosen.default_reward).build()
+    reward = (_GRADERS[grader]() if grader else chosen.default_reward).build(RunFacts())
     sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
     check_disjoint(sets)
     console = make_console()
@@ -46,12 +47,12 @@ def run_check(task: str, grader: str | None) -> None:
 def task_of(task: str) -> Task:
     """Turn `pico`, `FILE.jsonl` or `gym:NAME` into a task; every row of a file is checked, none is held out."""
     if task == "pico":
-        return PicoConfig().build(0)
+        return PicoConfig().build(RunFacts())
     if task.startswith("gym:"):
-        return GymConfig(dataset=task.removeprefix("gym:"), train_size=64).build(0)
+        return GymConfig(dataset=task.removeprefix("gym:"), train_size=64).build(RunFacts())
     if task.endswith((".jsonl", ".json")):
         config = TypeAdapter(JsonlConfig).validate_python({"kind": "jsonl", "path": task, "on_missing_answer": "keep"})
-        return config.model_copy(update={"probe_size": 0, "eval_size": 0}).build(0)
+        return config.model_copy(update={"probe_size": 0, "eval_size": 0}).build(RunFacts())
     raise UserError(f"task {task!r} is not known: give pico, a file ending in .jsonl, or gym:NAME")
 
 

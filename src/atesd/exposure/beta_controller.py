@@ -41,6 +41,7 @@ class BetaConfig(ExposureMethod, BetaSettings):
     kind: Literal["beta"] = "beta"
 
     measured: ClassVar[bool] = True
+    reads_length: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Name policy and reward."""

@@ -25,6 +25,7 @@ class ClosedForm(BoundedMethod):
     kind: Literal["closed_form"] = "closed_form"
 
     measured: ClassVar[bool] = True
+    reads_length: ClassVar[bool] = False
     reads_lambda: ClassVar[bool] = True
 
     def describe(self) -> str:

@@ -28,8 +28,9 @@ class Controller(Policy, Protocol):
 class ExposureMethod(Method):
     """Base of controllers' sections, and what the rest of the program needs to know of any controller."""
 
-    declares: ClassVar[tuple[str, ...]] = ("measured", "describe", "build")
-    """`measured`: whether the exposure is measured or learned, so that it is refused where nothing is distilled."""
+    declares: ClassVar[tuple[str, ...]] = ("measured", "reads_length", "describe", "build")
+    """`measured`: whether the exposure is measured or learned, so that it is refused where nothing is distilled.
+    `reads_length`: whether it depends on the length of the run, so that a longer run would have begun otherwise."""
 
     reads_lambda: ClassVar[bool] = False
     """Whether the exposure depends on lambda*: then the target must be extrapolated."""

@@ -39,6 +39,7 @@ class Difficulty(ExposureMethod):
     """Settings of every bin's policy."""
 
     measured: ClassVar[bool] = True
+    reads_length: ClassVar[bool] = True
 
     @property
     def reads_rewards(self) -> bool:

@@ -42,6 +42,7 @@ class Influence(HeldMethod):
     """Softness of the choice between ratios; towards 0 it takes the best one."""
 
     measured: ClassVar[bool] = True
+    reads_length: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Name the credit."""

@@ -36,6 +36,7 @@ class Paired(BoundedMethod):
     """Largest change of the ratio per window."""
 
     measured: ClassVar[bool] = True
+    reads_length: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:

@@ -7,6 +7,7 @@ at the rollout that the teacher is about to score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from atesd.exposure.reveal import Reveal
@@ -30,3 +31,7 @@ class RevealMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("reads_rollout", "describe", "build")
     """`reads_rollout`: whether the share in force is known only after the rollout."""
+
+    def warning(self, solutions: Sequence[str]) -> str | None:  # noqa: ARG002
+        """Return what to warn of before step 0, seeing the training problems' solutions; None for nothing."""
+        return None

@@ -27,6 +27,7 @@ class Fixed(ExposureMethod):
     """Exposure ratio: 0 shows the answer only, 1 the whole solution."""
 
     measured: ClassVar[bool] = False
+    reads_length: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Name the share, and OPSD."""
@@ -54,6 +55,11 @@ class Moving(ExposureMethod):
     """Updates that the change takes; unset, the whole run."""
 
     measured: ClassVar[bool] = False
+
+    @property
+    def reads_length(self) -> bool:
+        """Where it takes the whole run."""
+        return self.steps is None
 
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
@@ -106,6 +112,7 @@ class Steps(ExposureMethod):
     """Updates at which the next value begins, rising; one fewer than `values`."""
 
     measured: ClassVar[bool] = False
+    reads_length: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Name all shares."""
@@ -132,6 +139,7 @@ class Uniform(BoundedMethod):
     kind: Literal["random"] = "random"
 
     measured: ClassVar[bool] = False
+    reads_length: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Name range and window."""

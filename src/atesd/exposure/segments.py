@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from atesd.exposure.reveal import Order, Reveal, Unit, reveal
+from atesd.exposure.reveal import Order, Reveal, Unit, reveal, segmentation_warning
 from atesd.exposure.revealer import Revealer, RevealMethod
 from atesd.facts import RunFacts
 from atesd.types import Problem, Stateless, Trajectory
@@ -22,6 +23,10 @@ class Cut(Stateless, RevealMethod):
     def build(self, run: RunFacts) -> Revealer:  # noqa: ARG002
         """Return the revealer."""
         return self
+
+    def warning(self, solutions: Sequence[str]) -> str | None:
+        """Warn of solutions that mostly make one segment."""
+        return segmentation_warning(solutions, self.unit)
 
     def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:  # noqa: ARG002
         """Show that share of the segments, from the start."""

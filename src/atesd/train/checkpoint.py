@@ -6,7 +6,8 @@
                   manifest.json                                 size and digest of every file
 
 A checkpoint is written under another name and renamed when complete, so an interrupted one is never taken for a whole
-one; one that is damaged later does not match its manifest. No random state needs saving: every generator is derived from (seed, purpose, step).
+one; one that is damaged later does not match its manifest. No random state needs saving: every generator is derived
+from (seed, purpose, step).
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ class Contract:
 
     def _states(self, marked: Sequence[_Marked], prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Return the hidden states [P, H] at the contract positions behind the given prompts."""
-        passages = [
-            Passage(prompt, each.turn.completion_ids) for prompt, each in zip(prompts, marked, strict=True)
-        ]
+        passages = [Passage(prompt, each.turn.completion_ids) for prompt, each in zip(prompts, marked, strict=True)]
         found = self._scorer.each(passages, lambda chosen: self._scorer.hidden(chosen).hidden_NH)
         at_places = [states[[place for place, _ in each.places]] for states, each in zip(found, marked, strict=True)]
         return torch.cat(at_places)
@@ -84,7 +82,8 @@ class Contract:
         """Return the most probable token of each state under the head in place, some states at a time."""
         weight, bias = self._scorer.head()
         found = []
-        for part in states.split(64):
+        for start in range(0, len(states), 64):
+            part = states[start : start + 64]
             logits = (part @ weight.T).float()
             found.append((logits if bias is None else logits + bias).argmax(-1))
         return torch.cat(found)
@@ -119,4 +118,3 @@ def _point(p: Tensor, b: Tensor, chosen: Sequence[bool]) -> ContractPoint:
     """Average logits over a class's positions."""
     mask = torch.tensor(chosen, device=p.device)
     return ContractPoint(float(p[mask].mean().sigmoid()), float(b[mask].mean().sigmoid()), int(mask.sum()))
-

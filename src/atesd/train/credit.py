@@ -20,11 +20,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from atesd.config import OptimConfig
 from atesd.gates.gate import Gate
 from atesd.losses.divergence import Scored
 from atesd.losses.target import Target
 from atesd.routing.route import Route
+from atesd.sections import OptimConfig
 from atesd.train.batch import Passage, Row, micro_batches
 from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer
@@ -180,7 +180,10 @@ class Credit:
             part = variants[start : start + together]
             whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
             size = sum(len(row.completion) for row in part[0])
-            found += [Scored(piece, whole.head_VH, whole.bias_V) for piece in whole.hidden_NH.split(size)]
+            found += [
+                Scored(piece, whole.head_VH, whole.bias_V)
+                for piece in whole.hidden_NH.split_with_sizes([size] * len(part))
+            ]
         return found
 
 

@@ -1,15 +1,15 @@
 """The table of measurements that policies may ask for, all taken without moving the student's weights.
 
-    probe_nll             token-mean NLL of the probe's references under the student, without any hint
-    probe_kl              mean KL(teacher at ratio 1 || student) on completions stored at step 0
-    probe_accuracy        mean reward of hint-free completions, the same sampling seed every time
-    gt_solution@r         token-mean log-probability that the teacher at ratio r gives the reference solution
-    gt_answer@r           the same of the final answer alone
-    gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
-    contract@r            at positions of forced form in probe completions, by class: what the teacher at ratio r and
-                          the base give to the teacher's modal token, and the number of positions
-    influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
-    reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
+probe_nll             token-mean NLL of the probe's references under the student, without any hint
+probe_kl              mean KL(teacher at ratio 1 || student) on completions stored at step 0
+probe_accuracy        mean reward of hint-free completions, the same sampling seed every time
+gt_solution@r         token-mean log-probability that the teacher at ratio r gives the reference solution
+gt_answer@r           the same of the final answer alone
+gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
+contract@r            at positions of forced form in probe completions, by class: what the teacher at ratio r and
+                      the base give to the teacher's modal token, and the number of positions
+influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
+reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from atesd.config import LoraConfig, ModelConfig
+from atesd.sections import LoraConfig, ModelConfig
 from atesd.types import UserError
 
 # Config attributes that make a model's logits more than `hidden @ head.T + bias`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atesd.config import OptimConfig
+from atesd.sections import OptimConfig
 
 
 def learning_rate_factor(config: OptimConfig, update: int, total: int) -> float:

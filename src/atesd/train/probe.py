@@ -83,7 +83,7 @@ class Probe:
         return {problem.id: -float(each.double().mean()) for problem, each in zip(problems, tokens, strict=True)}
 
     def kl(self) -> float:
-        """Return the token-mean forward KL(teacher at ratio 1 || student) on completions stored when first asked for."""
+        """Return the token-mean forward KL(teacher at ratio 1 || student) on completions kept since it was first taken."""
         hinted = {
             passage: Passage(self.hints.teacher_ids(problem, 1.0), passage.completion)
             for problem, passage in zip(self.problems, self._stored_passages(), strict=True)
@@ -96,7 +96,7 @@ class Probe:
         return self._scorer.mean(self._stored_passages(), divergence)
 
     def accuracy(self) -> float | None:
-        """Return the mean reward of hint-free completions, the same sampling seed every time; None if none is graded."""
+        """Return the mean reward of hint-free completions, with one sampling seed; None if none is graded."""
         rewards = [reward for group in self.samples() for reward in group.rewards]
         return float(np.mean(rewards)) if rewards else None
 

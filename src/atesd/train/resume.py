@@ -37,7 +37,7 @@ def newest_whole(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
     It is whole if its files are as sealed, and the logs still begin as they did when it was written. Newer ones are
     passed over with a warning. UserError where there are checkpoints, but none is whole.
     """
-    reasons = []
+    reasons: list[str] = []
     for folder in reversed(find_checkpoints(run.checkpoints)):
         flaw = folder_flaw(folder)
         state = load_state(folder) if flaw is None else {}

@@ -104,7 +104,7 @@ class Scorer:
         temperature: float | None = None,
         old_logprob_N: Tensor | None = None,
     ) -> TokenStreams:
-        """Run the training forward pass. Without views `temperature` is the log-probabilities' own, unset the student's.
+        """Run the training forward pass. Without views `temperature` is the log-probabilities'; unset, the student's.
 
         The views must be scored before: the student's graph must not see the teacher's weights in place.
         """

@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atesd.config import RunConfig, TeacherConfig
+from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
 from atesd.exposure.prompt import donors, evaluation_messages, student_messages
-from atesd.exposure.reveal import segmentation_warning
 from atesd.exposure.revealer import Revealer
 from atesd.gradients.rule import GradientRule
 from atesd.rollout.driver import Driver
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Weights
 from atesd.routing.route import Router
+from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
@@ -265,7 +265,7 @@ def _fitting(
 
 
 def _warn_about_segments(config: RunConfig, problems: Sequence[Problem]) -> None:
-    warning = segmentation_warning([problem.solution for problem in problems], config.reveal.unit)
+    warning = config.reveal.warning([problem.solution for problem in problems])
     if warning:
         warnings.warn(warning, stacklevel=2)
     unanswered = sum(problem.answer is None for problem in problems)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from atesd.gates.gate import Gate
 from atesd.losses.policy import PolicyValues
-from atesd.train.batch import Row
 from atesd.losses.stats import TokenStats
+from atesd.train.batch import Row
 
 _BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

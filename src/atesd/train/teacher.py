@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atesd.config import TeacherConfig
 from atesd.losses.target import View
+from atesd.sections import TeacherConfig
 from atesd.types import UserError
 
 

@@ -128,7 +128,7 @@ def test_a_reward_that_is_no_number_is_named() -> None:
 
 
 class Countdown:
-    """Asks again until the student has said `0`; the reward is one over the number of turns, if the environment grades."""
+    """Asks again until the student has said `0`; rewards one over the number of turns, if it grades."""
 
     def __init__(self, limit: int = 9, grades: bool = True) -> None:
         self.limit, self.grades = limit, grades

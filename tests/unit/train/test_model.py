@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from atesd.config import LoraConfig, ModelConfig
+from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve
 from atesd.types import UserError
 

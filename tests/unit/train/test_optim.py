@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from atesd.config import OptimConfig
+from atesd.sections import OptimConfig
 from atesd.train.optim import build_optimizer, learning_rate_factor
 
 Schedule = Literal["constant", "linear", "cosine"]

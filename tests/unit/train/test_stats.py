@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atesd.gates import SdarGate
 from atesd.losses.policy import PolicyValues
+from atesd.losses.stats import TokenStats
 from atesd.train.batch import Row
 from atesd.train.stats import (
     Listening,
@@ -20,7 +21,6 @@ from atesd.train.stats import (
     split_rows,
     stream_metrics,
 )
-from atesd.losses.stats import TokenStats
 
 
 def stats_of(count: int, **columns: list[float]) -> TokenStats:
