@@ -35,11 +35,9 @@ class Method(Config):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        missing = [name for name in cls.declares if not hasattr(cls, name)]
+        missing = [name for name in cls.declares if not hasattr(cls, name) and name not in cls.model_fields]
         if "kind" in cls.model_fields and missing:
-            raise TypeError(
-                f"method {cls.__name__} does not declare {', '.join(missing)}: see {cls.__mro__[1].__name__}"
-            )
+            raise TypeError(f"method {cls.__name__} lacks {', '.join(missing)}: its base says what it must declare")
 
 
 class UserError(ValueError):

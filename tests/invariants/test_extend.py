@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from atesd.runlog import RunDir, read_jsonl
+
 ROOT = Path(__file__).parents[2]
 PATCHES = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), re.DOTALL)
 NAMES = ["sawtooth", "spread", "threshold", "struggling", "frozen", "retry", "alone"]
@@ -25,7 +27,7 @@ RECIPE: dict[str, Any] = {
     "gate": {"kind": "threshold", "bound": 0.01},
     "routing": {"kind": "struggling", "bound": 1.0},
     "gradient": {"kind": "frozen", "word": "norm"},
-    "env": {"kind": "retry", "limit": 2, "again": "?"},
+    "env": {"kind": "retry", "limit": 2, "again": "5"},
     "rollout": {
         "engine": {"kind": "alone"},
         "temperature": 1.0,
@@ -58,9 +60,10 @@ def test_each_method_is_one_new_file_and_its_entry_in_one_union() -> None:
         assert [file.endswith(f"/{name}.py") for file in files] == [True, False]
         assert files[1] == "src/atesd/kinds.py"
         assert "--- /dev/null" in patch
-        assert not re.findall(r"^-(?!--)", patch, re.MULTILINE), "nothing is removed"
-        added = re.findall(r"^\+(?!\+\+)(.*)$", patch[patch.index("+++ b/src/atesd/kinds.py") :], re.MULTILINE)
-        assert len(added) == 2, "an import and an entry"
+        union = patch[patch.index("+++ b/src/atesd/kinds.py") :]
+        removed, added = (re.findall(rf"^\{sign}(?!\{sign}\{sign})(.*)$", union, re.MULTILINE) for sign in "-+")
+        assert len(added) - len(removed) == 2, "an import and an entry"
+        assert [line.replace(",  #", "  #") for line in removed] == added[1:-1], "at most a comma moves"
 
 
 def test_all_seven_train_together_and_do_what_they_say(package: Path, tmp_path: Path) -> None:
@@ -88,13 +91,15 @@ def test_all_seven_train_together_and_do_what_they_say(package: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     moved, names = json.loads(done.stdout.splitlines()[-1])
     assert moved == [name for name in names if "norm" not in name]
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for n in (1, 2) for line in (tmp_path / f"run/rollouts/step_00000{n}.jsonl").open()]
-    groups = [json.loads(line) for line in (tmp_path / "run" / "groups.jsonl").open()]
-    about = json.loads((tmp_path / "run" / "about.json").read_text())
+    run = RunDir.open(tmp_path / "run")
+    metrics, groups = run.metrics(), run.groups()
+    rows = [row for step in (1, 2) for row in read_jsonl(run.path / "rollouts" / f"step_{step:06d}.jsonl")]
+    about = run.about()
 
-    assert "falls from 0.75 to 0.25 every 2 steps" in about["exposure"]
-    assert len(about["controls"]) == 6, "every other method has its sentence"
+    assert about["exposure"] == (
+        "segments spread evenly over the solution, at most a share that falls from 0.75 to 0.25 every 2 steps"
+    )
+    assert len(about["controls"]) == 5, "every other method has its sentence"
     assert {group["ratio"] for group in groups} <= {0.75, 0.25, None}
     assert {group["route"] for group in groups} == {
         "rl" if min(group["rewards"]) == 1.0 else "distil" for group in groups
@@ -102,7 +107,7 @@ def test_all_seven_train_together_and_do_what_they_say(package: Path, tmp_path: 
     assert max(row["rollout/turns_mean"] for row in metrics[1:]) > 1
     again = [row for row in rows if row["turn"] == 2]
     assert again
-    assert all(row["student_prompt"].endswith("<|end|><|user|>?<|assistant|>") for row in again)
+    assert all(row["student_prompt"].endswith("<|end|><|user|>5<|assistant|>") for row in again)
     assert all(set(row["gate"]) <= {0.0, 1.0} for row in rows if "distil" in row["components"])
     hints = {row["problem"]: row["hint"] for row in rows if row["ratio"] == 0.75 and row["hint"]}
     assert hints, "some group was distilled at the first step"

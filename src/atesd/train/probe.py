@@ -83,7 +83,7 @@ class Probe:
         return {problem.id: -float(each.double().mean()) for problem, each in zip(problems, tokens, strict=True)}
 
     def kl(self) -> float:
-        """Return the token-mean forward KL(teacher at ratio 1 || student) on completions kept since it was first taken."""
+        """Return the token-mean KL(teacher at ratio 1 || student) on completions kept since it was first taken."""
         hinted = {
             passage: Passage(self.hints.teacher_ids(problem, 1.0), passage.completion)
             for problem, passage in zip(self.problems, self._stored_passages(), strict=True)
