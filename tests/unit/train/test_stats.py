@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atesd.gates import SdarGate
+from atesd.gates.sdar import SdarGate
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.train.batch import Row
