@@ -14,7 +14,7 @@ from atesd.exposure.controller import Controller
 from atesd.types import Measurement, Observation
 
 
-def seen(step: int, stats: Mapping[str, float] = {}, measured: Mapping[str, float] = {}) -> Observation:  # noqa: B006
+def seen(step: int, stats: Mapping[str, float] = {}, measured: Mapping[str, float] = {}) -> Observation:
     """Return an observation whose measurements are named by their keys: `probe_nll`, `gt_solution@0.5`."""
     readings = {}
     for key, value in measured.items():

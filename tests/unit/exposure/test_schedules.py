@@ -30,15 +30,25 @@ def test_fixed_is_full_exposure_unless_told() -> None:
 
 
 def test_linear_reaches_both_ends() -> None:
-    assert ratios(Linear(start=1.0, end=0.2).build(RunFacts(seed=0, total_steps=5)), 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    assert ratios(Linear(start=0.0, end=1.0, steps=3).build(RunFacts(seed=0, total_steps=5)), 5) == [0.0, 0.5, 1.0, 1.0, 1.0]
+    assert ratios(Linear(start=1.0, end=0.2).build(RunFacts(seed=0, total_steps=5)), 5) == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
+    assert ratios(Linear(start=0.0, end=1.0, steps=3).build(RunFacts(seed=0, total_steps=5)), 5) == [
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
     assert ratios(Linear(start=0.5, end=1.0).build(RunFacts(seed=0, total_steps=1)), 1) == [0.5]
 
 
 def test_cosine_by_hand() -> None:
     # end + (start - end) (1 + cos(pi f)) / 2 at f = 0, 1/4, 1/2, 3/4, 1; cos(pi/4) = .70711
     expected = [1.0, 0.1 + 0.9 * 0.8535534, 0.55, 0.1 + 0.9 * 0.1464466, 0.1, 0.1]
-    assert ratios(Cosine(start=1.0, end=0.1, steps=5).build(RunFacts(seed=0, total_steps=9)), 6) == pytest.approx(expected, abs=1e-7)
+    assert ratios(Cosine(start=1.0, end=0.1, steps=5).build(RunFacts(seed=0, total_steps=9)), 6) == pytest.approx(
+        expected, abs=1e-7
+    )
 
 
 def test_steps_change_at_their_boundaries() -> None:
