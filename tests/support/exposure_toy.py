@@ -7,11 +7,20 @@ grounded term of a teacher at ratio a:  g(a)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from atesd.exposure.controller import Controller
-from atesd.types import Observation
+from atesd.types import Measurement, Observation
+
+
+def seen(step: int, stats: Mapping[str, float] = {}, measured: Mapping[str, float] = {}) -> Observation:
+    """Return an observation whose measurements are named by their keys: `probe_nll`, `gt_solution@0.5`."""
+    readings = {}
+    for key, value in measured.items():
+        kind, at, ratio = key.partition("@")
+        readings[Measurement(kind, float(ratio) if at else None)] = value
+    return Observation(step, stats, readings)
 
 
 @dataclass
@@ -32,7 +41,7 @@ class Toy:
         measured = {}
         for measurement in self.controller.wants(self.step):
             ratio = measurement.ratio
-            measured[measurement.key] = self.level if ratio is None else self.grounded(ratio)
+            measured[measurement] = self.level if ratio is None else self.grounded(ratio)
         self.controller.observe(Observation(self.step, self.stats, measured))
 
     def update(self, distilled: bool = True) -> None:

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atesd.exposure.beta_config import BetaConfig
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.types import Observation
+from atesd.exposure.beta_controller import BetaConfig, BetaController
+from atesd.exposure.controller import Controller
+from atesd.facts import RunFacts
+from atesd.seeds import derive_seed
 
-from support.exposure_toy import Toy, average, final_mean
+from support.exposure_toy import Toy, average, final_mean, seen
 
 
 def build(steps: int = 100, seed: int = 0, frozen: bool = True, **fields: Any) -> Controller:
-    return BetaConfig(**({"lambda_gt": 0.0} | fields)).build(RunFacts(steps, seed, frozen))
+    return BetaController(BetaConfig(**({"lambda_gt": 0.0} | fields)), steps, seed, frozen)
 
 
 def keys(controller: Controller, step: int) -> list[str]:
@@ -27,7 +28,7 @@ def feed(controller: Controller, levels: list[float], groups: list[float] | None
     drawn = []
     for step, level in enumerate(levels):
         numbers = {"route/distil_groups": groups[step - 1] if groups else 1.0, **stats} if step else {}
-        controller.observe(Observation(step, numbers, {"probe_nll": level}))
+        controller.observe(seen(step, numbers, {"probe_nll": level}))
         drawn += controller.propose(step, ["p"])
     return drawn
 
@@ -41,7 +42,7 @@ def test_a_window_lasts_exactly_its_steps_and_all_problems_share_its_ratio() -> 
     assert all(len(set(window)) == 1 for window in windows)
     assert len(set(toy.ratios)) == 10
     controller = build()
-    controller.observe(Observation(0, {}, {"probe_nll": 1.0}))
+    controller.observe(seen(0, {}, {"probe_nll": 1.0}))
     assert len(set(controller.propose(0, ["a", "b", "c"]))) == 1
     assert len(controller.propose(0, ["a", "b", "c"])) == 3
 
@@ -61,7 +62,7 @@ def test_decisions_overlap_while_their_look_ahead_runs() -> None:
     controller = build(hold=2, look_ahead=4)
     opened = []
     for step in range(7):
-        controller.observe(Observation(step, {}, {"probe_nll": 1.0}))
+        controller.observe(seen(step, {}, {"probe_nll": 1.0}))
         controller.propose(step, ["p"])
         opened.append(controller.metrics()["exposure/open"])
     # open from steps {0}, {0}, {0, 2}, {0, 2}, {2, 4}, ...
@@ -90,9 +91,9 @@ def test_steps_must_come_in_order() -> None:
     controller = build()
     with pytest.raises(AssertionError):
         controller.propose(0, ["p"])
-    controller.observe(Observation(0))
+    controller.observe(seen(0))
     with pytest.raises(AssertionError):
-        controller.observe(Observation(2))
+        controller.observe(seen(2))
 
 
 # ---- the reward ---------------------------------------------------------------------------------------------------
@@ -104,11 +105,11 @@ def test_reward_matures_with_theta_t0_plus_l() -> None:
     controller = build(hold=2, look_ahead=4, gamma=0.5, reward_norm=False)
     feed(controller, LEVELS[:4])
     assert "exposure/reward" not in controller.metrics()
-    controller.observe(Observation(4, {}, {"probe_nll": LEVELS[4]}))
+    controller.observe(seen(4, {}, {"probe_nll": LEVELS[4]}))
     # .5 + .25 * .75 + .125 * .1
     assert controller.metrics()["exposure/reward"] == pytest.approx(0.5 + 0.1875 + 0.0125)
     controller.propose(4, ["p"])
-    controller.observe(Observation(5, {}, {"probe_nll": 0.9}))
+    controller.observe(seen(5, {}, {"probe_nll": 0.9}))
     assert "exposure/reward" not in controller.metrics()
 
 
@@ -120,7 +121,7 @@ def test_reward_variants_differ_in_their_span(reward: str, matures: int, expecte
     controller = build(hold=2, look_ahead=4, gamma=0.5, reward=reward, lambda_gt=0.25)
     feed(controller, LEVELS[:matures])
     assert "exposure/reward_lp" not in controller.metrics()
-    controller.observe(Observation(matures, {}, {"probe_nll": LEVELS[matures]}))
+    controller.observe(seen(matures, {}, {"probe_nll": LEVELS[matures]}))
     assert controller.metrics()["exposure/reward_lp"] == pytest.approx(expected)
     assert "exposure/reward_gt" not in controller.metrics()
     assert keys(controller, matures + 1) in (["probe_nll"], [])
@@ -131,7 +132,7 @@ def test_sparse_probes_are_asked_for_and_discounted_by_steps() -> None:
     asked = []
     for step, level in enumerate([2.0, nan, 1.5, nan, 1.0]):
         asked.append(keys(controller, step))
-        controller.observe(Observation(step, {}, {} if step % 2 else {"probe_nll": level}))
+        controller.observe(seen(step, {}, {} if step % 2 else {"probe_nll": level}))
         controller.propose(step, ["p"])
     assert asked == [["probe_nll"], [], ["probe_nll"], [], ["probe_nll"]]
     assert controller.metrics()["exposure/reward_lp"] == pytest.approx(0.5 + 0.25 * 0.5)
@@ -141,11 +142,11 @@ def test_frozen_teacher_is_tabulated_once_and_interpolated_at_the_own_ratio() ->
     controller = build(hold=2, look_ahead=2, lambda_gt=0.5, gt_grid=(0.0, 0.5, 1.0), reward_norm=False)
     assert keys(controller, 0) == ["probe_nll", "gt_solution@0.0", "gt_solution@0.5", "gt_solution@1.0"]
     table = {"gt_solution@0.0": -3.0, "gt_solution@0.5": -1.0, "gt_solution@1.0": -0.5}
-    controller.observe(Observation(0, {}, {"probe_nll": 2.0, **table}))
+    controller.observe(seen(0, {}, {"probe_nll": 2.0, **table}))
     (ratio,) = controller.propose(0, ["p"])
     assert keys(controller, 1) == ["probe_nll"]
     for step in (1, 2):
-        controller.observe(Observation(step, {}, {"probe_nll": 2.0 - 0.1 * step}))
+        controller.observe(seen(step, {}, {"probe_nll": 2.0 - 0.1 * step}))
         controller.propose(step, ["p"])
     grounded = float(np.interp(ratio, [0.0, 0.5, 1.0], [-3.0, -1.0, -0.5]))
     assert controller.metrics()["exposure/reward_gt"] == pytest.approx(grounded)
@@ -154,14 +155,14 @@ def test_frozen_teacher_is_tabulated_once_and_interpolated_at_the_own_ratio() ->
 
 def test_a_ratio_that_cannot_be_tabulated_is_left_out_and_an_empty_table_is_asked_for_again() -> None:
     controller = build(hold=2, look_ahead=2, lambda_gt=1.0, gt_grid=(0.0, 0.5, 1.0), gt_target="hidden_only")
-    controller.observe(Observation(0, {}, {"probe_nll": 2.0, "gt_hidden_only@0.0": nan}))
+    controller.observe(seen(0, {}, {"probe_nll": 2.0, "gt_hidden_only@0.0": nan}))
     controller.propose(0, ["p"])
     assert "gt_hidden_only@0.5" in keys(controller, 1)
     found = {"gt_hidden_only@0.0": -3.0, "gt_hidden_only@0.5": -1.0, "gt_hidden_only@1.0": nan}
-    controller.observe(Observation(1, {}, {"probe_nll": 2.0, **found}))
+    controller.observe(seen(1, {}, {"probe_nll": 2.0, **found}))
     controller.propose(1, ["p"])
     assert keys(controller, 2) == ["probe_nll"]
-    controller.observe(Observation(2, {}, {"probe_nll": 1.0}))
+    controller.observe(seen(2, {}, {"probe_nll": 1.0}))
     assert -3.0 <= controller.metrics()["exposure/reward_gt"] <= -1.0
 
 
@@ -182,7 +183,7 @@ def test_changing_teacher_is_measured_at_each_open_decisions_ratio() -> None:
         expected = {f"gt_solution@{ratio!r}" for ratio in ratios[: (step + 1) // 2]} if step else set()
         assert set(wanted) == {"probe_nll"} | expected
         grounded = {key: -float(step) for key in wanted if key.startswith("gt")}
-        controller.observe(Observation(step, {}, {"probe_nll": 1.0, **grounded}))
+        controller.observe(seen(step, {}, {"probe_nll": 1.0, **grounded}))
         if step % 2 == 0:
             ratios += controller.propose(step, ["p"])
         else:
@@ -204,7 +205,7 @@ def test_missing_measurements_discard_the_decision(bad: float | None, when: int)
     controller = build(hold=5, look_ahead=4)
     for step in range(5):
         measured = {"probe_nll": bad if step == when else 1.0}
-        controller.observe(Observation(step, {}, {key: value for key, value in measured.items() if value is not None}))
+        controller.observe(seen(step, {}, {key: value for key, value in measured.items() if value is not None}))
         controller.propose(step, ["p"])
     metrics = controller.metrics()
     assert (metrics["exposure/matured"], metrics["exposure/discarded"], metrics["exposure/open"]) == (0.0, 1.0, 0.0)
@@ -215,7 +216,7 @@ def test_training_loss_belongs_to_the_step_before_its_update() -> None:
     for step in range(6):
         # the loss of update step - 1 was measured at theta_(step - 1)
         stats = {"loss/distil": LEVELS[step - 1], "route/distil_groups": 1.0} if step else {}
-        controller.observe(Observation(step, stats))
+        controller.observe(seen(step, stats))
         if step < 5:
             assert controller.metrics()["exposure/matured"] == 0.0
             controller.propose(step, ["p"])
@@ -227,7 +228,7 @@ def test_rising_accuracy_is_progress() -> None:
     controller = build(hold=2, look_ahead=2, gamma=1.0, progress_metric="probe_accuracy")
     for step, accuracy in enumerate([0.2, 0.3, 0.5]):
         assert keys(controller, step) == ["probe_accuracy"]
-        controller.observe(Observation(step, {}, {"probe_accuracy": accuracy}))
+        controller.observe(seen(step, {}, {"probe_accuracy": accuracy}))
         controller.propose(step, ["p"])
     assert controller.metrics()["exposure/reward_lp"] == pytest.approx(0.3)
 
@@ -239,7 +240,7 @@ def test_each_term_is_divided_by_its_deviation_so_far() -> None:
     table = {"gt_solution@0.0": 0.0, "gt_solution@1.0": 4.0}
     drawn = []
     for step, level in enumerate(levels):
-        controller.observe(Observation(step, {}, {"probe_nll": level, **table}))
+        controller.observe(seen(step, {}, {"probe_nll": level, **table}))
         drawn += controller.propose(step, ["p"])
     grounded = 4.0 * np.array(drawn[:2])
     expected = 0.3 / (0.1 * 2**0.5) + 0.5 * grounded[1] / grounded.std(ddof=1)
@@ -252,7 +253,7 @@ def test_measurements_taken_for_others_change_nothing() -> None:
         drawn = []
         for step in range(40):
             asked = dict.fromkeys(keys(controller, step), 2.0 - 0.01 * step)
-            controller.observe(Observation(step, {}, extra | asked))
+            controller.observe(seen(step, {}, extra | asked))
             drawn += controller.propose(step, ["p"])
         return [*drawn, controller.metrics()["exposure/feature/probe_ema"]]
 
@@ -265,7 +266,7 @@ def test_measurements_taken_for_others_change_nothing() -> None:
 def test_the_unclipped_draw_is_scored() -> None:
     for bounds in ("clip", "affine"):
         controller = build(alpha_min=0.45, alpha_max=0.5, bounds=bounds)
-        controller.observe(Observation(0, {}, {"probe_nll": 1.0}))
+        controller.observe(seen(0, {}, {"probe_nll": 1.0}))
         (ratio,) = controller.propose(0, ["p"])
         (row,) = controller.state_dict()["open"]
         assert row["ratio"] == ratio
@@ -286,7 +287,7 @@ def test_entropy_is_penalised_only_after_its_start() -> None:
         controller = build(400, decisions_per_update=1, entropy_coef=coefficient, learning_rate=0.002)
         found = []
         for step in range(400):
-            controller.observe(Observation(step, {}, {"probe_nll": 1.0}))
+            controller.observe(seen(step, {}, {"probe_nll": 1.0}))
             controller.propose(step, ["p"])
             found.append(controller.metrics()["exposure/entropy"])
         return found
@@ -359,6 +360,15 @@ def test_seeds_decide_the_draws() -> None:
     assert Toy(build(seed=1), 0.5).run(20).ratios != Toy(build(seed=2), 0.5).run(20).ratios
 
 
+def test_a_run_gives_it_a_seed_of_its_own_and_says_whether_the_teacher_is_frozen() -> None:
+    run = RunFacts(seed=3, total_steps=60, teacher_frozen=False)
+    built, same = BetaConfig(decisions_per_update=1).build(run), build(60, derive_seed(3, "exposure"), frozen=False)
+    assert Toy(built, 0.5).run(20).ratios == Toy(same, 0.5).run(20).ratios
+    assert all(measurement.kind != "gt_solution" for measurement in BetaConfig().build(run).wants(0))
+    table = [measurement.ratio for measurement in BetaConfig().build(RunFacts()).wants(0)]
+    assert table == [None, *BetaConfig().gt_grid]
+
+
 # ---- the toy: where it ends ---------------------------------------------------------------------------------------
 
 
@@ -400,9 +410,9 @@ def test_toy_short_runs_move_only_part_of_the_way() -> None:
 
 
 def test_a_step_whose_loss_was_not_taken_discards_decisions_whatever_its_routes() -> None:
-    controller = BetaConfig(lambda_gt=0.0, hold=2).build(RunFacts(40, 0))
-    controller.observe(Observation(0, measured={"probe_nll": 1.0}))
+    controller = build(40, hold=2)
+    controller.observe(seen(0, measured={"probe_nll": 1.0}))
     controller.propose(0, ["p"])
-    controller.observe(Observation(1, {"route/distil_groups": 4.0, "route/idle": 1.0, "route/paused": 1.0}))
+    controller.observe(seen(1, {"route/distil_groups": 4.0, "route/idle": 1.0, "route/paused": 1.0}))
     assert controller.metrics()["exposure/discarded"] == 1.0
     assert controller.metrics()["exposure/open"] == 0.0

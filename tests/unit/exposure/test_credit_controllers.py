@@ -1,4 +1,4 @@
-"""Controllers beyond the Beta policy: closed form, influence, paired, difficulty, overlap."""
+"""Controllers beyond the Beta policy: closed form, influence, paired, difficulty."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from atesd.cliff import CliffConfig
-from atesd.exposure.controller import Controller, RunFacts
+from atesd.exposure.beta_controller import BetaConfig, BetaController
+from atesd.exposure.controller import Controller
 from atesd.exposure.influence import mixed_ratio
-from atesd.exposure.kinds import ExposureConfig
-from atesd.exposure.overlap import Overlap
-from atesd.exposure.reveal import RevealConfig
-from atesd.types import Measurement, Observation
+from atesd.facts import RunFacts
+from atesd.kinds import ExposureSection
+from atesd.seeds import derive_seed
+from atesd.types import ContractPoint, Measurement, Observation
+
+from support.exposure_toy import seen
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-FACTS = RunFacts(40, 0, strength=1.25, cliff=CliffConfig(every=4))
+FACTS = RunFacts(seed=6, total_steps=40, strength=1.25, cliff=CliffConfig(every=4))
 
 
 def build(**fields: Any) -> Controller:
-    return TypeAdapter(ExposureConfig).validate_python(fields).build(FACTS)
+    return TypeAdapter(ExposureSection).validate_python(fields).build(FACTS)
 
 
 def restored(controller: Controller, **fields: Any) -> Controller:
@@ -37,16 +40,15 @@ def ratio(controller: Controller, step: int) -> float:
     return first
 
 
-def measured(kind: str, values: Mapping[float, float]) -> dict[str, float]:
-    return {Measurement(kind, ratio).key: value for ratio, value in values.items()}
+def measured(kind: str, values: Mapping[float, float]) -> dict[Measurement, float]:
+    return {Measurement(kind, ratio): value for ratio, value in values.items()}
 
 
 def contract(step: int, *points: float) -> Observation:
-    numbers: dict[str, float] = {}
-    for at, p in zip(GRID, points, strict=True):
-        key = Measurement("contract", at).key
-        numbers |= {f"{key}/eos/p": p, f"{key}/eos/b": 0.5, f"{key}/eos/hits": 40.0}
-    return Observation(step, measured=numbers)
+    found = {
+        Measurement("contract", at): {"eos": ContractPoint(p, 0.5, 40)} for at, p in zip(GRID, points, strict=True)
+    }
+    return Observation(step, measured=found)
 
 
 def test_closed_form_reads_the_largest_safe_ratio_at_each_window() -> None:
@@ -157,7 +159,7 @@ def test_paired_stays_within_its_bounds_and_keeps_its_ratio_without_a_measuremen
 
 def test_difficulty_gives_each_bin_its_own_policy() -> None:
     controller = build(kind="difficulty", bins=3)
-    controller.observe(Observation(0, measured={"probe_nll": 1.0}))
+    controller.observe(seen(0, measured={"probe_nll": 1.0}))
     easy, medium, hard, unknown = controller.propose(0, ["a", "b", "c", "d"], [1.0, 0.5, 0.0, None])
     assert len({easy, medium, hard}) == 3
     assert unknown == medium
@@ -169,40 +171,48 @@ def test_difficulty_gives_each_bin_its_own_policy() -> None:
     assert again.propose(0, ["a", "b"], [1.0, 0.0]) == [easy, hard]
 
 
+def test_each_bin_draws_from_a_stream_of_its_own() -> None:
+    controller = build(kind="difficulty", bins=3)
+    controller.observe(seen(0, measured={"probe_nll": 1.0}))
+    drawn = controller.propose(0, ["a", "b", "c"], [1.0, 0.5, 0.0])
+    for number, ratio in enumerate(drawn):
+        part = BetaController(BetaConfig(), 40, derive_seed(6, "exposure") + 1000 * (number + 1), True)
+        part.observe(seen(0, measured={"probe_nll": 1.0}))
+        assert part.propose(0, ["a"]) == [ratio]
+
+
+@pytest.mark.parametrize("bins", [2, 3, 4])
+def test_bins_by_pass_rate_are_equal_parts_and_the_first_is_easiest(bins: int) -> None:
+    controller = build(kind="difficulty", bins=bins)
+    controller.observe(seen(0, measured={"probe_nll": 1.0}))
+    rates: list[float | None] = [1.0 - (number + 0.5) / bins for number in range(bins)]
+    ratios = list(controller.propose(0, [""] * bins, rates))
+    assert len(set(ratios)) == bins
+    # rewards outside [0, 1] belong to the ends; unknown difficulty is the middle one
+    ends = controller.propose(0, [""] * 5, [1.0, 7.0, 0.0, -3.0, None])
+    assert list(ends) == [ratios[0], ratios[0], ratios[-1], ratios[-1], ratios[bins // 2]]
+    assert controller.metrics()["exposure/bin0/share"] == 2 / 5
+
+
+def test_a_teacher_who_changes_is_measured_for_every_bin() -> None:
+    for frozen, grounded in ((True, True), (False, False)):
+        run = RunFacts(teacher_frozen=frozen)
+        wanted = TypeAdapter(ExposureSection).validate_python({"kind": "difficulty"}).build(run).wants(0)
+        assert any(measurement.kind == "gt_solution" for measurement in wanted) is grounded
+
+
 def test_difficulty_by_perplexity_cuts_at_quantiles_of_the_references() -> None:
     controller = build(kind="difficulty", by="reference_ppl")
     assert Measurement("reference_nll") in controller.wants(0)
     assert Measurement("reference_nll") not in controller.wants(1)
     nll = {name: float(place) for place, name in enumerate("abcdef")}
-    controller.observe(Observation(0, measured={"probe_nll": 1.0}, by_problem={"reference_nll": nll}))
+    controller.observe(Observation(0, measured={Measurement("probe_nll"): 1.0, Measurement("reference_nll"): nll}))
     ratios = controller.propose(0, [*"abcdef", "new"])
     assert ratios[0] == ratios[1] != ratios[2] == ratios[3] != ratios[4] == ratios[5]
+    easiest = BetaController(BetaConfig(), 40, derive_seed(6, "exposure") + 1000, True)
+    easiest.observe(seen(0, measured={"probe_nll": 1.0}))
+    assert [ratios[0]] == easiest.propose(0, ["a"]), "low perplexity is easy: the first bin"
     assert ratios[6] == ratios[2]
-
-
-REFERENCE = "a3*4=7\nb7+2=9\nc9-5=4\n#4"
-
-
-@pytest.mark.parametrize(
-    ("rollout", "n", "extra", "segments"),
-    [
-        ("a3*4=7\nb7+2=1\nc1-5=6\n#6", 5, 1, 2),
-        ("a3*4=7\nb7+2=9\nc9-5=4\n#4", 5, 1, 4),
-        ("a3*4=1\nb1+2=3\n#3", 5, 1, 1),
-        ("a3*4=7\nb7+2=1", 5, 0, 1),
-        ("a3*4=1", 2, 1, 2),  # the pair `a3 *` is enough to count the first line
-        ("", 5, 1, 1),
-        ("", 5, 0, 0),
-    ],
-)
-def test_overlap_reveals_up_to_where_the_rollout_follows(rollout: str, n: int, extra: int, segments: int) -> None:
-    assert Overlap(n=n, extra=extra).ratio(REFERENCE, rollout, RevealConfig(unit="line")) == pytest.approx(segments / 4)
-
-
-def test_overlap_counts_a_segment_shorter_than_the_gram_as_a_whole() -> None:
-    rule = Overlap(n=8, extra=0)
-    assert rule.ratio("one two. three four five. six", "so three four five it is", RevealConfig(unit="sentence")) == 0.0
-    assert rule.ratio("one two. three four five. six", "three four five. six", RevealConfig(unit="sentence")) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -213,9 +223,9 @@ def test_overlap_counts_a_segment_shorter_than_the_gram_as_a_whole() -> None:
         ({"kind": "influence", "grid": [1.0, 0.0]}, "rising"),
         ({"kind": "paired", "start": 0.9, "high": 0.5}, "outside"),
         ({"kind": "difficulty", "bins": 1}, "greater than or equal to 2"),
-        ({"kind": "overlap", "n": 0}, "greater than or equal to 1"),
+        ({"kind": "paired", "low": 0.8, "high": 0.2}, "swap them"),
     ],
 )
 def test_sections_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        TypeAdapter(ExposureConfig).validate_python(fields)
+        TypeAdapter(ExposureSection).validate_python(fields)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atesd.exposure.prompt import PromptConfig, donors, hint_text, states_answer, student_messages, teacher_messages
-from atesd.exposure.reveal import RevealConfig
-from atesd.types import Problem, UserError
+from atesd.exposure.segments import Segments
+from atesd.types import Message, Problem, UserError
 
 # OPSD v3, spelled once more, byte by byte.
 STUDENT = b"Problem: What is 1/2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -31,12 +31,20 @@ HALF = Problem("half", "What is 1/2?", "Halve it. It is {problem} \\boxed{0.5}."
 CHAIN = Problem("chain", "3*4+1", "3*4=2;\n2+1=3;\n#3.\n", "3")
 OPSD = PromptConfig()
 PICO = PromptConfig(student="{problem}", teacher="{problem}\n{hint}", answer="\n#{answer}")
-PREFIX = RevealConfig()
+PREFIX = Segments()
+
+
+def hint_of(problem: Problem, ratio: float, prompt: PromptConfig, reveal: Segments = PREFIX) -> str:
+    return hint_text(problem, reveal.reveal(problem, ratio), prompt)
+
+
+def messages_of(problem: Problem, ratio: float, prompt: PromptConfig) -> list[Message]:
+    return teacher_messages(problem, hint_of(problem, ratio, prompt), prompt)
 
 
 def test_full_exposure_is_opsd_byte_for_byte() -> None:
     (student,) = student_messages(HALF, OPSD)
-    (teacher,) = teacher_messages(HALF, 1.0, OPSD, PREFIX)
+    (teacher,) = messages_of(HALF, 1.0, OPSD)
     assert (student["role"], teacher["role"]) == ("user", "user")
     assert student["content"].encode() == STUDENT
     assert teacher["content"].encode() == TEACHER
@@ -46,30 +54,30 @@ def test_full_exposure_is_opsd_byte_for_byte() -> None:
 def test_full_exposure_is_the_solution_itself_in_every_order_and_without_an_answer(order: str) -> None:
     odd = Problem("odd", "P", "\n a.\n\n b \n\n", "7")
     for problem in (odd, Problem("none", "P", odd.solution)):
-        reveal = RevealConfig(order=order, hidden_marker="[...]")  # type: ignore[arg-type]
-        assert hint_text(problem, 1.0, OPSD, reveal) == odd.solution
+        reveal = Segments(order=order, hidden_marker="[...]")  # type: ignore[arg-type]
+        assert hint_of(problem, 1.0, OPSD, reveal) == odd.solution
 
 
 def test_partial_exposure_keeps_the_answer() -> None:
-    assert hint_text(HALF, 0.5, OPSD, PREFIX) == "Halve it.\n\nFinal answer: \\boxed{0.5}"
-    assert hint_text(HALF, 0.0, OPSD, PREFIX) == "Final answer: \\boxed{0.5}"
-    assert hint_text(HALF, 0.5, OPSD, RevealConfig(order="suffix")) == "It is {problem} \\boxed{0.5}."
+    assert hint_of(HALF, 0.5, OPSD) == "Halve it.\n\nFinal answer: \\boxed{0.5}"
+    assert hint_of(HALF, 0.0, OPSD) == "Final answer: \\boxed{0.5}"
+    assert hint_of(HALF, 0.5, OPSD, Segments(order="suffix")) == "It is {problem} \\boxed{0.5}."
 
 
 def test_line_templates_join_to_whole_lines_at_every_ratio() -> None:
     expected = {0.0: "#3", 0.34: "3*4=2;\n#3", 0.67: "3*4=2;\n2+1=3;\n#3", 1.0: "3*4=2;\n2+1=3;\n#3.\n"}
-    assert {ratio: hint_text(CHAIN, ratio, PICO, PREFIX) for ratio in expected} == expected
-    (message,) = teacher_messages(CHAIN, 0.0, PICO, PREFIX)
+    assert {ratio: hint_of(CHAIN, ratio, PICO) for ratio in expected} == expected
+    (message,) = messages_of(CHAIN, 0.0, PICO)
     assert message["content"] == "3*4+1\n#3"
-    assert hint_text(CHAIN, 0.34, PICO, RevealConfig(order="suffix")) == "#3."
-    assert hint_text(CHAIN, 0.34, PICO, RevealConfig(hidden_marker="...")) == "3*4=2;\n...\n#3"
+    assert hint_of(CHAIN, 0.34, PICO, Segments(order="suffix")) == "#3."
+    assert hint_of(CHAIN, 0.34, PICO, Segments(hidden_marker="...")) == "3*4=2;\n...\n#3"
 
 
 def test_without_an_answer_nothing_is_appended() -> None:
     unknown = Problem("u", "P", "a\nb\n")
-    assert hint_text(unknown, 0.5, OPSD, PREFIX) == "a"
-    assert hint_text(unknown, 0.0, OPSD, PREFIX) == ""
-    assert hint_text(CHAIN, 0.5, PromptConfig(answer=""), PREFIX) == "3*4=2;"
+    assert hint_of(unknown, 0.5, OPSD) == "a"
+    assert hint_of(unknown, 0.0, OPSD) == ""
+    assert hint_of(CHAIN, 0.5, PromptConfig(answer="")) == "3*4=2;"
 
 
 @pytest.mark.parametrize(
@@ -101,9 +109,9 @@ def test_an_answer_is_stated_only_where_it_stands_alone(visible: str, text: str,
 def test_values_are_filled_literally_in_one_pass(problem: str, solution: str, answer: str) -> None:
     prompt = PromptConfig(teacher="{hint}|{problem}|{foo}{}\\1", answer="@{{answer}}@", student="{problem}{hunt}")
     tricky = Problem("t", problem + "{hint}", solution + "{problem}{hint}\\g<0>", answer + "{problem}")
-    (full,) = teacher_messages(tricky, 1.0, prompt, PREFIX)
+    (full,) = messages_of(tricky, 1.0, prompt)
     assert full["content"] == f"{tricky.solution}|{tricky.problem}|{{foo}}{{}}\\1"
-    assert hint_text(tricky, 0.0, prompt, PREFIX) == f"@{{{tricky.answer}}}@"
+    assert hint_of(tricky, 0.0, prompt) == f"@{{{tricky.answer}}}@"
     assert student_messages(tricky, prompt)[0]["content"] == tricky.problem + "{hunt}"
 
 
@@ -125,21 +133,26 @@ def test_templates_without_their_placeholders_are_refused(fields: dict[str, str]
 
 def test_teacher_without_hint_reads_the_students_prompt() -> None:
     blind = PromptConfig(hint="none", student="S {problem}")
-    assert teacher_messages(HALF, 0.5, blind, PREFIX) == student_messages(HALF, blind)
-    assert hint_text(HALF, 0.5, blind, PREFIX) == ""
+    for hint in ("some words", "", None):
+        assert teacher_messages(HALF, hint, blind) == student_messages(HALF, blind)
+    assert hint_of(HALF, 0.5, blind) == ""
     own = PromptConfig(hint="none", hint_none="T {problem}")
-    assert teacher_messages(HALF, 0.5, own, PREFIX)[0]["content"] == "T What is 1/2?"
+    assert teacher_messages(HALF, "some words", own)[0]["content"] == "T What is 1/2?"
+
+
+def test_no_hint_is_another_prompt_than_an_empty_one() -> None:
+    assert teacher_messages(HALF, None, OPSD) == student_messages(HALF, OPSD)
+    assert teacher_messages(HALF, None, PromptConfig(hint_none="T {problem}"))[0]["content"] == "T What is 1/2?"
+    (empty,) = teacher_messages(HALF, "", OPSD)
+    assert "=== Reference Solution Begin ===\n\n=== Reference Solution End ===" in empty["content"]
 
 
 def test_wrong_problem_shows_the_donors_solution_and_answer() -> None:
     wrong = PromptConfig(hint="wrong_problem")
-    (message,) = teacher_messages(HALF, 0.34, wrong, PREFIX, donor=CHAIN)
+    (message,) = teacher_messages(HALF, hint_of(CHAIN, 0.34, wrong), wrong)
     assert message["content"].startswith("Problem: What is 1/2?\n")
     assert "\n3*4=2;\n\nFinal answer: \\boxed{3}\n===" in message["content"]
     assert "0.5" not in message["content"]
-    for donor in (None, HALF):
-        with pytest.raises(UserError, match="needs a donor other than"):
-            hint_text(HALF, 0.5, wrong, PREFIX, donor=donor)
 
 
 @given(st.integers(2, 30), st.integers(0, 5))
@@ -156,9 +169,3 @@ def test_donors_need_two_different_problems() -> None:
         donors([HALF], 0)
     with pytest.raises(UserError, match="different ids"):
         donors([HALF, HALF], 0)
-
-
-def test_bad_ratio_is_refused_even_where_no_solution_is_shown() -> None:
-    for prompt in (OPSD, PromptConfig(hint="none")):
-        with pytest.raises(UserError, match="outside"):
-            teacher_messages(HALF, 1.5, prompt, PREFIX)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import nan
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atesd.exposure.reveal import RevealConfig, reveal, segmentation_warning, split_segments
+from atesd.exposure.reveal import reveal, segmentation_warning, split_segments
 from atesd.types import UserError
 
 LATEX = (
@@ -84,8 +85,8 @@ def test_segments_join_to_the_solution_and_each_has_visible_text(text: str, unit
 @given(TEXT.filter(str.strip), st.sampled_from(UNITS), st.sampled_from(ORDERS), st.floats(0, 1), st.floats(0, 1))
 def test_a_smaller_ratio_shows_a_subset(text: str, unit: str, order: str, first: float, second: float) -> None:
     low, high = sorted((first, second))
-    config = RevealConfig(unit=unit, order=order)  # type: ignore[arg-type]
-    less, more = reveal(text, low, config, seed_key="p"), reveal(text, high, config, seed_key="p")
+    cut: dict[str, Any] = {"unit": unit, "order": order}
+    less, more = reveal(text, low, **cut, seed_key="p"), reveal(text, high, **cut, seed_key="p")
     hidden_less, hidden_more = characters(less.hidden_spans), characters(more.hidden_spans)
     assert hidden_more <= hidden_less
     assert less.text == "".join(letter for index, letter in enumerate(text) if index not in hidden_less)
@@ -93,8 +94,8 @@ def test_a_smaller_ratio_shows_a_subset(text: str, unit: str, order: str, first:
         assert more.text.startswith(less.text)
     if order == "suffix":
         assert more.text.endswith(less.text)
-    assert reveal(text, 1.0, config).text == text
-    assert reveal(text, 0.0, config).text == ""
+    assert reveal(text, 1.0, **cut).text == text
+    assert reveal(text, 0.0, **cut).text == ""
 
 
 def characters(spans: tuple[tuple[int, int], ...]) -> set[int]:
@@ -104,47 +105,48 @@ def characters(spans: tuple[tuple[int, int], ...]) -> set[int]:
 def test_number_shown_is_the_floor_without_float_surprises() -> None:
     hundred = "".join(f"{index};\n" for index in range(100))
     # .29 * 100 = 28.999999999999996 in floats
-    assert reveal(hundred, 0.29, RevealConfig()).shown == 29
-    assert reveal(hundred, 0.289, RevealConfig()).shown == 28
-    assert reveal(hundred, 0.999, RevealConfig()).text == hundred[: -len("99;\n")]
-    assert not reveal(hundred, 0.999, RevealConfig()).complete
-    assert [reveal("a\nb\nc\n", ratio, RevealConfig()).shown for ratio in (0, 0.33, 0.34, 0.67, 1)] == [0, 0, 1, 2, 3]
+    assert reveal(hundred, 0.29).shown == 29
+    assert reveal(hundred, 0.289).shown == 28
+    assert reveal(hundred, 0.289).ratio == 0.289
+    assert reveal(hundred, 0.999).text == hundred[: -len("99;\n")]
+    assert not reveal(hundred, 0.999).complete
+    assert [reveal("a\nb\nc\n", ratio).shown for ratio in (0, 0.33, 0.34, 0.67, 1)] == [0, 0, 1, 2, 3]
 
 
 def test_orders_show_segments_at_their_own_places() -> None:
     text = "a\nb\nc\nd\n"
-    assert reveal(text, 0.5, RevealConfig(order="suffix")).text == "c\nd\n"
-    assert reveal(text, 0.5, RevealConfig(order="suffix")).hidden_spans == ((0, 4),)
-    shown = [reveal(text, index / 4, RevealConfig(order="random_segments"), seed_key="7").text for index in range(5)]
+    assert reveal(text, 0.5, order="suffix").text == "c\nd\n"
+    assert reveal(text, 0.5, order="suffix").hidden_spans == ((0, 4),)
+    shown = [reveal(text, index / 4, order="random_segments", seed_key="7").text for index in range(5)]
     assert [sorted(lines.split()) for lines in shown] == [lines.split() for lines in shown]
     assert all(set(less.split()) < set(more.split()) for less, more in pairwise(shown))
 
 
 def test_random_order_is_fixed_by_the_key_and_differs_between_keys() -> None:
     text = "".join(f"{index}\n" for index in range(12))
-    config = RevealConfig(order="random_segments")
-    by_key = [reveal(text, 0.5, config, seed_key=str(key)).text for key in range(5)]
-    assert by_key == [reveal(text, 0.5, config, seed_key=str(key)).text for key in range(5)]
+    cut: dict[str, Any] = {"order": "random_segments"}
+    by_key = [reveal(text, 0.5, **cut, seed_key=str(key)).text for key in range(5)]
+    assert by_key == [reveal(text, 0.5, **cut, seed_key=str(key)).text for key in range(5)]
     assert len(set(by_key)) == 5
 
 
 def test_marker_stands_once_for_each_hidden_run() -> None:
     text = "a\nb\nc\nd"
-    assert reveal(text, 0.5, RevealConfig(hidden_marker="[...]")).text == "a\nb\n[...]"
-    assert reveal(text, 0.5, RevealConfig(hidden_marker="[...]", order="suffix")).text == "[...]\nc\nd"
-    assert reveal(text, 0.0, RevealConfig(hidden_marker="[...]")).text == "[...]"
-    assert reveal(text, 1.0, RevealConfig(hidden_marker="[...]")).text == text
+    assert reveal(text, 0.5, hidden_marker="[...]").text == "a\nb\n[...]"
+    assert reveal(text, 0.5, hidden_marker="[...]", order="suffix").text == "[...]\nc\nd"
+    assert reveal(text, 0.0, hidden_marker="[...]").text == "[...]"
+    assert reveal(text, 1.0, hidden_marker="[...]").text == text
 
 
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, nan])
 def test_ratio_outside_the_unit_interval_is_refused(ratio: float) -> None:
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
-        reveal("a", ratio, RevealConfig())
+        reveal("a", ratio)
 
 
 def test_empty_solution_and_unknown_unit_are_refused() -> None:
     with pytest.raises(UserError, match="empty"):
-        reveal(" \n", 0.5, RevealConfig())
+        reveal(" \n", 0.5)
     with pytest.raises(UserError, match=r"step.*unknown.*line"):
         split_segments("a", "step")  # type: ignore[arg-type]
 

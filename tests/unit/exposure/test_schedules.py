@@ -5,12 +5,13 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from atesd.exposure.controller import Controller, RunFacts
-from atesd.exposure.kinds import ExposureConfig
+from atesd.exposure.controller import Controller
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
+from atesd.facts import RunFacts
+from atesd.kinds import ExposureSection
 from atesd.types import Observation
 
-SECTION: TypeAdapter[ExposureConfig] = TypeAdapter(ExposureConfig)
+SECTION: TypeAdapter[ExposureSection] = TypeAdapter(ExposureSection)
 
 
 def ratios(controller: Controller, steps: int) -> list[float]:
@@ -24,24 +25,34 @@ def ratios(controller: Controller, steps: int) -> list[float]:
 
 
 def test_fixed_is_full_exposure_unless_told() -> None:
-    assert ratios(Fixed().build(RunFacts(3, 0)), 2) == [1.0, 1.0]
-    assert ratios(Fixed(ratio=0.25).build(RunFacts(3, 0)), 2) == [0.25, 0.25]
+    assert ratios(Fixed().build(RunFacts(seed=0, total_steps=3)), 2) == [1.0, 1.0]
+    assert ratios(Fixed(ratio=0.25).build(RunFacts(seed=0, total_steps=3)), 2) == [0.25, 0.25]
 
 
 def test_linear_reaches_both_ends() -> None:
-    assert ratios(Linear(start=1.0, end=0.2).build(RunFacts(5, 0)), 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    assert ratios(Linear(start=0.0, end=1.0, steps=3).build(RunFacts(5, 0)), 5) == [0.0, 0.5, 1.0, 1.0, 1.0]
-    assert ratios(Linear(start=0.5, end=1.0).build(RunFacts(1, 0)), 1) == [0.5]
+    assert ratios(Linear(start=1.0, end=0.2).build(RunFacts(seed=0, total_steps=5)), 5) == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
+    assert ratios(Linear(start=0.0, end=1.0, steps=3).build(RunFacts(seed=0, total_steps=5)), 5) == [
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    assert ratios(Linear(start=0.5, end=1.0).build(RunFacts(seed=0, total_steps=1)), 1) == [0.5]
 
 
 def test_cosine_by_hand() -> None:
     # end + (start - end) (1 + cos(pi f)) / 2 at f = 0, 1/4, 1/2, 3/4, 1; cos(pi/4) = .70711
     expected = [1.0, 0.1 + 0.9 * 0.8535534, 0.55, 0.1 + 0.9 * 0.1464466, 0.1, 0.1]
-    assert ratios(Cosine(start=1.0, end=0.1, steps=5).build(RunFacts(9, 0)), 6) == pytest.approx(expected, abs=1e-7)
+    assert ratios(Cosine(start=1.0, end=0.1, steps=5).build(RunFacts(seed=0, total_steps=9)), 6) == pytest.approx(
+        expected, abs=1e-7
+    )
 
 
 def test_steps_change_at_their_boundaries() -> None:
-    assert ratios(Steps(values=(1.0, 0.5, 0.25), boundaries=(2, 3)).build(RunFacts(5, 0)), 5) == [
+    assert ratios(Steps(values=(1.0, 0.5, 0.25), boundaries=(2, 3)).build(RunFacts(seed=0, total_steps=5)), 5) == [
         1.0,
         1.0,
         0.5,
@@ -80,23 +91,23 @@ def test_nonsense_is_refused(section: dict[str, object], match: str) -> None:
 def test_every_kind_builds_a_controller_and_survives_json(section: dict[str, object]) -> None:
     config = SECTION.validate_python(section)
     assert SECTION.validate_json(config.model_dump_json()) == config
-    controller = config.build(RunFacts(10, 0))
+    controller = config.build(RunFacts(seed=0, total_steps=10))
     controller.observe(Observation(0))
     assert all(0.0 <= ratio <= 1.0 for ratio in controller.propose(0, ["a"]))
 
 
 def test_uniform_draws_once_per_window_and_by_seed() -> None:
-    drawn = ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(12, 7)), 12)
+    drawn = ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(seed=7, total_steps=12)), 12)
     windows = [drawn[start : start + 3] for start in range(0, 12, 3)]
     assert all(len(set(window)) == 1 for window in windows)
     assert len(set(drawn)) == 4
     assert all(0.2 <= ratio <= 0.4 for ratio in drawn)
-    assert drawn == ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(12, 7)), 12)
-    assert drawn != ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(12, 8)), 12)
+    assert drawn == ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(seed=7, total_steps=12)), 12)
+    assert drawn != ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(seed=8, total_steps=12)), 12)
 
 
 def test_uniform_covers_its_range() -> None:
-    drawn = ratios(Uniform(hold=1).build(RunFacts(2000, 0)), 2000)
+    drawn = ratios(Uniform(hold=1).build(RunFacts(seed=0, total_steps=2000)), 2000)
     # mean .5, sd of the mean 1/sqrt(12 * 2000) = .0065
     assert sum(drawn) / 2000 == pytest.approx(0.5, abs=0.026)
     assert min(drawn) < 0.01
@@ -104,7 +115,7 @@ def test_uniform_covers_its_range() -> None:
 
 
 def test_uniform_pauses_where_nothing_is_distilled() -> None:
-    controller = Uniform(hold=2).build(RunFacts(9, 0))
+    controller = Uniform(hold=2).build(RunFacts(seed=0, total_steps=9))
     drawn = []
     for step, groups in enumerate([1.0, 0.0, 0.0, 1.0, 1.0]):
         drawn += controller.propose(step, ["a"])
@@ -114,10 +125,10 @@ def test_uniform_pauses_where_nothing_is_distilled() -> None:
 
 
 def test_uniform_resumes_inside_a_window() -> None:
-    whole = ratios(Uniform(hold=3).build(RunFacts(20, 1)), 11)
+    whole = ratios(Uniform(hold=3).build(RunFacts(seed=1, total_steps=20)), 11)
     for stop in range(11):
-        first = Uniform(hold=3).build(RunFacts(20, 1))
+        first = Uniform(hold=3).build(RunFacts(seed=1, total_steps=20))
         head = ratios(first, stop)
-        second = Uniform(hold=3).build(RunFacts(20, 99))
+        second = Uniform(hold=3).build(RunFacts(seed=99, total_steps=20))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert head + ratios(second, 11 - stop) == whole

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from atesd.facts import RunFacts
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rewards.math import MathReward, _Worker
@@ -120,8 +121,8 @@ def test_equal_texts_need_no_verifier_process() -> None:
 
 
 def test_kinds_build_their_graders() -> None:
-    assert ExactConfig().build() is exact_reward
-    built = MathConfig(timeout_s=1.5).build()
+    assert ExactConfig().build(RunFacts()) is exact_reward
+    built = MathConfig(timeout_s=1.5).build(RunFacts())
     assert isinstance(built, MathReward)
     assert built._timeout_s == 1.5
 
@@ -131,9 +132,9 @@ def test_a_reward_function_of_ones_own_is_loaded_from_a_file_or_a_module(tmp_pat
     path.write_text(
         "def short(prompts, completions, **columns):\n    return [float(len(c) < 4) for c in completions]\n"
     )
-    own = PythonConfig(function=f"{path}:short").build()
+    own = PythonConfig(function=f"{path}:short").build(RunFacts())
     assert own(prompts=["p", "p"], completions=["abc", "abcd"], answer=["1", "1"]) == [1.0, 0.0]
-    assert PythonConfig(function="atesd.rewards.exact:exact_reward").build() is exact_reward
+    assert PythonConfig(function="atesd.rewards.exact:exact_reward").build(RunFacts()) is exact_reward
 
 
 @pytest.mark.parametrize(
@@ -147,4 +148,4 @@ def test_a_reward_function_of_ones_own_is_loaded_from_a_file_or_a_module(tmp_pat
 )
 def test_a_function_that_cannot_be_found_is_named(place: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        PythonConfig(function=place).build()
+        PythonConfig(function=place).build(RunFacts())

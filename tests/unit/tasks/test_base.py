@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from atesd.facts import RunFacts
 from atesd.rewards.exact import exact_reward
 from atesd.tasks.base import check_disjoint, check_gold, cites_hint, corrupt
 from atesd.tasks.kinds import PicoConfig
@@ -68,13 +69,13 @@ def test_citing_a_hint(text: str, cites: bool) -> None:
 
 def test_pico_draws_new_problems_for_every_seed_unless_told_otherwise() -> None:
     config = PicoConfig(train_size=12, probe_size=3, eval_size=6)
-    one, two = config.build(1), config.build(2)
+    one, two = config.build(RunFacts(seed=1)), config.build(RunFacts(seed=2))
     assert one.train() != two.train()
     assert one.evaluation() != two.evaluation()
     assert one.probe() == two.probe()
-    assert one.train() == config.build(1).train()
+    assert one.train() == config.build(RunFacts(seed=1)).train()
     fixed = PicoConfig(train_size=12, data_seed=4)
-    assert fixed.build(1).train() == fixed.build(2).train()
+    assert fixed.build(RunFacts(seed=1)).train() == fixed.build(RunFacts(seed=2)).train()
     check_disjoint({"train": one.train(), "probe": one.probe(), "evaluation": one.evaluation()})
     wrong = one.train()[0].solution.splitlines()[0] + "\n#" + (one.train()[0].answer or "")
     assert one.traits(one.train()[0], wrong) == {"answers_early": True}

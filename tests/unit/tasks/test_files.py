@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from atesd.facts import RunFacts
 from atesd.tasks.files import Columns, JsonlConfig, read_problems
 from atesd.types import UserError
 
@@ -110,7 +111,7 @@ def test_unanswered_solutions_can_be_kept(tmp_path: Path) -> None:
 
 def test_the_split_is_disjoint_complete_and_the_same_for_every_seed_of_a_run(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", *numbered(20)).model_copy(update={"probe_size": 3, "eval_size": 5})
-    one, two = config.build(0), config.build(99)
+    one, two = config.build(RunFacts()), config.build(RunFacts(seed=99))
     sets = [{p.id for p in problems} for problems in (one.train(), one.probe(), one.evaluation())]
     assert [len(ids) for ids in sets] == [12, 3, 5]
     assert set.union(*sets) == {f"p{n}" for n in range(20)}
@@ -120,11 +121,11 @@ def test_the_split_is_disjoint_complete_and_the_same_for_every_seed_of_a_run(tmp
 def test_a_second_file_is_the_evaluation_set_and_may_not_repeat_training_problems(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", *numbered(6))
     write(tmp_path / "b.jsonl", {"problem": "new?", "solution": "#### 1"})
-    apart = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(0)
+    apart = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(RunFacts())
     assert [p.problem for p in apart.evaluation()] == ["new?"]
     assert apart.name == "b"
     write(tmp_path / "b.jsonl", {"problem": " 3+0? ", "solution": "#### 1"})
-    mixed = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(0)
+    mixed = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(RunFacts())
     with pytest.raises(UserError, match="has the same text as"):
         mixed.train()
 
@@ -132,4 +133,4 @@ def test_a_second_file_is_the_evaluation_set_and_may_not_repeat_training_problem
 def test_a_file_with_too_few_problems_says_what_to_lower(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", *numbered(4))
     with pytest.raises(UserError, match=r"has 4 problems, of which 96 would be held out: lower task\.probe_size"):
-        config.build(0).train()
+        config.build(RunFacts()).train()

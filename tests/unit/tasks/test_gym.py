@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from atesd.facts import RunFacts
 from atesd.tasks.base import check_disjoint, check_gold
 from atesd.tasks.files import JsonlConfig, read_problems
 from atesd.tasks.gym import GymConfig
@@ -19,11 +20,11 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_gym_gives_different_worked_problems_in_disjoint_sets() -> None:
-    task = GymConfig(train_size=8, probe_size=2, eval_size=3).build(0)
+    task = GymConfig(train_size=8, probe_size=2, eval_size=3).build(RunFacts())
     sets = {"train": task.train(), "probe": task.probe(), "evaluation": task.evaluation()}
     assert [len(problems) for problems in sets.values()] == [8, 2, 3]
     check_disjoint(sets)
-    report = check_gold(task.train(), task.default_reward.build())
+    report = check_gold(task.train(), task.default_reward.build(RunFacts()))
     assert (report.gradable, report.passed) == (8, True)
 
 
@@ -37,19 +38,19 @@ def test_gym_gives_different_worked_problems_in_disjoint_sets() -> None:
 )
 def test_gym_mistakes(config: GymConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.build(0).train()
+        config.build(RunFacts()).train()
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'atesd\[gym\]'"):
-        GymConfig().build(0).train()
+        GymConfig().build(RunFacts()).train()
 
 
 def test_the_script_writes_a_file_that_reads_back_as_the_same_problems(tmp_path: Path) -> None:
     path = tmp_path / "new" / "gsm.jsonl"
     script = ROOT / "repro" / "gsm_symbolic_jsonl.py"
     subprocess.run([sys.executable, str(script), str(path), "5"], check=True, capture_output=True)
-    drawn = GymConfig(train_size=5, probe_size=0, eval_size=0).build(0).train()
+    drawn = GymConfig(train_size=5, probe_size=0, eval_size=0).build(RunFacts()).train()
     assert read_problems(path, JsonlConfig(path=str(path))) == drawn
     assert [json.loads(line)["answer"] for line in path.read_text().splitlines()] == [p.answer for p in drawn]

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from atesd.exposure.prompt import PromptConfig, hint_text
-from atesd.exposure.reveal import RevealConfig
+from atesd.exposure.reveal import reveal
 from atesd.tasks.synthetic import pico
 from atesd.types import Problem
 
@@ -90,7 +90,7 @@ def test_hints_are_those_of_the_package() -> None:
         num_lines = len(problem.solution.splitlines())
         for ratio in (0.0, 0.1, 0.25, 0.5, 0.75, 0.99, 1.0):
             expected = pico.hint(problem, int(ratio * num_lines + 1e-9))
-            assert hint_text(problem, ratio, config, RevealConfig()) == expected
+            assert hint_text(problem, reveal(problem.solution, ratio), config) == expected
 
 
 def test_honest_samples_are_the_solution_where_everything_is_shown_or_known() -> None:
