@@ -209,12 +209,25 @@ def test_curves_are_means_over_the_seeds_that_logged_them(tmp_path: Path) -> Non
 
 
 def test_every_curve_is_a_choice_where_it_was_logged(tmp_path: Path) -> None:
-    for quantity in CURVES:
-        key, label = quantity.key.format("box"), quantity.label.format("box")
-        moving = shown("curves", logged(tmp_path / f"a/{key}", [{key: 1.0}, {key: 2.0}]))
-        assert drawn(moving, label) == {key.split("/")[-1]: [1, 2]}
-        still = shown("curves", logged(tmp_path / f"b/{key}", [{key: 1.0}] * 2))
-        assert (still is None) == key.startswith(("loss/rl", "rl/", "route/", "reward/uniform", "exposure/"))
+    always = [
+        "loss/total", "divergence/mean", "divergence/p99", "mismatch/top1", "student/entropy", "teacher/entropy",
+        "reward/mean", "rollout/length_mean", "optim/grad_norm", "optim/lr", "time/step_s", "time/sample_s",
+    ]  # fmt: skip
+    where_they_change = [
+        "loss/rl", "reward/uniform_groups", "rl/ratio", "rl/clip_frac", "rl/sampler_weight", "rl/kl",
+        "route/mismatch_ema", "route/retired", "exposure/paired_credit",
+    ]  # fmt: skip
+    of_classes = ["cliff/b/box", "cliff/p/box"]
+    labels = {quantity.key.format("box"): quantity.label.format("box") for quantity in CURVES}
+    keys = [*always, *where_they_change, *of_classes]
+    rows = [{key: number + step for number, key in enumerate(keys)} for step in range(2)]
+    panel = shown("curves", logged(tmp_path / "moving", rows))
+    assert panel is not None
+    assert [drawn(panel, label) for label in panel.choices] == [{"moving": [n, n + 1]} for n in range(len(keys))]
+    assert list(panel.choices) == [labels[key] for key in keys]
+    still = shown("curves", logged(tmp_path / "still", rows[:1] * 2))
+    assert still is not None
+    assert list(still.choices) == [labels[key] for key in (*always, *of_classes)]
 
 
 def test_curves_keep_their_order_and_name_contract_classes(tmp_path: Path) -> None:
