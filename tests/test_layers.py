@@ -27,7 +27,7 @@ METHODS = {
     "envs",
     "rollout",
 }
-BELOW_CONFIG = METHODS | {"types", "seeds", "cliff", "facts", "evaluate", "kinds"}
+BELOW_CONFIG = METHODS | {"types", "seeds", "cliff", "facts", "evaluate", "kinds", "sections"}
 BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog", "seals"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
@@ -50,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"types", "seeds", "envs"},
     "evaluate": {"types", "rewards", "rollout"},
     "kinds": METHODS,
+    "sections": {"types"},
     "config": BELOW_CONFIG,
     "recipe": {"config", "types"},
     "train": BELOW_TRAIN,
@@ -64,6 +65,7 @@ ORDERS: dict[str, list[str]] = {
         "prompt",
         "controller",
         "revealer",
+        "segments",
         "overlap",
         "window",
         "held",

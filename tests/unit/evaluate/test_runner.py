@@ -78,6 +78,7 @@ def test_one_row_a_sample() -> None:
         "answer": "2",
         "reward": 1.0,
         "stop": "eos",
+        "turns": 1,
         "length": 3,
         "traits": {"cites_hint": False},
     }

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from atesd.exposure.prompt import PromptConfig, student_messages, teacher_messages
-from atesd.exposure.reveal import RevealConfig
+from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages
+from atesd.exposure.segments import Segments
 from atesd.rollout.render import Renderer
 from atesd.types import Message, Problem, UserError
 
@@ -28,7 +28,7 @@ def test_equal_flags_and_no_hint_give_both_roles_identical_ids() -> None:
     prompt = PromptConfig(hint="none")
     renderer = Renderer(byte_tokenizer(), enable_thinking_student=False, enable_thinking_teacher=False)
     student = renderer.student_ids(student_messages(PROBLEM, prompt))
-    assert renderer.teacher_ids(teacher_messages(PROBLEM, 1.0, prompt, RevealConfig())) == student
+    assert renderer.teacher_ids(teacher_messages(PROBLEM, None, prompt)) == student
 
 
 def test_thinking_flags_reach_only_their_role() -> None:
@@ -51,7 +51,8 @@ def test_a_flag_that_the_template_ignores_is_refused() -> None:
 
 def test_the_teacher_prompt_is_one_user_turn_with_problem_and_visible_prefix_inside() -> None:
     renderer = Renderer(byte_tokenizer())
-    messages = teacher_messages(PROBLEM, 0.5, PromptConfig(), RevealConfig())
+    shown = Segments().reveal(PROBLEM, 0.5)
+    messages = teacher_messages(PROBLEM, hint_text(PROBLEM, shown, PromptConfig()), PromptConfig())
     text = renderer.prompt_text(renderer.teacher_ids(messages))
     # Four lines at ratio 0.5: two are visible, then the answer.
     user, assistant = text.split(END + "\n")
@@ -123,3 +124,31 @@ def test_a_tokenizer_without_end_token_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end token"):
         Renderer(tokenizer)
+
+
+def test_a_conversation_goes_on_as_the_template_would_have_it() -> None:
+    """Prompt, sampled reply with its end token, then the continuation: the same ids as rendering the whole at once."""
+    renderer = Renderer(byte_tokenizer())
+    said: list[Message] = [{"role": "user", "content": "and then?"}]
+    sampled = [*renderer.text_ids("a reply"), renderer.eos_ids[0]]
+    whole = renderer.student_ids([*TURN, {"role": "assistant", "content": "a reply"}, *said])
+    assert [*renderer.student_ids(TURN), *sampled, *renderer.continuation_ids(said)] == whole
+
+
+def test_thinking_flags_reach_the_header_of_a_later_turn_too() -> None:
+    renderer = Renderer(byte_tokenizer(), enable_thinking_student=False)
+    text = renderer.prompt_text(renderer.continuation_ids([{"role": "user", "content": "more"}]))
+    assert text == "\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN_TEMPLATE,  # nothing closes a reply
+        "{%- for message in messages if message['role'] == 'user' -%}{{ message['content'] }}{%- endfor -%}",
+    ],
+)
+def test_a_template_that_does_not_close_replies_cannot_go_on(template: str) -> None:
+    renderer = Renderer(byte_tokenizer(template=template))
+    with pytest.raises(UserError, match=r"does not close a reply with the end token .* environment of one turn"):
+        renderer.continuation_ids([{"role": "user", "content": "more"}])
