@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import exp, inf, log
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atesd.cliff import CliffConfig, CliffMeter, contract_class, fixed_point, largest_p, threshold
-from atesd.types import Measurement, Observation, UserError
+from atesd.types import ContractPoint, Measurement, Observation, Reading, UserError
 
 TABLE = [
     (0.9, 0.5, 5, 1.771244), (0.99, 0.5, 5, 1.352001), (0.99, 0.9, 5, 1.674544), (0.99, 0.5, 2, 1.151941),
@@ -94,16 +95,14 @@ def test_descent_on_the_extrapolated_target_settles_at_the_fixed_point() -> None
     assert fixed_point(0.9, 0.6, 1.3) == pytest.approx(0.939046, abs=1e-6)
 
 
-def measured(points: Mapping[str, tuple[float, ...]], *, b: float = 0.5, hits: float = 40.0) -> dict[str, float]:
-    numbers = {}
-    for name, row in points.items():
-        for ratio, p in zip(GRID, row, strict=True):
-            key = Measurement("contract", ratio).key
-            numbers |= {f"{key}/{name}/p": p, f"{key}/{name}/b": b, f"{key}/{name}/hits": hits}
-    return numbers
+def measured(points: Mapping[str, tuple[float, ...]], *, b: float = 0.5, hits: int = 40) -> dict[Measurement, Reading]:
+    return {
+        Measurement("contract", ratio): {name: ContractPoint(row[place], b, hits) for name, row in points.items()}
+        for place, ratio in enumerate(GRID)
+    }
 
 
-def meter(points: Mapping[str, tuple[float, ...]], **options: float) -> CliffMeter:
+def meter(points: Mapping[str, tuple[float, ...]], **options: Any) -> CliffMeter:
     found = CliffMeter(CliffConfig(min_hits=32), 5.0)
     found.observe(Observation(0, measured=measured(points, **options)))
     return found
@@ -115,7 +114,7 @@ def test_the_closed_form_ratio_by_hand() -> None:
 
 
 def test_a_dip_is_fitted_away_on_logits() -> None:
-    fitted = contract_class("eos", [(ratio, p, 0.5) for ratio, p in zip(GRID, RISING, strict=True)])
+    fitted = contract_class("eos", {ratio: ContractPoint(p, 0.5, 9) for ratio, p in zip(GRID, RISING, strict=True)})
     middle = 0.5 * (log(0.995 / 0.005) + log(0.994 / 0.006))
     assert fitted.logit_p[1] == fitted.logit_p[2] == pytest.approx(middle)
     assert fitted.p(0.125) == pytest.approx(1 / (1 + 2.718281828459045 ** -(0.5 * (log(99) + middle))))
@@ -131,16 +130,52 @@ def test_several_classes_the_most_careful_wins_and_bounds_hold() -> None:
 
 
 def test_classes_with_few_positions_are_counted_but_not_used() -> None:
-    few = meter({"eos": RISING}, hits=31.0)
+    few = meter({"eos": RISING}, hits=31)
     assert few.threshold(1.0) == inf
     assert few.metrics(1.0) == {"cliff/classes": 0.0, "cliff/thin_classes": 1.0, "cliff/stale_classes": 0.0}
     assert few.largest_ratio(1.25, 0.0, 1.0) == 1.0
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_one_ratio_with_few_positions_is_enough_to_leave_a_class_out(place: int) -> None:
+    grid = measured({"eos": RISING, "box": RISING}, hits=32)
+    grid[Measurement("contract", GRID[place])] = {
+        "eos": ContractPoint(0.99, 0.5, 31), "box": ContractPoint(RISING[place], 0.5, 32)
+    }  # fmt: skip
+    found = CliffMeter(CliffConfig(min_hits=32), 5.0)
+    found.observe(Observation(0, measured=grid))
+    assert found.metrics(0.0)["cliff/classes"] == found.metrics(0.0)["cliff/thin_classes"] == 1.0
+    assert "cliff/p/box" in found.metrics(0.0)
+
+
+def test_the_base_is_the_mean_of_its_logits_over_the_grid() -> None:
+    bases = (0.2, 0.5, 0.9, 0.5, 0.5)
+    grid = {
+        Measurement("contract", ratio): {"eos": ContractPoint(0.99, b, 40)}
+        for ratio, b in zip(GRID, bases, strict=True)
+    }
+    found = CliffMeter(CliffConfig(), 5.0)
+    found.observe(Observation(0, measured=grid))
+    mean = (log(0.2 / 0.8) + log(0.9 / 0.1)) / 5  # the other three logits are 0
+    assert found.metrics(1.0)["cliff/b/eos"] == pytest.approx(1 / (1 + exp(-mean)))
+    assert found.metrics(1.0)["cliff/b/eos"] != pytest.approx(sum(bases) / 5, abs=1e-3)
+
+
+def test_a_class_that_occurs_at_some_ratios_only_is_fitted_on_those() -> None:
+    grid = measured({"eos": RISING})
+    for ratio in (0.25, 0.75):
+        grid[Measurement("contract", ratio)] = {}
+    del grid[Measurement("contract", 0.5)]
+    found = CliffMeter(CliffConfig(), 5.0)
+    found.observe(Observation(0, measured=grid))
+    middle = 0.5 * (log(0.99 / 0.01) + log(0.9995 / 0.0005))
+    assert found.metrics(0.5)["cliff/p/eos"] == pytest.approx(1 / (1 + exp(-middle)))
+
+
 def test_losing_the_form_does_not_lift_the_bound() -> None:
     known = meter({"eos": RISING})
     least = known.threshold(1.0)
-    known.observe(Observation(25, measured=measured({"eos": (0.6,) * 5}, hits=31.0)))
+    known.observe(Observation(25, measured=measured({"eos": (0.6,) * 5}, hits=31)))
     assert known.threshold(1.0) == least
     assert known.metrics(1.0)["cliff/stale_classes"] == 1.0
     known.observe(Observation(50))

@@ -10,7 +10,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from atesd.gates import GateConfig, OpenGate, SdarGate
+from atesd.gates.gate import OpenGate
+from atesd.gates.sdar import SdarGate
+from atesd.kinds import GateSection
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 
@@ -40,6 +42,7 @@ def test_the_open_gate_listens_to_the_divergence_fully() -> None:
     assert OpenGate().weights(streams.stats).tolist() == [1, 1]
     assert OpenGate().values(streams) is streams.divergence_N
     assert OpenGate().metrics(streams.stats) == {}
+    assert OpenGate().reads_divergence
 
 
 @pytest.mark.parametrize(("gap", "entropy"), [(0.3, 0.5), (-0.8, 0.5), (0.3, 1.7), (-2.0, 0.0)])
@@ -99,11 +102,20 @@ def test_the_gate_and_the_centred_gate_have_the_same_expected_update_and_the_cen
     assert float(means[0] @ (p - q)) > 0, "the expected update points from the student to the teacher"
 
 
+def test_the_surrogate_looks_at_the_sampled_token_alone() -> None:
+    stats = stats_of(teacher_logprob=torch.tensor([-1.0]), student_logprob=torch.tensor([-2.0]))
+    streams = TokenStreams(torch.tensor([0.7]), torch.tensor([-2.5]), stats)
+    assert float(SdarGate().values(streams)) == 1.5
+    assert not SdarGate().reads_divergence
+    assert not SdarGate(centered=True).reads_divergence
+
+
 def test_the_multiplier_scales_the_divergence() -> None:
     stats = stats_of(teacher_logprob=torch.tensor([-1.0]), student_logprob=torch.tensor([-2.0]))
     streams = TokenStreams(torch.tensor([0.7]), torch.tensor([-2.0]), stats)
     gate = SdarGate(target="divergence")
     assert gate.values(streams) is streams.divergence_N
+    assert gate.reads_divergence
     assert float(gate.weights(stats)) == pytest.approx(sigmoid(5.0))
 
 
@@ -126,4 +138,4 @@ def test_statistics_of_the_gate() -> None:
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        TypeAdapter(GateConfig).validate_python(fields)
+        TypeAdapter(GateSection).validate_python(fields)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from atesd.config import RunConfig
-from atesd.exposure.beta_config import BetaConfig
+from atesd.exposure.beta_controller import BetaConfig
+from atesd.exposure.overlap import Overlap
 from atesd.exposure.schedules import Fixed, Uniform
+from atesd.exposure.segments import Segments
 from atesd.recipe import apply_overrides, build_config, load_config, with_overrides
 from atesd.types import UserError
 
@@ -79,10 +81,13 @@ def test_a_key_below_a_value_is_refused(override: str, name: str) -> None:
     assert error_of(override) == f"override {override!r}: {name!r} is a value, not a section"
 
 
-@pytest.mark.parametrize(("key", "given"), [("exposure", "'fixed'"), ("model.lora", "8")])
-def test_a_value_in_place_of_a_section_is_refused(key: str, given: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "given", "where"),
+    [("exposure", "'fixed'", "exposure"), ("reveal", "'line'", "reveal.segments"), ("model.lora", "8", "model.lora")],
+)
+def test_a_value_in_place_of_a_section_is_refused(key: str, given: str, where: str) -> None:
     message = error_of(f"{key}={given}")
-    assert message.startswith(f"some.toml: {key}: Input should be a valid dictionary")
+    assert message.startswith(f"some.toml: {where}: Input should be a valid dictionary")
     assert message.endswith(f"(given: {given})")
 
 
@@ -101,6 +106,15 @@ def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
     ("exposure.hold=1", "unknown key 'exposure.fixed.hold': known here are kind, ratio"),
     ('exposure={kind="steps", values=[1], boundary=[]}', "unknown key 'exposure.steps.boundary': did you mean"),
     ("loss.divergence={kind='jsd', betta=0.5}", "unknown key 'loss.divergence.jsd.betta': did you mean 'beta'?"),
+    # A section that may leave its kind out has that kind's keys.
+    ("reveal.untit=line", "unknown key 'reveal.segments.untit': did you mean 'unit'?"),
+    ('reveal={kind="overlap", order="suffix"}', "unknown key 'reveal.overlap.order': known here are extra, "
+     "hidden_marker, kind, n, unit"),
+    ('reveal={n=5}', "unknown key 'reveal.segments.n': known here are hidden_marker, kind, order, unit"),
+    # A kind that is not the first of its section's two.
+    ('curriculum={kind="forward_ppl", rescor="once"}', "unknown key 'curriculum.forward_ppl.rescor': did you mean "
+     "'rescore'?"),
+    ('gradient={kind="none", x=1}', "unknown key 'gradient.none.x': known here are kind"),
     ("model.lora.rank=4", "unknown key 'model.lora.rank': known here are alpha, r, targets"),
 ])  # fmt: skip
 def test_an_unknown_key_gets_the_nearest_one(override: str, expected: str) -> None:
@@ -134,6 +148,31 @@ def test_an_unknown_kind_lists_the_known_ones() -> None:
     message = error_of("exposure.kind=fixd")
     assert message.startswith("some.toml: exposure: Input tag 'fixd'")
     assert all(kind in message for kind in ("'fixed'", "'random'", "'beta'"))
+
+
+@pytest.mark.parametrize("section", ["reveal", "gradient", "gate", "selection", "target", "routing", "curriculum"])
+def test_an_unknown_kind_of_any_section_is_named(section: str) -> None:
+    message = error_of(f'{section}={{kind="nw"}}')
+    assert message.startswith(f"some.toml: {section}: Input tag 'nw'")
+
+
+def test_a_kind_of_another_section_is_sent_there() -> None:
+    message = error_of('exposure={kind="overlap", n=5}')
+    assert message == (
+        'some.toml: exposure.kind = "overlap" is a kind of reveal: write reveal = {kind = "overlap", ...} with its n, '
+        'extra and unit, and exposure = {kind = "fixed"}'
+    )
+    given = build_config(apply_overrides(TREE, ['exposure={kind="fixed"}', 'reveal={kind="overlap", n=5, extra=0}']))
+    assert given.reveal == Overlap(n=5, extra=0)
+
+
+def test_a_reveal_may_leave_its_kind_out() -> None:
+    config = build_config({"reveal": {"unit": "line"}})
+    assert config.reveal == Segments(unit="line")
+    assert config.reveal.model_fields_set == {"unit"}
+    assert build_config({"reveal": {}}).reveal == RunConfig().reveal == Segments()
+    assert build_config(config.model_dump(mode="json")) == config
+    assert with_overrides(config, ["reveal.kind=overlap", "reveal.n=3"]).reveal == Overlap(unit="line", n=3)
 
 
 def test_with_overrides_changes_what_is_named_and_sets_no_default() -> None:

@@ -10,8 +10,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from atesd.kinds import SelectionSection
 from atesd.losses.stats import TokenStats
-from atesd.selection import SelectAll, SelectionConfig, TipSelection
+from atesd.selection import SelectAll, TipSelection
 
 
 def stats_of(h: list[float], d: list[float], divergence: list[float] | None = None) -> TokenStats:
@@ -81,6 +82,35 @@ def test_the_multinomial_draw_is_seeded_without_replacement_and_follows_its_weig
     assert all(len(kept(most, stats, seed)) == 3 for seed in range(20))
 
 
+@pytest.mark.parametrize(
+    ("powers", "weights"),
+    [
+        # h_norm = (1, .5, .25), D / ln 2 = (.5, 1, 1)
+        ({}, (0.5, 0.5, 0.25)),
+        ({"entropy_power": 2.0}, (0.5, 0.25, 0.0625)),
+        ({"entropy_power": 0.0}, (0.5, 1.0, 1.0)),
+        ({"divergence_power": 2.0}, (0.25, 0.5, 0.25)),
+        ({"divergence_power": 0.0}, (1.0, 0.5, 0.25)),
+        ({"entropy_power": 3.0, "divergence_power": 3.0}, (0.125, 0.125, 0.015625)),
+    ],
+)
+def test_the_multinomial_draw_goes_by_powers_of_entropy_and_divergence(
+    powers: dict[str, float], weights: tuple[float, ...]
+) -> None:
+    half = 0.5 * math.log(2)
+    stats = stats_of([0.8, 0.4, 0.2], [0.0] * 3, divergence=[half, 2 * half, 2 * half])
+    draw = TipSelection(score="multinomial", ratio=0.34, **powers)  # type: ignore[arg-type]
+    counts = Counter(kept(draw, stats, seed)[0] for seed in range(4000))
+    for token, weight in enumerate(weights):
+        assert counts[token] / 4000 == pytest.approx(weight / sum(weights), abs=0.025)  # 3 standard errors
+
+
+def test_another_seed_draws_other_tokens() -> None:
+    stats = stats_of([1.0] * 50, [1.0] * 50)
+    draw = TipSelection(score="multinomial", ratio=0.2)
+    assert len({tuple(kept(draw, stats, seed)) for seed in range(5)}) == 5
+
+
 def test_a_zero_weight_can_still_fill_the_share() -> None:
     stats = stats_of([0.0, 0.0, 1.0, 0.0], [0.1] * 4)
     assert len(kept(TipSelection(score="multinomial", ratio=0.75, divergence_power=0.0), stats)) == 3
@@ -101,4 +131,4 @@ def test_nothing_to_select_from_gives_nothing() -> None:
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        TypeAdapter(SelectionConfig).validate_python({"kind": "tip"} | fields)
+        TypeAdapter(SelectionSection).validate_python({"kind": "tip"} | fields)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual, Target, TargetConfig
+from atesd.kinds import TargetSection
+from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual, Target
 
 P = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
 B = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64)
@@ -44,6 +45,16 @@ def test_another_strength_gives_another_target_and_leaves_the_first() -> None:
     for fixed in (Plain(), AnchorMix(), Residual()):
         assert fixed.at(1.7) is fixed
         assert fixed.strength == 1.0
+        assert not fixed.capped
+    assert (target.strength, target.capped) == (1.5, True)
+    assert not Extrapolate().capped
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_guard_without_extrapolation_is_refused(strength: float) -> None:
+    with pytest.raises(ValidationError, match=r"set target\.lambda_x above 1, such as 1\.25, or remove target\.guard"):
+        Extrapolate(lambda_x=strength, guard=True)
+    Extrapolate(lambda_x=1.01, guard=True)
 
 
 def test_the_anchor_mix_is_a_geometric_mean_and_with_the_base_an_interpolation() -> None:
@@ -71,4 +82,4 @@ def test_the_residual_is_scaled_and_clipped_per_entry() -> None:
 )  # fmt: skip
 def test_numbers_outside_the_domain_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(TargetConfig).validate_python(fields)
+        TypeAdapter(TargetSection).validate_python(fields)
