@@ -6,8 +6,10 @@ score leaves them out.
 
 1. The sample is stratified by file, in proportion to the number of mutants. Within a file the mutants with the smallest
    hash of (seed, what is changed) are taken: another commit keeps the sample of every function that it leaves alone.
-2. A mutant that runs into its time limit counts as killed. One whose process died in another way counts as alive.
-3. Decorated functions, module and class level code are not mutated by the tool; neither is what a `raise` says.
+2. A mutant that runs into its time limit counts as killed: a test's limit is processor time (mutant_worker.py), the
+   tool's own is wall time and generous. One whose process died in another way is an error and counts as alive.
+3. The tool does not mutate decorated functions (properties, validators, context managers), nor code of modules and
+   classes outside functions.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,8 +42,8 @@ COPY = ROOT / "mutants"
 RESULTS = HERE / "results.json"
 EQUIVALENT = HERE / "equivalent.toml"
 STATUSES = ("killed", "timeout", "survived", "no tests", "error")
-# Exit codes of pytest and of the tool: 33 is its "no test reaches this", 24 the signal that ends a mutant out of time.
-STATUS_OF_EXIT = {0: "survived", 1: "killed", 5: "no tests", 33: "no tests", -24: "timeout"}
+# Exit codes of pytest and of the tool: 33 is its "no test reaches this"; SIGXCPU is its limit, SIGPROF that of a test.
+STATUS_OF_EXIT = {0: "survived", 1: "killed", 33: "no tests", -signal.SIGXCPU: "timeout", -signal.SIGPROF: "timeout"}
 
 
 @dataclass(frozen=True)
@@ -130,25 +133,31 @@ def difference(original: list[str], mutated: list[str]) -> tuple[int, str, str]:
 
 
 def mutants_of(path: Path) -> list[Mutant]:
-    """Read the mutants of a file back from the mutated copy."""
-    import libcst
-    from mutmut.mutation.data import SourceFileMutationData
-    from mutmut.mutation.diff_apply import read_functions_from_index
+    """Read the mutants of a file back from the mutated copy, as text: to parse them all takes minutes."""
+    from mutmut.mutation.data import MutantLineSpans, SourceFileMutationData
+    from mutmut.mutation.diff_apply import generated_function_names
     from mutmut.utils.format_utils import orig_function_and_class_names_from_key
 
     data = SourceFileMutationData(path=path)
     data.load()
+    spans = MutantLineSpans.load(path)
+    if spans is None:
+        return []
+    names = [name for pair in map(generated_function_names, data.exit_code_by_key) for name in pair]
+    unique = list(dict.fromkeys(names))
+    texts = {
+        name: text.replace(f"def {name}(", "def (", 1).split("\n")
+        for name, text in zip(unique, spans.read_function_sources(unique), strict=True)
+    }
     lines = functions(path.read_text(encoding="utf-8"))
     seen: Counter[Change] = Counter()
     mutants = []
     for name in data.exit_code_by_key:
-        pair = read_functions_from_index(name, path)
-        assert pair is not None, f"the tool wrote no index for {name}"
-        original, mutated = (libcst.Module([function]).code.strip().split("\n") for function in pair)
+        original, mutated = (texts[part] for part in generated_function_names(name))
         start, old, new = difference(original, mutated)
         function, owner = orig_function_and_class_names_from_key(name)
         dotted = f"{owner}.{function}" if owner else function
-        head = next(i for i, line in enumerate(original) if line.startswith(("def ", "async def ")))
+        head = next(i for i, line in enumerate(original) if line.lstrip().startswith(("def (", "async def (")))
         change = Change(str(path.relative_to(SRC)), dotted, old, new)
         mutants.append(Mutant(name, change, lines[dotted] + start - head, seen[change]))
         seen[change] += 1
@@ -241,7 +250,7 @@ def summary(
 ) -> dict[str, Any]:
     """Count by file, and list what was not killed."""
     tallies = {file: Tally(count) for file, count in Counter(mutant.change.file for mutant in mutants).items()}
-    alive = []
+    listed: dict[str, list[dict[str, Any]]] = {"timeouts": [], "alive": []}
     for mutant in sample:
         tally, status = tallies[mutant.change.file], statuses[mutant.name]
         tally.sampled += 1
@@ -249,8 +258,9 @@ def summary(
             tally.equivalent += 1
             continue
         tally.counts[status] += 1
-        if status not in ("killed", "timeout"):
-            alive.append({"status": status, "line": mutant.line, **vars(mutant.change)})
+        if status != "killed":
+            group = "timeouts" if status == "timeout" else "alive"
+            listed[group].append({"status": status, "line": mutant.line, **vars(mutant.change)})
     rows = {file: tally.row() for file, tally in sorted(tallies.items())}
     total = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
     killed, counted = total["killed"] + total["timeout"], total["sampled"] - total["equivalent"]
@@ -259,7 +269,7 @@ def summary(
         "interval_95": [round(end, 4) for end in wilson(killed, counted)],
         "total": total,
         "files": rows,
-        "alive": alive,
+        **listed,
     }
 
 
