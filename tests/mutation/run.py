@@ -239,7 +239,9 @@ def wilson(killed: int, judged: int) -> tuple[float, float]:
 
 def commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "src", "tests", ":!tests/mutation/results.json")
     return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
@@ -299,7 +301,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    start = time.monotonic()
+    start, tested = time.monotonic(), commit()
     prepare()
     files = [path for path in generate(args.workers) if fnmatch.fnmatch(str(path.relative_to(SRC)), args.only)]
     mutants = [mutant for path in files for mutant in mutants_of(path)]
@@ -312,7 +314,7 @@ def main() -> None:
         sample = draw(mutants, args.sample, args.seed)
     if not sample:
         raise SystemExit("no mutant to test")
-    print(f"{len(sample)} of {len(mutants)} mutants")
+    print(f"{len(sample)} of {len(mutants)} mutants", flush=True)
     statuses = execute(sample, args.workers)
     results = summary(mutants, sample, statuses, judged)
     for entry in results["alive"]:
@@ -325,7 +327,7 @@ def main() -> None:
     print(f"score {results['score']:.1%}, 95 % interval {low:.1%} to {high:.1%}, {minutes} minutes")
     if args.only == "*" and not args.alive:
         made = {"tool": f"mutmut {version('mutmut')}", "python": sys.version.split()[0], "torch": version("torch")}
-        made |= {"commit": commit(), "seed": args.seed, "minutes": minutes}
+        made |= {"commit": tested, "seed": args.seed, "minutes": minutes}
         RESULTS.write_text(json.dumps({**made, **results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
