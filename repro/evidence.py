@@ -19,9 +19,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from atesd.report.compare import accuracy, difference, finals, seconds, starts
-from atesd.report.figure import write_figure
 from atesd.report.load import load_comparison
 from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
+
+from figure import write_figure
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence"
 COLOURS = ("#0072b2", "#d55e00", "#009e73")

@@ -8,5 +8,5 @@ atesd=${ATESD:-.venv/bin/atesd}
   --arms full,three_quarters,half,quarter,none,random,learned,learned_no_gt,sft \
   --seeds "${SEEDS:-10}" --out "${OUT:-runs/pico}" "$@"
 cp "${OUT:-runs/pico}/summary.json" docs/pico-summary.json
-.venv/bin/python -c "import sys; from pathlib import Path; from atesd.report.figure import write_figure
+.venv/bin/python -c "import sys; from pathlib import Path; sys.path.insert(0, 'repro'); from figure import write_figure
 write_figure(Path(sys.argv[1]), Path('docs/pico.svg'))" "${OUT:-runs/pico}"

@@ -117,7 +117,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["compare", PICO, "--out", "."], "holds no comparison"),
         (["eval", "nowhere", "--which", "best"], "leave it out"),
         (["train", PICO, "--resume", "nowhere"], "give neither a recipe"),
-        (["train", PICO, "--out", "file"], "file cannot be written (Not a directory)"),
+        (["train", PICO, "--out", "file"], "file is no folder and is left as it is"),
         (["report", "file"], "file is no directory"),
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),

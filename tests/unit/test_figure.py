@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from atesd.report.figure import write_figure
 from atesd.types import UserError
 
+from figure import write_figure
 from support.runs import write_compare, write_graded
 
 SVG = "{http://www.w3.org/2000/svg}"
