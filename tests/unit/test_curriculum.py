@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from atesd.curriculum import Curriculum, PerplexityConfig, RandomConfig
 from atesd.facts import RunFacts
+from atesd.seeds import derive_seed
 from atesd.types import Measurement, Observation, UserError
 
 
@@ -37,6 +39,13 @@ def test_a_batch_goes_on_into_the_next_epoch_and_may_be_larger_than_one() -> Non
 def test_the_seed_fixes_the_order() -> None:
     assert RandomConfig().build(facts(50, seed=1)).next(50) == RandomConfig().build(facts(50, seed=1)).next(50)
     assert RandomConfig().build(facts(50, seed=1)).next(50) != RandomConfig().build(facts(50, seed=2)).next(50)
+
+
+def test_the_order_of_an_epoch_comes_from_the_runs_own_seed() -> None:
+    taken = RandomConfig().build(facts(50, seed=3)).next(100)
+    for epoch in (0, 1):
+        expected = np.random.default_rng(derive_seed(3, "order", epoch)).permutation(50).tolist()
+        assert taken[50 * epoch :][:50] == expected
 
 
 def test_a_restored_order_goes_on_where_it_was() -> None:

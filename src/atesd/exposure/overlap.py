@@ -45,7 +45,7 @@ class Overlap(Cut):
         return self._shown(problem, ratio)
 
     def share(self, solution: str, said: str) -> float:
-        """Return the share of the solution that a text follows, with the extra segments."""
+        """Return the share of the solution that a text follows, plus the extra segments; more than 1 is possible."""
         parts, spoken = split_segments(solution, self.unit), words(said)
         last = -1
         for index, part in enumerate(parts):
@@ -53,7 +53,7 @@ class Overlap(Cut):
             n = min(self.n, len(own))
             if n and grams(own, n) & grams(spoken, n):
                 last = index
-        return min(1.0, (last + 1 + self.extra) / len(parts))
+        return (last + 1 + self.extra) / len(parts)
 
 
 def words(text: str) -> list[str]:

@@ -76,6 +76,22 @@ def test_closed_form_without_a_measurement_shows_the_most_and_says_so() -> None:
     assert controller.metrics()["cliff/classes"] == 0.0
 
 
+def test_closed_form_says_what_holds_at_its_largest_ratio_before_the_first_window() -> None:
+    controller = build(kind="closed_form", high=0.75)
+    controller.observe(contract(0, 0.99, 0.995, 0.994, 0.999, 0.9995))
+    assert controller.metrics()["cliff/p/eos"] == pytest.approx(0.999)
+
+
+def test_closed_form_keeps_its_ratio_to_the_end_of_its_window_whatever_is_measured() -> None:
+    controller = build(kind="closed_form", hold=3)
+    controller.observe(contract(0, *(0.9,) * 5))
+    drawn = [ratio(controller, 0)]
+    for step in range(1, 7):
+        controller.observe(contract(step, *(0.9995,) * 5) if step == 4 else Observation(step))
+        drawn.append(ratio(controller, step))
+    assert drawn == [1.0] * 6 + [0.0], "windows begin at 0, 3, 6; it was measured at 4"
+
+
 def test_influence_mixes_the_grid_by_standardised_credit() -> None:
     # credits (0, 1): z = (-1, 1), weights e^-2, e^2 at temperature .5
     assert mixed_ratio([0.0, 1.0], (0.0, 1.0), 0.5) == pytest.approx(1 / (1 + 2.718281828459045**-4))
@@ -111,6 +127,14 @@ def test_influence_keeps_its_ratio_where_a_credit_is_missing_and_says_so() -> No
     controller.observe(Observation(1, measured=measured("influence", {0.0: 0.1})))
     assert controller.metrics() == {"exposure/discarded": 1.0}
     assert ratio(controller, 1) == 0.5
+
+
+def test_influence_does_not_count_a_credit_as_missing_where_nothing_was_distilled() -> None:
+    controller = build(kind="influence", hold=1, grid=[0.0, 1.0])
+    controller.observe(Observation(0))
+    ratio(controller, 0)
+    controller.observe(Observation(1, {"route/distil_groups": 0.0}))
+    assert controller.metrics() == {}
 
 
 def test_a_step_without_a_distilled_group_does_not_count() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -9,6 +10,7 @@ from atesd.exposure.controller import Controller
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.facts import RunFacts
 from atesd.kinds import ExposureSection
+from atesd.seeds import derive_seed
 from atesd.types import Observation
 
 SECTION: TypeAdapter[ExposureSection] = TypeAdapter(ExposureSection)
@@ -104,6 +106,12 @@ def test_uniform_draws_once_per_window_and_by_seed() -> None:
     assert all(0.2 <= ratio <= 0.4 for ratio in drawn)
     assert drawn == ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(seed=7, total_steps=12)), 12)
     assert drawn != ratios(Uniform(low=0.2, high=0.4, hold=3).build(RunFacts(seed=8, total_steps=12)), 12)
+
+
+def test_uniform_draws_from_a_stream_of_the_runs_exposure_seed() -> None:
+    random = np.random.default_rng([derive_seed(7, "exposure"), 2])
+    expected = [random.uniform(0.2, 0.4) for _ in range(6)]
+    assert ratios(Uniform(low=0.2, high=0.4, hold=1).build(RunFacts(seed=7, total_steps=6)), 6) == expected
 
 
 def test_uniform_covers_its_range() -> None:
