@@ -76,6 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # The cliff router over exposures that are drawn anew in every step.
     "cliff": {
+        "seed": 2,
         "exposure": {"kind": "random", "hold": 1},
         "target": {"kind": "extrapolate", "lambda_x": 1.1},
         "gate": MULTIPLIER,
