@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def bin_ratios(truth: Oracle, number: int, decay: float, boundaries: list[int]) 
     feature at the decisions before the steps in `boundaries`.
     """
     average = [truth.run.metrics[step][f"exposure/bin{number}/feature/ratio_ema"] for step in boundaries]
-    return [average[0], *((new - decay * old) / (1 - decay) for old, new in zip(average, average[1:], strict=False))]
+    return [average[0], *((new - decay * old) / (1 - decay) for old, new in pairwise(average))]
 
 
 def test_difficulty_bins_are_thirds_of_the_pass_rate_and_the_first_is_the_easiest(oracle: Oracles) -> None:
