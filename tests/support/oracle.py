@@ -305,7 +305,7 @@ class Oracle:
             if not row.components:
                 scored.append(self._silent(row))
                 continue
-            values, stats = self._token_losses(row, teacher, self.weights(begin) if several else None)
+            values, stats = self.token_losses(row, teacher, self.weights(begin) if several else None)
             scored.append(stats)
             for name, value in values.items():
                 if name == "distil":
@@ -342,7 +342,7 @@ class Oracle:
         nothing = torch.zeros(len(row.completion)).double()
         return Scored(nothing, nothing, nothing)
 
-    def _token_losses(self, row: Row, teacher: Weights, begin: Weights | None) -> tuple[dict[str, Tensor], Scored]:
+    def token_losses(self, row: Row, teacher: Weights, begin: Weights | None) -> tuple[dict[str, Tensor], Scored]:
         """Return each component's loss per token, with its graph, and the statistics."""
         sampling = self.settings["loss"]["temperature_student"] or self.settings["rollout"]["temperature"]
         temperature = 1.0 if row.components == ("nll",) else sampling

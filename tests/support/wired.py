@@ -9,14 +9,14 @@ from typing import Any
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 32, "group_size": 2}
 BASE: dict[str, Any] = {
     "threads": 1,
-    "task": {"kind": "pico", "train_size": 24, "probe_size": 3, "eval_size": 2},
+    "task": {"kind": "pico", "train_size": 24, "probe_size": 3, "eval_size": 1},
     "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
     "reveal": {"unit": "line"},
     "exposure": {"kind": "fixed", "ratio": 0.5},
     "rollout": SAMPLING,
     "optim": {"lr": 1e-3, "max_grad_norm": 0.1},
     "step": {"num_steps": 2, "problems": 4},
-    "eval": {"every": 100, "k": 1},
+    "eval": {"every": 100, "k": 1, "max_new_tokens": 4},
     "save": {"every": 100, "rollouts_every": 1, "rollouts": 1000},
 }
 PARTIAL: dict[str, Any] = {"kind": "python", "function": f"{Path(__file__).with_name('partial_credit.py')}:score"}
@@ -76,6 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # The cliff router over exposures that are drawn anew in every step.
     "cliff": {
+        "seed": 2,
         "exposure": {"kind": "random", "hold": 1},
         "target": {"kind": "extrapolate", "lambda_x": 1.1},
         "gate": MULTIPLIER,
@@ -220,7 +221,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # Nothing differs between the first two steps but the selection's seed: greedy samples, the same problems, no rate.
     "still": {
-        "task": {"kind": "pico", "train_size": 4, "probe_size": 2, "eval_size": 2},
+        "task": {"kind": "pico", "train_size": 4, "probe_size": 2, "eval_size": 1},
         "curriculum": {"kind": "forward_ppl", "rescore": "once"},
         "exposure": {
             "kind": "difficulty",

@@ -1,0 +1,250 @@
+"""Measurements, lambda* and credit of a recorded run, recomputed as `support.oracle` recomputes its updates.
+
+Shapes: T tokens of a completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.oracle import Oracle, Row, put
+from support.recording import Weights
+
+
+class Gauges:
+    """Numbers about the weights after some updates."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+        self.run = oracle.run
+        self.settings = oracle.settings
+
+    def done(self, step: int) -> int:
+        """Return the updates that were made when so many steps were."""
+        return sum(part.step <= step for part in self.oracle.updates())
+
+    # ---- likelihoods --------------------------------------------------------------------------------------------
+
+    def ids(self, text: str) -> list[int]:
+        """Return a text as the assistant would write it, cut to what a probe reads."""
+        found: list[int] = self.run.tokenizer.encode(text, add_special_tokens=False)
+        return found[: self.settings["probe"]["max_tokens"]]
+
+    def logprob(self, weights: Weights, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+        """Return log p of a completion's tokens at temperature 1."""
+        logs = self.oracle.seen(weights, prompt, completion).log_softmax(-1)
+        return logs.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+    def nll(self, weights: Weights, problems: Sequence[Any]) -> float:
+        """Return the token-mean NLL of references behind the student's prompts."""
+        found = [self.logprob(weights, self.oracle.prompt(p), self.ids(p.solution)) for p in problems]
+        return -float(torch.cat(found).mean())
+
+    def grounded(self, target: str, ratio: float, teacher: Weights) -> float | None:
+        """Return the token-mean log-probability that a teacher gives the solution, the answer or what is hidden."""
+        found = []
+        for problem in self.run.probe:
+            hidden = [
+                line
+                for line, is_shown in zip(
+                    self.oracle.segments(problem.solution), self.oracle.shown(problem, ratio), strict=True
+                )
+                if not is_shown
+            ]
+            text = {"solution": problem.solution, "answer": problem.answer, "hidden_only": "".join(hidden)}[target]
+            if text.strip():
+                prompt = self.oracle.teacher_prompt(problem, ratio)
+                found.append(self.logprob(teacher, prompt, self.ids(text)))
+        return float(torch.cat(found).mean()) if found else None
+
+    def divergence(self, weights: Weights, teacher: Weights) -> float:
+        """Return the token-mean KL(teacher at ratio 1 || student) on the completions of the first probe request."""
+        call = self.run.of(self.run.probe)[0]
+        found = []
+        for problem, turn in zip(self.run.probe, call.turns, strict=True):
+            log_p, log_q = (
+                self.oracle.seen(role, prompt, turn.completion_ids).log_softmax(-1)
+                for role, prompt in (
+                    (teacher, self.oracle.teacher_prompt(problem, 1.0)),
+                    (weights, self.oracle.prompt(problem)),
+                )
+            )
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return float(torch.cat(found).mean())
+
+    # ---- the contract -------------------------------------------------------------------------------------------
+
+    def places(self, completion: Sequence[int], *, ended: bool) -> dict[str, list[int]]:
+        """Return the places of each contract class in a completion of one character a token."""
+        cliff = self.settings["cliff"]
+        texts = [self.run.tokenizer.decode([token]) for token in completion]
+        starts = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        found: dict[str, list[int]] = {}
+        for name, pattern in cliff["contract"].items():
+            for match in re.finditer(pattern, "".join(texts)):
+                low, high = match.span(1 if match.re.groups else 0)
+                found.setdefault(name, []).extend(
+                    place for place, start in enumerate(starts) if low < start + len(texts[place]) and start < high
+                )
+        if cliff["eos"] and ended:
+            found["eos"] = [len(completion) - 1]
+        return found
+
+    def contract(self, step: int, ratio: float) -> dict[str, tuple[float, float, int]]:
+        """Return mean logit p, mean logit b and the number of positions of every class after so many steps."""
+        done = self.done(step)
+        call = next(call for call in self.run.of(self.run.probe) if call.updates == done)
+        by_prompt = {self.oracle.prompt(problem): problem for problem in self.run.probe}
+        teacher = self.oracle.teacher(done)
+        temperature = self.settings["loss"]["temperature_teacher"] or self.settings["rollout"]["temperature"]
+        p: dict[str, list[float]] = {}
+        b: dict[str, list[float]] = {}
+        for prompt, turn in zip(call.prompts, call.turns, strict=True):
+            ids = turn.completion_ids
+            hinted = self.oracle.teacher_prompt(by_prompt[prompt], ratio)
+            seen = (self.oracle.seen(teacher, hinted, ids) / temperature).softmax(-1)
+            base = (self.oracle.seen(self.run.initial, prompt, ids) / temperature).softmax(-1)
+            for name, places in self.places(ids, ended=str(turn.stop) == "eos").items():
+                for place in places:
+                    token = int(seen[place].argmax())
+                    p.setdefault(name, []).append(logit(clamped(float(seen[place, token]))))
+                    b.setdefault(name, []).append(logit(clamped(float(base[place, token]))))
+        return {name: (mean(p[name]), mean(b[name]), len(p[name])) for name in p}
+
+    def curves(self, step: int) -> dict[str, tuple[list[float], float]]:
+        """Return every class's fitted logits of p over the grid and its logit b; thin classes are left out."""
+        grid = self.settings["cliff"]["grid"]
+        points = [self.contract(step, ratio) for ratio in grid]
+        return {
+            name: (rising([point[name][0] for point in points]), mean([point[name][1] for point in points]))
+            for name in points[0]
+            if points[0][name][2] >= self.settings["cliff"]["min_hits"]
+        }
+
+    def lambda_star(self, step: int, ratio: float) -> float:
+        """Return lambda* at a ratio by the latest measurement at or before so many steps."""
+        every = self.settings["cliff"]["every"]
+        grid, c = self.settings["cliff"]["grid"], self.settings["cliff"]["c"]
+        found = []
+        for values, b in self.curves(step - step % every).values():
+            x = read_off(ratio, grid, values)
+            if x > b:
+                p = 1 / (1 + math.exp(-x))
+                found.append(1 + math.log(1 + (c - 1) / p) / (x - b))
+        return min(found, default=math.inf)
+
+    # ---- credit -------------------------------------------------------------------------------------------------
+
+    def names(self, which: str) -> list[str]:
+        """Return the weights that credit is taken on."""
+        last = f"layers.{self.run.model.config.num_hidden_layers - 1}."
+        return [name for name in self.run.initial if which == "all" or last in name]
+
+    def preconditioner(self, updates: int) -> Weights:
+        """Return 1 / (sqrt(v) + eps), v bias-corrected, after so many updates."""
+        optim = self.settings["optim"]
+        *_, (_, v) = [moments for moments, _ in zip(self.oracle.moments(), range(updates), strict=False)]
+        correction = 1 - optim["betas"][1] ** updates
+        return {name: 1 / ((part / correction).sqrt() + optim["eps"]) for name, part in v.items()}
+
+    def credited(self, step: int) -> list[Row]:
+        """Return the completions of a step that credit is taken on: those of its first distilled problems."""
+        rows = [row for row in self.oracle.rows(step) if row.route in ("distil", "both")]
+        problems = [key for key, _ in groupby(rows, key=lambda row: row.problem.id)]
+        return [row for row in rows if row.problem.id in problems[: self.settings["probe"]["credit_problems"]]]
+
+    def gradient(self, step: int, ratio: float) -> Weights:
+        """Return the gradient of the gated token mean with the teacher at a ratio, under the weights after a step."""
+        oracle, done = self.oracle, self.done(step)
+        put(oracle.student, oracle.weights(done))
+        total, count = [], 0
+        for row in self.credited(step):
+            shown = Row(**{**vars(row), "ratio": ratio, "components": ("distil",)})
+            values, stats = oracle.token_losses(shown, oracle.teacher(done), None)
+            assert stats.gate is not None
+            total.append((stats.gate * values["distil"]).sum())
+            count += len(row.completion)
+        return self._taken(torch.stack(total).sum() / count)
+
+    def probe_gradient(self, step: int) -> Weights:
+        """Return the gradient of the probe's NLL under the weights after a step."""
+        oracle = self.oracle
+        put(oracle.student, oracle.weights(self.done(step)))
+        found = []
+        for problem in self.run.probe:
+            ids = self.ids(problem.solution)
+            logs = oracle.logits(oracle.student, oracle.prompt(problem), ids).log_softmax(-1)
+            found.append(logs.gather(1, torch.tensor(ids)[:, None])[:, 0])
+        return self._taken(-torch.cat(found).mean())
+
+    def _taken(self, loss: Tensor) -> Weights:
+        named = [(name, weight) for name, weight in self.oracle.student.named_parameters() if weight.requires_grad]
+        found = torch.autograd.grad(loss, [weight for _, weight in named])
+        return {name: part for (name, _), part in zip(named, found, strict=True)}
+
+    def influence(self, step: int, ratio: float) -> float:
+        """Return <g_probe, P g_r> / sqrt(<g_probe, P g_probe> <g_r, P g_r>)."""
+        scale = self.preconditioner(self.done(step))
+        probe, own = self.probe_gradient(step), self.gradient(step, ratio)
+        names = self.names(self.settings["probe"]["credit_parameters"])
+
+        def dot(left: Weights, right: Weights) -> float:
+            return sum(float((left[name] * scale[name] * right[name]).sum()) for name in names)
+
+        return dot(probe, own) / math.sqrt(dot(probe, probe) * dot(own, own))
+
+    def virtual(self, step: int, ratio: float) -> float:
+        """Return the probe's NLL behind theta - lr P g, g cut to the largest norm."""
+        done, optim = self.done(step), self.settings["optim"]
+        scale, own = self.preconditioner(done), self.gradient(step, ratio)
+        norm = math.sqrt(sum(float(part.square().sum()) for part in own.values()))
+        rate = optim["lr"] * min(1.0, optim["max_grad_norm"] / norm)
+        weights = self.oracle.weights(done)
+        moved = {name: weight.double() - rate * scale[name] * own[name] for name, weight in weights.items()}
+        self._kept = [*getattr(self, "_kept", []), moved]  # the oracle knows weights by identity
+        return self.nll(moved, self.run.probe)
+
+
+def clamped(p: float) -> float:
+    return min(1 - 1e-6, max(1e-6, p))
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Return the closest values that do not fall: neighbours that do are pooled into their mean."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [mean(pool) for pool in pools for _ in pool]
+
+
+def read_off(x: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Return a piecewise linear curve at x, constant beyond its ends."""
+    if x <= places[0]:
+        return values[0]
+    for (left, low), (right, high) in zip(
+        zip(places, values, strict=True), zip(places[1:], values[1:], strict=True), strict=False
+    ):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return values[-1]
