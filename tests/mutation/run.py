@@ -217,7 +217,8 @@ def execute(sample: list[Mutant], workers: int) -> dict[str, str]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             tested = sum('"exit"' in line for line in notes.read_text().splitlines()) if notes.exists() else 0
-            print(f"  {(time.monotonic() - start) / 60:.0f} min: {tested} of {len(sample)} tested", flush=True)
+            done = f"{tested} of {len(sample)} tested" if tested else "first all tests run twice without a mutant"
+            print(f"  {(time.monotonic() - start) / 60:.0f} min: {done}", flush=True)
     if process.returncode:
         print(notes.read_text() if notes.exists() else "")
         raise SystemExit(f"the tool ended with {process.returncode}: {log}, and above the tests that failed, if any")
