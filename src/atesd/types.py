@@ -37,7 +37,8 @@ class Method(Config):
         super().__pydantic_init_subclass__(**kwargs)
         missing = [name for name in cls.declares if not hasattr(cls, name) and name not in cls.model_fields]
         if "kind" in cls.model_fields and missing:
-            raise TypeError(f"method {cls.__name__} lacks {', '.join(missing)}: its base says what it must declare")
+            base = next(parent.__name__ for parent in cls.__mro__[1:] if "declares" in vars(parent))
+            raise TypeError(f"method {cls.__name__} does not declare {', '.join(missing)}: see {base}")
 
 
 class UserError(ValueError):

@@ -11,6 +11,7 @@ import pytest
 from atesd import kinds
 from atesd.config import RunConfig
 from atesd.curriculum import CurriculumMethod
+from atesd.envs.base import EnvMethod
 from atesd.exposure.controller import ExposureMethod
 from atesd.exposure.revealer import RevealMethod
 from atesd.exposure.segments import Segments
@@ -19,6 +20,7 @@ from atesd.gates.gate import GateMethod
 from atesd.gradients.rule import GradientMethod
 from atesd.losses.target import TargetMethod
 from atesd.rewards.kinds import RewardMethod
+from atesd.rollout.sampler import EngineMethod
 from atesd.routing.route import RoutingMethod
 from atesd.selection import SelectionMethod
 from atesd.tasks.base import TaskMethod
@@ -35,7 +37,10 @@ BASES: dict[str, type[Method]] = {
     "gradient": GradientMethod,
     "reward": RewardMethod,
     "task": TaskMethod,
+    "env": EnvMethod,
+    "engine": EngineMethod,
 }
+NESTED = {"engine": "rollout"}  # the section that holds one that is no section of its own
 REQUIRED: dict[str, dict[str, Any]] = {
     "steps": {"values": [0.5]},
     "jsonl": {"path": "a"},
@@ -79,10 +84,13 @@ def test_every_entry_is_a_method_of_its_part_under_a_name_of_its_own(part: str) 
 def test_every_section_reads_its_kind_and_is_documented(part: str) -> None:
     for section in sections(part):
         assert type(section).__doc__
-        again = RunConfig.model_validate({part: section.model_dump(), "rollout": {"group_size": 2}}
-                                         | ({"target": {"kind": "extrapolate"}} if section.kind in
-                                            ("cliff", "closed_form") else {}))  # fmt: skip
-        assert getattr(again, part) == section
+        tree: dict[str, Any] = {"rollout": {"group_size": 2}}
+        holder = tree.setdefault(NESTED[part], {}) if part in NESTED else tree
+        holder[part] = section.model_dump()
+        if section.kind in ("cliff", "closed_form"):
+            tree["target"] = {"kind": "extrapolate"}
+        again = RunConfig.model_validate(tree)
+        assert getattr(getattr(again, NESTED[part]) if part in NESTED else again, part) == section
 
 
 @pytest.mark.parametrize("part", [part for part in BASES if "describe" in BASES[part].declares])
@@ -96,7 +104,9 @@ def test_every_section_describes_itself_in_a_phrase(part: str) -> None:
 
 @pytest.mark.parametrize("part", BASES)
 def test_the_default_is_the_first_entry(part: str) -> None:
-    default = RunConfig.model_fields[part].default
+    holder = RunConfig.model_fields[NESTED[part]].annotation if part in NESTED else RunConfig
+    assert isinstance(holder, type)
+    default = holder.model_fields[part].default
     assert default is None or type(default) is methods(part)[0]
 
 
@@ -110,7 +120,7 @@ def test_a_method_that_forgets_what_its_part_declares_is_refused(part: str) -> N
 
 
 def test_a_controller_that_forgets_whether_it_is_measured_is_refused() -> None:
-    with pytest.raises(TypeError, match="method Forgetful does not declare measured: see ExposureMethod"):
+    with pytest.raises(TypeError, match="method Forgetful does not declare measured, reads_length: see ExposureMethod"):
 
         class Forgetful(ExposureMethod):
             kind: Literal["forgetful"] = "forgetful"
@@ -124,6 +134,7 @@ def test_a_controller_that_forgets_whether_it_is_measured_is_refused() -> None:
     class Mindful(ExposureMethod):
         kind: Literal["mindful"] = "mindful"
         measured: ClassVar[bool] = False
+        reads_length: ClassVar[bool] = False
 
         def describe(self) -> str:
             return "all"

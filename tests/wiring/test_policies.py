@@ -17,7 +17,7 @@ from torch.distributions import Beta
 
 from atesd.recipe import build_config
 from atesd.train.loop import Trainer
-from atesd.types import Observation
+from atesd.types import ContractPoint, Measurement, Observation
 
 from support.gauges import Gauges, mean, read_off, sigmoid
 from support.oracle import Oracle
@@ -149,20 +149,15 @@ def test_the_cliff_router_changes_its_mode_behind_the_hysteresis_and_stays(oracl
 
 
 def test_a_contract_class_needs_its_positions_at_every_ratio_of_the_grid(tmp_path: Path) -> None:
-    """A run has as many at every ratio. So the numbers are handed to the router as the loop hands them."""
+    """A run has as many at every ratio. So the numbers are handed to the guard as the loop hands them."""
     tree = recipe("guard", cliff={"grid": [0.0, 1.0], "min_hits": 10, "every": 1, "c": 2.0})
-    router = Trainer.start(build_config(tree), tmp_path / "run").parts.router
-    numbers: dict[str, float] = {}
-    for ratio, p, b, hits in ((0.0, 0.9, 0.5, 12.0), (1.0, 0.8, 0.7, 9.0)):
-        for key in ("thin", "thick"):
-            count = hits if key == "thin" else 12.0
-            numbers |= {
-                f"contract@{ratio}/{key}/p": p,
-                f"contract@{ratio}/{key}/b": b,
-                f"contract@{ratio}/{key}/hits": count,
-            }
-    router.observe(Observation(0, {}, numbers))
-    found = router.metrics()
+    strength = Trainer.start(build_config(tree), tmp_path / "run").parts.strength
+    measured = {
+        Measurement("contract", ratio): {"thin": ContractPoint(p, b, hits), "thick": ContractPoint(p, b, 12)}
+        for ratio, p, b, hits in ((0.0, 0.9, 0.5, 12), (1.0, 0.8, 0.7, 9))
+    }
+    strength.observe(Observation(0, {}, measured))
+    found = strength.metrics()
     assert (found["cliff/classes"], found["cliff/thin_classes"]) == (1.0, 1.0)
     assert "cliff/b/thin" not in found
     logits = [math.log(b / (1 - b)) for b in (0.5, 0.7)]
@@ -393,7 +388,8 @@ def test_clipped_draws_are_scored_as_drawn(tmp_path: Path) -> None:
         controller = Trainer.start(build_config(tree), tmp_path / str(run)).parts.controller
         shown = []
         for step, level in enumerate((1.0, 0.9, 0.7, 0.65, 0.3)):
-            controller.observe(Observation(step, {"route/distil_groups": 1.0} if step else {}, {"probe_nll": level}))
+            stats = {"route/distil_groups": 1.0} if step else {}
+            controller.observe(Observation(step, stats, {Measurement("probe_nll"): level}))
             shown.append(controller.propose(step, ["a"])[0])
         losses.append(controller.metrics()["exposure/loss"])
         assert (set(shown) == {0.3}) is (alpha_max == 0.3)
