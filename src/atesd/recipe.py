@@ -43,8 +43,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"recipe {path} cannot be read ({error}): give the path of a TOML file") from error
     try:
         tree = tomllib.loads(text)
-    except ValueError as error:  # that of TOML, and int's of too many digits
+    except tomllib.TOMLDecodeError as error:
         raise UserError(one_line(f"recipe {path} is not TOML: {error}")) from error
+    except ValueError as error:  # int's own
+        raise UserError(f"recipe {path} holds a number of thousands of digits: write one that can be meant") from error
     except RecursionError as error:
         raise UserError(f"recipe {path} is nested too deeply: a section lies three levels deep at most") from error
     return build_config(apply_overrides(tree, overrides, source=f"recipe {path}"), source=str(path))
@@ -84,22 +86,24 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str], *, source
             if not isinstance(section, dict):
                 raise UserError(f"override {shown(override)}: {shown(name)} is a value, not a section")
         if text.strip():
-            section[names[-1]] = _parse_value(text.strip())
+            section[names[-1]] = _parse_value(one_line(key.strip()), text.strip())
         else:
             section.pop(names[-1], None)
     return result
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError) as error:
-        is_toml = not isinstance(error, tomllib.TOMLDecodeError)  # but a number or a depth that cannot be read
-        if is_toml or text[0] in "{[\"'" or text[0].isdigit():
-            raise UserError(f"override value {shown(text)} is not valid TOML: quote it, or mend the brackets") from None
+        is_word = isinstance(error, tomllib.TOMLDecodeError)  # else a number or a depth that cannot be read
+        if not is_word or text[0] in "{[\"'" or text[0].isdigit():
+            raise UserError(
+                f"override {key}: value {shown(text)} is not valid TOML: quote it, or mend the brackets"
+            ) from None
         return text
     if len(parsed) > 1:
-        raise UserError(f"override value {shown(text)} holds several lines: give one override for each key")
+        raise UserError(f"override {key}: value {shown(text)} holds several lines: give one override for each key")
     return parsed["value"]
 
 

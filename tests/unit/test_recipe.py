@@ -94,7 +94,7 @@ def test_a_value_in_place_of_a_section_is_refused(key: str, given: str, where: s
 @pytest.mark.parametrize("text", ["{kind=", "[1, 2", '"open', "'open", "5e", "7b/model"])
 def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
     assert error_of(f"model.path={text}") == (
-        f"override value {text!r} is not valid TOML: quote it, or mend the brackets"
+        f"override model.path: value {text!r} is not valid TOML: quote it, or mend the brackets"
     )
 
 
@@ -211,7 +211,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    (f"seed = {'1' * 5000}\n", "is not TOML: Exceeds the limit (4300 digits)"),
+    (f"seed = {'1' * 5000}\n", "holds a number of thousands of digits"),
     (f"arms = {'[' * 5000}{']' * 5000}\n", "is nested too deeply"),
     (f"[{'.'.join('a' * 3000)}]\n", "is nested too deeply"),
 ])  # fmt: skip
@@ -225,11 +225,11 @@ def test_a_recipe_beyond_all_bounds_is_named(content: str, expected: str, tmp_pa
 
 
 @pytest.mark.parametrize(("override", "expected"), [
-    (f"seed={'1' * 5000}", "override value '111"),
-    (f"arms={'[' * 5000}{']' * 5000}", "override value '[[["),
+    (f"seed={'1' * 5000}", "override seed: value '111"),
+    (f"arms={'[' * 5000}{']' * 5000}", "override arms: value '[[["),
     (f"{'.'.join('a' * 21)}=1", "is nested too deeply: no key lies 20 levels deep"),
     (f"{'.'.join('a' * 3000)}=1", "is nested too deeply"),
-    ("seed=1\noptim.lr=5", "override value '1\\noptim.lr=5' holds several lines: give one override for each key"),
+    ("seed=1\noptim.lr=5", "override seed: value '1\\noptim.lr=5' holds several lines: give one override for each key"),
 ])  # fmt: skip
 def test_an_override_beyond_all_bounds_is_named(override: str, expected: str) -> None:
     assert expected in error_of(override)
