@@ -88,6 +88,7 @@ ORDERS: dict[str, list[str]] = {
         "stats",
         "hints",
         "rows",
+        "finite",
         "step",
         "probe",
         "contract",

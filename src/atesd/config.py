@@ -7,7 +7,8 @@ and overrides into the tree. Checks ask methods what they declare of themselves,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from functools import reduce
+from typing import Annotated, Any, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -47,6 +48,23 @@ from atesd.strength import Constant, Guard, Strength
 from atesd.tasks.kinds import PicoConfig
 from atesd.types import Config
 
+# Ranges that no sensible recipe leaves: beyond them logits, targets and losses overflow.
+_SENSIBLE = {
+    "loss.temperature_student": (1e-3, 1e3),
+    "loss.temperature_teacher": (1e-3, 1e3),
+    "target.lambda_x": (1e-6, 100.0),
+    "target.scale": (1e-6, 100.0),
+    "target.bound": (1e-6, 1e6),
+    "gate.beta": (0.0, 1e6),
+    "rl.kl_coef": (0.0, 1e6),
+    "rl.dual_clip": (1.0, 1e6),
+    "rl.eps_high": (0.0, 1e6),
+    "rl.importance_clip": (1.0, 1e6),
+    "loss.divergence.importance_clip": (1.0, 1e6),
+}
+# What of `loss` only the distillation loss reads.
+_OF_DISTILLATION = ("divergence", "top_k", "tail", "clip", "clip_tau", "temperature_teacher")
+
 
 class RolloutConfig(SamplingConfig):
     """How the student samples while it trains, and with which engine. Defaults: OPSD's released recipe."""
@@ -75,17 +93,17 @@ class RunConfig(Config):
     teacher: TeacherConfig = TeacherConfig()
     """Which weights the teacher has."""
     target: TargetSection = Plain()
-    """The distribution made from the teacher's view."""
+    """The distribution made from the teacher's view. lambda and the scale of a residual are at most 100."""
     loss: LossConfig = LossConfig()
-    """Divergence, clip, temperatures and tiles."""
+    """Divergence, clip, temperatures (from .001 to 1000) and tiles."""
     selection: SelectionSection = SelectAll()
     """Which tokens are distilled at all."""
     gate: GateSection = OpenGate()
-    """How strongly they listen."""
+    """How strongly they listen. Steepness is at most a million."""
     routing: RoutingSection = Distil()
     """Which loss trains a group."""
     rl: PolicyConfig = PolicyConfig()
-    """The reinforcement branch of routers that reinforce."""
+    """The reinforcement branch of routers that reinforce. Its KL coefficient is at most a million."""
     cliff: CliffConfig = CliffConfig()
     """How the bound on extrapolation is measured: for the router `cliff`, `target.guard` and closed-form exposure."""
     curriculum: CurriculumSection = RandomConfig()
@@ -106,10 +124,39 @@ class RunConfig(Config):
     """Evaluation on held-out problems."""
     save: SaveConfig = SaveConfig()
     """Checkpoints and rollout files."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads of torch; 0 leaves torch's choice. The pico recipes use 1: two runs share two cores."""
     arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Named lists of overrides that `atesd compare` runs side by side."""
+
+    @model_validator(mode="after")
+    def _numbers_stay_finite(self) -> Self:
+        """Refuse settings of losses that can only end in numbers beyond float32."""
+        for place, (low, high) in _SENSIBLE.items():
+            value = reduce(lambda section, name: getattr(section, name, None), place.split("."), cast("Any", self))
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{place} = {value:g} leads beyond the range of float32: choose {low:g} to {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        updates = self.step.num_steps * self.step.updates_per_batch
+        if self.optim.warmup_steps > updates:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} outlasts the run's {updates} updates, so that "
+                "optim.lr is never reached: lower it, or raise step.num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _contract_has_text(self) -> Self:
+        empty = [name for name, pattern in self.cliff.contract.items() if not pattern.strip()]
+        if empty:
+            raise ValueError(
+                f"cliff.contract.{empty[0]} is an empty pattern, which no token is part of: write the forced text, or "
+                "remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _training_samples(self) -> Self:
@@ -192,7 +239,12 @@ class RunConfig(Config):
 
     def _is_set(self, name: str) -> bool:
         """Tell whether a section is another than the default, which is the neutral one."""
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        return self._differs(self, name)
+
+    @staticmethod
+    def _differs(section: Config, name: str) -> bool:
+        """Tell whether a field has another value than its default."""
+        return bool(getattr(section, name) != type(section).model_fields[name].default)
 
     @model_validator(mode="after")
     def _reinforcement_samples_untruncated(self) -> Self:
@@ -229,6 +281,7 @@ class RunConfig(Config):
         if not self.routing.distils:
             idle = [name for name in ("gate", "selection", "target") if self._is_set(name)]
             idle += ["loss.prompt_weight"] * (self.loss.prompt_weight != "none")
+            idle += [f"loss.{name}" for name in _OF_DISTILLATION if self._differs(self.loss, name)]
             idle += ["exposure"] * self.exposure.measured + ["reveal"] * self.reveal.reads_rollout
             if idle:
                 raise ValueError(f"{router} distils nothing: remove {idle[0]}, which has no effect")

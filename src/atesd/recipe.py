@@ -18,7 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from atesd.config import RunConfig
-from atesd.types import UserError
+from atesd.types import UserError, one_line, shown
 
 # What to write instead of a kind that is one of another section: (section, kind) -> remedy.
 _ELSEWHERE = {
@@ -28,6 +28,11 @@ _ELSEWHERE = {
     ): 'exposure.kind = "overlap" is a kind of reveal: write reveal = {kind = "overlap", ...} with '
     'its n, extra and unit, and exposure = {kind = "fixed"}'
 }
+
+_DEEPEST = 20
+"""Levels of keys that no recipe reaches."""
+_LONGEST_WORD = 100
+"""Longest text of a user's that is compared with known words."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,8 +44,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {path} is not TOML: {error}") from error
-    return build_config(apply_overrides(tree, overrides), source=str(path))
+        raise UserError(one_line(f"recipe {path} is not TOML: {error}")) from error
+    except ValueError as error:  # int's own
+        raise UserError(f"recipe {path} holds a number of thousands of digits: write one that can be meant") from error
+    except RecursionError as error:
+        raise UserError(f"recipe {path} is nested too deeply: a section lies three levels deep at most") from error
+    return build_config(apply_overrides(tree, overrides, source=f"recipe {path}"), source=str(path))
 
 
 def build_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:
@@ -48,7 +57,7 @@ def build_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfi
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(error))) from error
+        raise UserError(one_line(f"{source}: " + "; ".join(_explain(error)))) from error
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -58,63 +67,87 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     )
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str], *, source: str = "the recipe") -> dict[str, Any]:
     """Return a copy of the tree with each `dotted.key=value` set, or removed where the value is empty."""
-    result = deepcopy(dict(tree))
+    try:
+        result = deepcopy(dict(tree))
+    except RecursionError as error:
+        raise UserError(f"{source} is nested too deeply: a section lies three levels deep at most") from error
     for override in overrides:
         key, equals, text = override.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
-            raise UserError(f"override {override!r} is not of the form section.key=value")
+            raise UserError(f"override {shown(override)} is not of the form section.key=value")
+        if len(names) > _DEEPEST:
+            raise UserError(f"override {shown(override)} is nested too deeply: no key lies {_DEEPEST} levels deep")
         section: Any = result
         for name in names[:-1]:
             section = section.setdefault(name, {}) if text.strip() else section.get(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"override {override!r}: {name!r} is a value, not a section")
+                raise UserError(f"override {shown(override)}: {shown(name)} is a value, not a section")
         if text.strip():
-            section[names[-1]] = _parse_value(text.strip())
+            section[names[-1]] = _parse_value(one_line(key.strip()), text.strip())
         else:
             section.pop(names[-1], None)
     return result
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text[0] in "{[\"'" or text[0].isdigit():
-            raise UserError(f"override value {text!r} is not valid TOML: quote it, or mend the brackets") from None
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError) as error:
+        is_word = isinstance(error, tomllib.TOMLDecodeError)  # else a number or a depth that cannot be read
+        if not is_word or text[0] in "{[\"'" or text[0].isdigit():
+            raise UserError(
+                f"override {key}: value {shown(text)} is not valid TOML: quote it, or mend the brackets"
+            ) from None
         return text
+    if len(parsed) > 1:
+        raise UserError(f"override {key}: value {shown(text)} holds several lines: give one override for each key")
+    return parsed["value"]
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """Turn pydantic's findings into one clause each, with the nearest known key where one is unknown."""
+    """Turn pydantic's findings into one clause each, with the nearest known key or kind where one is unknown."""
     clauses = []
     for finding in error.errors():
         where = ".".join(str(part) for part in finding["loc"])
         elsewhere = _ELSEWHERE.get((where, str(finding.get("ctx", {}).get("tag"))))
         if elsewhere:
             clauses.append(elsewhere)
+        elif finding["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            clauses.append(_explain_kind(where, finding["loc"], finding.get("ctx", {}).get("tag")))
         elif finding["type"] == "extra_forbidden":
-            clauses.append(f"unknown key {where!r}{_suggest(finding['loc'])}")
+            clauses.append(f"unknown key {shown(where)}{_suggest(finding['loc'])}")
         elif finding["type"] == "value_error":
             clauses.append(f"{where}: {finding['ctx']['error']}" if where else str(finding["ctx"]["error"]))
         else:
-            given = "" if isinstance(finding["input"], Mapping) else f" (given: {finding['input']!r})"
+            given = "" if isinstance(finding["input"], Mapping) else f" (given: {shown(finding['input'])})"
             clauses.append(f"{where}: {finding['msg']}{given}")
     return clauses
 
 
+def _explain_kind(where: str, location: Sequence[str | int], kind: str | None) -> str:
+    """Say what kinds a section has, and which is nearest to the given one."""
+    kinds = [kind for model in _models_at(location) for kind in _kinds(model)]
+    known = f"known are {', '.join(kinds)}"
+    if kind is None:
+        return f'{where} lacks its kind: write {where} = {{kind = "{kinds[0]}"}}; {known}'
+    near = difflib.get_close_matches(kind[:_LONGEST_WORD], kinds, n=1, cutoff=0.5)
+    meant = f": did you mean {near[0]!r}? " if near else ": "
+    return f"{where}.kind = {shown(kind)} is unknown{meant}{known}"
+
+
 def _suggest(location: Sequence[str | int]) -> str:
-    known = _known_keys(location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    known = [name for model in _models_at(location[:-1]) for name in model.model_fields]
+    near = difflib.get_close_matches(str(location[-1])[:_LONGEST_WORD], known, n=1, cutoff=0.5)
     if near:
         return f": did you mean {near[0]!r}?"
     return f": known here are {', '.join(sorted(known))}" if known else ""
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Return the fields of the model at a location; a tagged section's location contains its kind."""
+def _models_at(location: Sequence[str | int]) -> list[type[BaseModel]]:
+    """Return the models at a location: of a section with kinds all of them, unless the location contains its kind."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
         following: list[type[BaseModel]] = []
@@ -122,7 +155,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
             if part in model.model_fields:
                 following += _models_in(model.model_fields[str(part)].annotation)
         models = following or [model for model in models if part in _kinds(model)] or models
-    return [name for model in models for name in model.model_fields]
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

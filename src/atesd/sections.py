@@ -17,10 +17,10 @@ class LoraConfig(Config):
 
     r: Annotated[int, Field(ge=1)] = 64
     """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 128
-    """Scale: the update is multiplied by alpha / r."""
-    targets: tuple[str, ...] = _ALL_PROJECTIONS
-    """Names of the linear layers that get an adapter."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 128
+    """Scale: the update is multiplied by alpha / r. At most a million."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = _ALL_PROJECTIONS
+    """Names of the linear layers that get an adapter; the output head cannot be one."""
 
 
 class ModelConfig(Config):
@@ -63,20 +63,30 @@ class TeacherConfig(Config):
 class OptimConfig(Config):
     """AdamW and its schedule. Defaults: OPSD's released recipe (2601.18734), whose rate is effectively constant."""
 
-    lr: Annotated[float, Field(gt=0)] = 5e-6
-    """Peak learning rate."""
+    lr: Annotated[float, Field(gt=0, le=10)] = 5e-6
+    """Peak learning rate; Adam moves a weight by about as much in one update. At most 10."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's denominator offset."""
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
+    """Adam's denominator offset: from 1e-30, below which float32 would make it 0, to 1."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay: an update takes lr times this share from every weight, which must be below 1."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up; `linear` and `cosine` end at 0 with the last update."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the rate rises linearly from 0."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.1
     """Largest gradient norm, over all trained weights; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _decay_leaves_weights(self) -> OptimConfig:
+        share = self.lr * self.weight_decay
+        if share >= 1:
+            raise ValueError(
+                f"optim.weight_decay = {self.weight_decay:g} takes lr times as much, a share of {share:g}, from every "
+                f"weight in one update, which leaves none: lower it below 1 / lr = {1 / self.lr:g} (usual are 0 to .1)"
+            )
+        return self
 
 
 class ProbeConfig(Config):

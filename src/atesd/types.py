@@ -5,22 +5,63 @@ Nothing here depends on anything else in the package, and nothing knows about te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, LiteralString, NamedTuple, Protocol, TypedDict, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Config(BaseModel):
-    """Base of every config section: frozen, strict about keys, finite numbers only.
+    """Base of every config section: frozen, strict about keys, finite numbers only, true and false no numbers.
 
     The string under a field is its documentation, its help and its line in `docs/config.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_plain(cls, given: Any) -> Any:
+        """Refuse true and false where a number belongs (pydantic would read 1 and 0), and integers beyond 64 bits."""
+        if not isinstance(given, Mapping):
+            return given
+        mistakes = [
+            InitErrorDetails(type=PydanticCustomError("plain_number", mistake), loc=(name,), input=given[name])
+            for name, field in cls.model_fields.items()
+            if name in given and (mistake := _mistaken_number(given[name], field.annotation))
+        ]
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return given
+
+
+_LARGEST = 2**63 - 1
+
+
+def _mistaken_number(value: Any, annotation: Any) -> LiteralString | None:
+    values = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(each, bool) for each in values) and _takes_numbers_only(annotation):
+        return "Input should be a number, not true or false"
+    if any(isinstance(each, int) and abs(each) > _LARGEST for each in values):
+        return "Input should be a number of at most 64 bits"
+    return None
+
+
+def _takes_numbers_only(annotation: Any) -> bool:
+    """Tell whether an annotation names int or float, and bool nowhere."""
+    named = set(_leaves(annotation))
+    return bool(named & {int, float}) and bool not in named
+
+
+def _leaves(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _leaves(part)
 
 
 class Method(Config):
@@ -43,6 +84,24 @@ class Method(Config):
 
 class UserError(ValueError):
     """A mistake that the user can mend: says what was given, what was expected, and the remedy (exit code 2)."""
+
+
+class NonFiniteError(UserError):
+    """A number that must be finite is not: says where it first appeared, and the remedy."""
+
+
+def one_line(text: str) -> str:
+    """Return the text on one line: what is not printable as its escape."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """Return a value as Python writes it, on one line and cut to a readable length."""
+    try:
+        text = one_line(repr(value))
+    except (ValueError, RecursionError):  # too many digits, or too deep
+        return "too large to show"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 class Message(TypedDict):

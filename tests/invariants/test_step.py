@@ -10,7 +10,7 @@ from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.sections import LoraConfig
 from atesd.train.model import _with_lora, enable_checkpointing
-from atesd.train.step import NonFiniteError
+from atesd.types import NonFiniteError
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
@@ -108,7 +108,7 @@ def test_updates_per_batch_splits_the_batch_into_that_many_optimizer_steps() -> 
     stepper, _ = make_stepper(tiny_model(), step={"problems": 6, "updates_per_batch": 3})
     moves = []
     original = stepper._move
-    stepper._move = lambda losses, outcome: (moves.append(losses), original(losses, outcome))  # type: ignore[method-assign]
+    stepper._move = lambda taken, outcome: (moves.append(taken), original(taken, outcome))  # type: ignore[method-assign]
     outcome = stepper.optimize(rows)
     assert len(moves) == 3
     assert sorted(outcome.rows) == list(range(6))

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from atesd.cli.main import main
 from atesd.train import checkpoint
+from atesd.train.model import resolve
 
 from support.folders import write_byte_model
 
@@ -143,6 +146,57 @@ def test_a_mistake_ends_in_one_line_with_the_remedy(
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert "Traceback" not in "".join(errors)
     assert any(part in errors[-1] for part in message.split("|")), errors
+
+
+def pico_with_a_broken_weight(folder: Path) -> Path:
+    """Write the packaged model with one NaN."""
+    shutil.copytree(resolve("pico"), folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_of_broken_weights_is_neither_trained_nor_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pico_with_a_broken_weight(tmp_path / "model")
+    for words in (
+        ["train", PICO, *SMALL, f"model.path={model}", "--out", str(tmp_path / "run")],
+        ["eval", str(model), *SMALL, "--recipe", PICO],
+    ):
+        assert run(monkeypatch, *words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert "are not finite (first model.layers.1.mlp.up_proj.weight): take an earlier checkpoint" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_breaks_while_training_ends_in_one_line_with_step_cause_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second update leaves a weight that is not finite; what the first step wrote stays."""
+    calls: list[int] = []
+    untouched = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        result = untouched(self, *arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            self.param_groups[0]["params"][0].data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train", PICO, *SMALL, 'exposure={kind="fixed"}', "--out", str(out)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(
+        "error: after step 1: the update left weights that are not finite (first model.embed_tok"
+    )
+    assert lines[-1].endswith(f"; metrics and rollouts until there are in {out}")
+    assert "Traceback" not in "".join(lines)
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1]
 
 
 def test_an_existing_run_directory_is_left_alone(

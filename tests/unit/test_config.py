@@ -92,6 +92,21 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
            ("exposure", {"exposure": {"kind": "beta"}}), ("exposure", {"exposure": {"kind": "difficulty"}}),
            ("exposure", {"exposure": {"kind": "paired"}}), ("exposure", {"exposure": {"kind": "influence"}}),
            ("target", {"exposure": {"kind": "closed_form"}} | BEYOND))],
+    *[(f"{kind} and loss.{name}", routed(kind) | {"loss": {name: value, **more}},
+       f'routing.kind = "{kind}" distils nothing: remove loss.{name}, which has no effect', routed("both") | {
+           "loss": {name: value, **more}}) for kind in ("rl", "sft") for name, value, more in (
+               ("clip", "token", {}), ("clip", "pointwise", {}), ("clip_tau", 0.06, {}), ("top_k", 5, {}),
+               ("temperature_teacher", 2.0, {}), ("divergence", {"kind": "reverse_kl"}, {}))],
+    ("warm-up", {"step": {"num_steps": 3, "updates_per_batch": 2}, "optim": {"warmup_steps": 7}},
+     "optim.warmup_steps = 7 outlasts the run's 6 updates, so that optim.lr is never reached: lower it",
+     {"step": {"num_steps": 3, "updates_per_batch": 2}, "optim": {"warmup_steps": 6}}),
+    ("empty contract", {"cliff": {"contract": {"box": " "}}}, "cliff.contract.box is an empty pattern",
+     {"cliff": {"contract": {"box": "="}}}),
+    ("no contract", {"cliff": {"contract": {}, "eos": False}}, "name at least one forced form",
+     {"cliff": {"contract": {}}}),
+    ("decay", {"optim": {"lr": 0.5, "weight_decay": 2.0}},
+     "optim.weight_decay = 2 takes lr times as much, a share of 1, from every weight in one update, which leaves none: "
+     "lower it below 1 / lr = 2", {"optim": {"lr": 0.5, "weight_decay": 1.9}}),
     *[(f"{kind} of no hint", {"prompt": {"hint": "none"}, "exposure": {"kind": kind}},
        f'prompt.hint = "none" shows nothing at any ratio, so exposure.kind = "{kind}" steers nothing: set exposure = '
        '{kind = "fixed"}', {"prompt": {"hint": "none"}, "exposure": {"kind": "linear"}})
@@ -122,6 +137,54 @@ def test_what_does_not_go_together_is_refused_with_its_remedy(
 ) -> None:
     assert message in error_of(tree)
     build_config(legal)
+
+
+def placed(key: str, value: Any, **beside: Any) -> dict[str, Any]:
+    """Return a tree of one dotted key, with others beside it in its section."""
+    section, _, name = key.rpartition(".")
+    tree = {name: value} | beside
+    for part in reversed(section.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+@pytest.mark.parametrize(("key", "low", "high", "beside"), [
+    ("loss.temperature_student", 1e-3, 1e3, {}),
+    ("loss.temperature_teacher", 1e-3, 1e3, {}),
+    ("rollout.temperature", 1e-3, 1e3, {}),
+    ("eval.temperature", 1e-3, 1e3, {}),
+    ("exposure.temperature", 1e-3, 1e3, {"kind": "influence"}),
+    ("target.lambda_x", 1e-6, 100, {"kind": "extrapolate"}),
+    ("target.scale", 1e-6, 100, {"kind": "residual"}),
+    ("target.bound", 1e-6, 1e6, {"kind": "residual"}),
+    ("gate.beta", 0, 1e6, {"kind": "sdar"}),
+    ("rl.kl_coef", 0, 1e6, {}),
+    ("rl.eps_high", 1e-9, 1e6, {}),
+    ("rl.dual_clip", 1.1, 1e6, {}),
+    ("rl.importance_clip", 1, 1e6, {}),
+    ("loss.divergence.importance_clip", 1.1, 1e6, {"kind": "sampled"}),
+    ("optim.lr", 1e-30, 10, {}),
+    ("optim.eps", 1e-30, 1, {}),
+    ("model.lora.alpha", 1e-9, 1e6, {}),
+    ("threads", 0, 4096, {}),
+])  # fmt: skip
+def test_settings_that_can_only_end_in_broken_numbers_are_refused(
+    key: str, low: float, high: float, beside: dict[str, Any]
+) -> None:
+    """Both ends of the range are legal, and beyond them is a line that names the key."""
+    for value in (low, high):
+        build_config(placed(key, value, **beside) if "." in key else {key: int(value)})
+    above = high * 2 if "." in key else int(high) + 1
+    message = error_of(placed(key, above, **beside) if "." in key else {key: above})
+    assert key.rpartition(".")[2] in message
+    if low in (1e-3, 1e-6) or key == "optim.eps":
+        assert key.rpartition(".")[2] in error_of(placed(key, low / 2, **beside))
+
+
+@pytest.mark.parametrize("kind", ["both", "retire"])
+def test_the_coefficient_of_a_router_is_bounded(kind: str) -> None:
+    assert f"routing.{kind}.coef: Input should be less than or equal to 1000000" in error_of(routed(kind, coef=1e38))
+    build_config(routed(kind, coef=1e6))
 
 
 @pytest.mark.parametrize("exposure", ["fixed", "linear", "cosine", "random"])

@@ -94,7 +94,7 @@ def test_a_value_in_place_of_a_section_is_refused(key: str, given: str, where: s
 @pytest.mark.parametrize("text", ["{kind=", "[1, 2", '"open', "'open", "5e", "7b/model"])
 def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
     assert error_of(f"model.path={text}") == (
-        f"override value {text!r} is not valid TOML: quote it, or mend the brackets"
+        f"override model.path: value {text!r} is not valid TOML: quote it, or mend the brackets"
     )
 
 
@@ -144,16 +144,101 @@ def test_all_errors_are_named_at_once() -> None:
     assert all(key in message for key in ("seed: ", "; optim.lr: ", "; unknown key 'exposur'"))
 
 
-def test_an_unknown_kind_lists_the_known_ones() -> None:
-    message = error_of("exposure.kind=fixd")
-    assert message.startswith("some.toml: exposure: Input tag 'fixd'")
-    assert all(kind in message for kind in ("'fixed'", "'random'", "'beta'"))
+def test_an_unknown_kind_names_the_nearest_and_lists_the_known_ones() -> None:
+    assert error_of("exposure.kind=fixd").startswith(
+        "some.toml: exposure.kind = 'fixd' is unknown: did you mean 'fixed'? known are fixed, linear, cosine, steps, "
+        "random, beta, "
+    )
+    assert error_of("exposure.kind=5").startswith("some.toml: exposure.kind = '5' is unknown: known are fixed, linear,")
 
 
 @pytest.mark.parametrize("section", ["reveal", "gradient", "gate", "selection", "target", "routing", "curriculum"])
 def test_an_unknown_kind_of_any_section_is_named(section: str) -> None:
     message = error_of(f'{section}={{kind="nw"}}')
-    assert message.startswith(f"some.toml: {section}: Input tag 'nw'")
+    assert message.startswith(f"some.toml: {section}.kind = 'nw' is unknown: ")
+    assert "known are " in message
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("exposure={ratio=0.5}", 'exposure lacks its kind: write exposure = {kind = "fixed"}; known are fixed, linear, '),
+    ("routing.coef=0.5", 'routing lacks its kind: write routing = {kind = "distil"}; known are distil, rl, '),
+    ("loss.divergence.beta=0.5", 'loss.divergence lacks its kind: write loss.divergence = {kind = "forward_kl"}; known '
+     "are forward_kl, reverse_kl, jsd, sampled"),
+    ("rollout.engine={}", 'rollout.engine lacks its kind: write rollout.engine = {kind = "hf"}; known are hf'),
+])  # fmt: skip
+def test_a_section_without_its_kind_lists_the_known_ones(override: str, expected: str) -> None:
+    assert error_of(override).startswith(f"some.toml: {expected}")
+
+
+@pytest.mark.parametrize(("override", "key"), [
+    ("optim.lr=true", "optim.lr"),
+    ("seed=false", "seed"),
+    ("optim.betas=[0.9, true]", "optim.betas"),
+    ("loss.top_k=true", "loss.top_k"),  # a number or nothing
+    ("model.lora.r=true", "model.lora.r"),
+    ('reveal={kind="overlap", n=true}', "reveal.overlap.n"),
+    ("loss.divergence={kind='jsd', beta=true}", "loss.divergence.jsd.beta"),
+    ("cliff.grid=[0, true]", "cliff.grid"),
+])  # fmt: skip
+def test_true_and_false_are_no_numbers(override: str, key: str) -> None:
+    assert error_of(override).startswith(f"some.toml: {key}: Input should be a number, not true or false (given: ")
+
+
+def test_whole_numbers_and_numbers_as_text_are_numbers_still() -> None:
+    config = build_config(
+        apply_overrides(TREE, ["optim.lr=1", 'optim.eps="0.5"', "step.num_steps=7.0", "loss.top_k=9"])
+    )
+    assert (config.optim.lr, config.optim.eps, config.step.num_steps, config.loss.top_k) == (1.0, 0.5, 7, 9)
+    assert build_config({"model": {"gradient_checkpointing": True}}).model.gradient_checkpointing is True
+
+
+@pytest.mark.parametrize(("tree", "key"), [
+    ({"seed": 2**63}, "seed"),
+    ({"seed": 10**5000}, "seed"),
+    ({"optim": {"lr": 10**400}}, "optim.lr"),
+    ({"cliff": {"grid": [0, 10**5000]}}, "cliff.grid"),
+])  # fmt: skip
+def test_whole_numbers_beyond_64_bits_are_refused(tree: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_config(tree)
+    assert str(caught.value).startswith(f"config: {key}: Input should be a number of at most 64 bits (given: ")
+    assert len(str(caught.value)) < 300
+    build_config({"seed": 2**63 - 1})
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert error_of(f"optim.lr={'x' * 1000}").endswith(f"(given: '{'x' * 196}...)")
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (f"seed = {'1' * 5000}\n", "holds a number of thousands of digits"),
+    (f"arms = {'[' * 5000}{']' * 5000}\n", "is nested too deeply"),
+    (f"[{'.'.join('a' * 3000)}]\n", "is nested too deeply"),
+])  # fmt: skip
+def test_a_recipe_beyond_all_bounds_is_named(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "huge.toml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"recipe {path} {expected}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    (f"seed={'1' * 5000}", "override seed: value '111"),
+    (f"arms={'[' * 5000}{']' * 5000}", "override arms: value '[[["),
+    (f"{'.'.join('a' * 21)}=1", "is nested too deeply: no key lies 20 levels deep"),
+    (f"{'.'.join('a' * 3000)}=1", "is nested too deeply"),
+    ("seed=1\noptim.lr=5", "override seed: value '1\\noptim.lr=5' holds several lines: give one override for each key"),
+])  # fmt: skip
+def test_an_override_beyond_all_bounds_is_named(override: str, expected: str) -> None:
+    assert expected in error_of(override)
+    assert len(error_of(override)) < 400
+
+
+def test_control_characters_of_keys_reach_no_terminal() -> None:
+    message = error_of(tree={"arms": {"a\nb\x1b[31m": 5}})
+    assert message == "some.toml: arms.a\\nb\\x1b[31m: Input should be a valid tuple (given: 5)"
 
 
 def test_a_kind_of_another_section_is_sent_there() -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 from typing import NoReturn
 
-from atesd.types import UserError
+from atesd.types import UserError, one_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -41,7 +41,7 @@ def user_line(error: Exception) -> str | None:
 def fail(message: str, code: int) -> NoReturn:
     """Print one line on stderr and exit; no line where the message is empty, because the help was printed instead."""
     if message:
-        print("error:", message.replace("\n", " "), file=sys.stderr)
+        print("error:", one_line(" ".join(message.split("\n"))), file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,7 +8,7 @@ from shlex import quote
 
 from atesd.cli.errors import fail
 from atesd.cli.progress import RunProgress, clock, make_console, metrics_table, silence_libraries
-from atesd.types import UserError
+from atesd.types import NonFiniteError, UserError
 
 
 def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
@@ -16,7 +16,6 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     silence_libraries()
     from atesd.recipe import load_config
     from atesd.train.loop import Interrupted, Trainer
-    from atesd.train.step import NonFiniteError
 
     console = make_console()
     if resume is not None:
@@ -44,11 +43,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         console.print(f"stopped at once, without saving step {trainer.step}; {carry_on}")
         raise SystemExit(130) from None
     except NonFiniteError as error:
-        fail(
-            f"step {trainer.step}: {error}; nothing was updated. Lower optim.lr in a new run, or look at the last "
-            f"rollouts in {path}",
-            1,
-        )
+        fail(f"after step {trainer.step}: {error}; metrics and rollouts until there are in {path}", 1)
     except Exception as error:
         error.add_note(carry_on)
         raise

@@ -12,7 +12,7 @@ from pydantic import Field
 from atesd.evaluate.metrics import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
 from atesd.rewards.answer import extract_answer
 from atesd.rollout.driver import Driver
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.sampler import SamplingConfig, Temperature
 from atesd.types import Config, Group, Problem, StopReason, UserError
 
 Traits = Callable[[Problem, str], dict[str, bool]]
@@ -27,8 +27,8 @@ class EvalConfig(Config):
     """Completions a problem: Average@k."""
     problems: Annotated[int, Field(ge=1)] | None = None
     """Evaluate on the first so many problems of the evaluation set; unset, on all."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Sampling temperature of evaluation."""
+    temperature: Temperature = 1.0
+    """Sampling temperature of evaluation, from .001 to 1000; 0 takes the most probable token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Nucleus of evaluation; 1 switches the cut off."""
     top_k: Annotated[int, Field(ge=0)] = 0

@@ -176,8 +176,11 @@ class BetaSettings(Config):
             raise ValueError(
                 f"the look-ahead of {self.span} steps is no multiple of probe_every {self.probe_every}; change either"
             )
-        if self.alpha_min > self.alpha_max or (self.bounds == "affine" and self.alpha_min == self.alpha_max):
-            raise ValueError(f"alpha_min {self.alpha_min} must lie below alpha_max {self.alpha_max}")
+        if self.alpha_min >= self.alpha_max:
+            raise ValueError(
+                f"alpha_min {self.alpha_min} must lie below alpha_max {self.alpha_max}: for a ratio that stays, set "
+                'exposure = {kind = "fixed"}'
+            )
         if len(set(self.features)) != len(self.features):
             raise ValueError("features name one twice; list each once")
         if len(self.gt_grid) < 2 or list(self.gt_grid) != sorted(set(self.gt_grid)):

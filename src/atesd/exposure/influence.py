@@ -38,8 +38,8 @@ class Influence(HeldMethod):
     """Exposure ratio before the first credit."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the credits' moving averages, per window."""
-    temperature: Annotated[float, Field(gt=0)] = 0.2
-    """Softness of the choice between ratios; towards 0 it takes the best one."""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.2
+    """Softness of the choice between ratios; towards 0 it takes the best one. From .001 to 1000."""
 
     measured: ClassVar[bool] = True
     reads_length: ClassVar[bool] = False

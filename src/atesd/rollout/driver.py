@@ -8,17 +8,21 @@ nothing that was sampled is ever rendered or tokenised again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from atesd.envs.base import Environment, Episode
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
 from atesd.seeds import derive_seed
-from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError
+from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, shown
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
+
+_LARGEST_REWARD = 1e9
 
 
 @dataclass(slots=True)
@@ -39,6 +43,8 @@ class Driver:
     environment: Environment
     student_messages: Callable[[Problem], list[Message]]
     reward: RewardFunction
+    warned: list[str] = field(default_factory=list, repr=False)
+    """What the user was told already; a copy of the driver shares it."""
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
         """Return one graded group a problem. Attempts cut off by the length limit grade as wrong."""
@@ -84,7 +90,7 @@ class Driver:
             for problem, part in zip(problems, parts, strict=True)
         ]
         if self.environment.grades:
-            return _rewarded(groups, [attempt.episode.reward() for attempt in attempts])
+            return self._rewarded(groups, [attempt.episode.reward() for attempt in attempts])
         return self.grade(groups)
 
     def reference(self, problems: Sequence[Problem], limit: int) -> list[Group]:
@@ -92,7 +98,10 @@ class Driver:
         return self.grade([Group(problem, (Trajectory((self._reference(problem, limit),)),)) for problem in problems])
 
     def grade(self, groups: Sequence[Group]) -> list[Group]:
-        """Fill in the rewards, all in one call of the reward function. UserError unless it returns one a completion."""
+        """Fill in the rewards, all in one call of the reward function.
+
+        UserError unless it returns one a completion, each None or a finite number of at most a thousand million.
+        """
         attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
         rewards = self.reward(
             prompts=[problem.problem for problem, _ in attempts],
@@ -101,6 +110,18 @@ class Driver:
             solution=[problem.solution for problem, _ in attempts],
             id=[problem.id for problem, _ in attempts],
         )
+        return self._rewarded(groups, rewards)
+
+    def _rewarded(self, groups: Sequence[Group], returned: object) -> list[Group]:
+        """Fill in what the grader returned; say once where it could grade nothing at all."""
+        rewards = _plain_rewards(returned, sum(len(group.trajectories) for group in groups))
+        if rewards and not self.warned and all(reward is None for reward in rewards):
+            self.warned.append("ungradable")
+            warnings.warn(
+                f"no completion could be graded: all {len(rewards)} rewards of a step are None, which counts as "
+                "ungradable, never as wrong; check that problems have answers that the grader can read",
+                stacklevel=2,
+            )
         return _rewarded(groups, rewards)
 
     def _reference(self, problem: Problem, limit: int) -> Turn:
@@ -117,7 +138,6 @@ class Driver:
 
 
 def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[Group]:
-    _check_rewards(rewards, sum(len(group.trajectories) for group in groups))
     given = iter(rewards)
     return [
         replace(group, trajectories=tuple(_graded(attempt, next(given)) for attempt in group.trajectories))
@@ -126,18 +146,40 @@ def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[
 
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
-    return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else float(reward))
+    return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else reward)
 
 
-def _check_rewards(rewards: Sequence[float | None], completions: int) -> None:
+def _plain_rewards(returned: object, completions: int) -> list[float | None]:
+    """Return what a reward function returned as plain numbers. UserError says what else it was."""
+    remedy = "return one a completion, None where it cannot be graded"
+    if isinstance(returned, str | bytes | Mapping) or not (
+        hasattr(returned, "__len__") and hasattr(returned, "__iter__")
+    ):
+        raise UserError(f"the reward function returned {shown(returned)} for {completions} completions: {remedy}")
+    try:
+        rewards = list(cast("Iterable[object]", returned))
+    except TypeError as error:  # an array of no dimension has a length, but none that can be asked for
+        raise UserError(f"the reward function returned {shown(returned)}, which is no list: {remedy}") from error
     if len(rewards) != completions:
+        raise UserError(f"the reward function returned {len(rewards)} rewards for {completions} completions: {remedy}")
+    return [None if reward is None else _plain_number(reward) for reward in rewards]
+
+
+def _plain_number(reward: object) -> float:
+    if not hasattr(reward, "__float__"):
+        raise UserError(f"the reward function returned {shown(reward)}: return a number, or None for no grade")
+    try:
+        number = float(cast("float", reward))
+    except (TypeError, ValueError, RuntimeError):  # an array of several numbers
         raise UserError(
-            f"the reward function returned {len(rewards)} rewards for {completions} completions: "
-            "return one a completion, None where it cannot be graded"
+            f"the reward function returned {shown(reward)}: return a number, or None for no grade"
+        ) from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"the reward function returned {number}: return a finite number, or None for no grade")
+    if abs(number) > _LARGEST_REWARD:
+        raise UserError(
+            f"the reward function returned {number:g}, beyond {_LARGEST_REWARD:g}, where advantages overflow: scale it"
         )
-    strange = [reward for reward in rewards if reward is not None and not hasattr(reward, "__float__")]
-    if strange:
-        raise UserError(f"the reward function returned {strange[0]!r}: return a number, or None for no grade")
-    broken = [reward for reward in rewards if reward is not None and not math.isfinite(reward)]
-    if broken:
-        raise UserError(f"the reward function returned {broken[0]}: return a finite number, or None for no grade")
+    return number

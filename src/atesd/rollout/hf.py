@@ -5,6 +5,7 @@ B prompts of one call, L prompt positions, T sampled positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -15,7 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import EngineMethod, Sampler, SamplingConfig, Weights
-from atesd.types import StopReason, Turn, UserError
+from atesd.rollout.weights import SHRINK, largest_weight
+from atesd.types import NonFiniteError, StopReason, Turn, UserError
 
 
 class HFEngine(EngineMethod):
@@ -57,7 +59,10 @@ class HFSampler:
         self._version = weights.version
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
-        """Sample one completion a prompt. UserError if prompt and completion exceed the model's context."""
+        """Sample one completion a prompt. UserError if prompt and completion exceed the model's context.
+
+        NonFiniteError where the model's logits leave no distribution to sample from.
+        """
         if not prompts:
             return []
         assert all(prompts), "a prompt without tokens has nothing to continue"
@@ -74,7 +79,7 @@ class HFSampler:
         device = self._model.device
         ids_BL = torch.tensor([[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         start_B1 = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
-        recorder = _Recorder(sampling.temperature or 1.0)
+        recorder = _Recorder(sampling.temperature or 1.0, self._model)
         sequences_BL = self._model.generate(
             input_ids=ids_BL.to(device),
             attention_mask=(torch.arange(width) >= start_B1).long().to(device),
@@ -130,14 +135,18 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
     sampled shows at the next call, and for the last token in `finish`.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, model: nn.Module) -> None:
         self._temperature = temperature
+        self._model = model
         self._latest_BV: Tensor | None = None
         self._sampled: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._gather(input_ids)
         self._latest_BV = (scores / self._temperature).log_softmax(-1)
+        # One NaN or +inf makes a whole row NaN; entries of probability 0 are allowed.
+        if not bool(self._latest_BV.amax(-1).isfinite().all()):
+            raise NonFiniteError(_why_no_distribution(self._model, scores, self._temperature))
         return scores
 
     def finish(self, sequences_BL: Tensor) -> Tensor:
@@ -148,6 +157,17 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
     def _gather(self, ids_BL: Tensor) -> None:
         if self._latest_BV is not None:
             self._sampled.append(self._latest_BV.gather(-1, ids_BL[:, -1:]).squeeze(-1))
+
+
+def _why_no_distribution(model: nn.Module, scores: Tensor, temperature: float) -> str:
+    """Say where the first number that is not finite comes from: weights, activations or the temperature."""
+    name, size = largest_weight(model)
+    if not math.isfinite(size):
+        return f"nothing can be sampled, as the model's weights are not finite (first {name}): {SHRINK}"
+    if bool(scores.isfinite().all()):
+        return f"nothing can be sampled, as logits divided by a temperature of {temperature:g} overflow: raise it"
+    largest = f"though the weights are (largest {size:.3g} in {name})"
+    return f"nothing can be sampled, as the model's logits are not finite, {largest}: {SHRINK}"
 
 
 def _chunks(lengths: Sequence[int], sampling: SamplingConfig) -> Iterator[list[int]]:

@@ -6,18 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from atesd.rollout.render import Renderer
 from atesd.types import Config, Method, Turn
 
 
+def _warm(temperature: float) -> float:
+    if 0 < temperature < 1e-3:
+        raise ValueError(f"{temperature:g} is too small: at least .001, or 0 for the most probable token")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=1e3), AfterValidator(_warm)]
+"""0, or from .001 to 1000: with less, logits divided by it leave the range of float32."""
+
+
 class SamplingConfig(Config):
     """How completions are sampled. Defaults: OPSD's released recipe."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.1
-    """Divides the logits; 0 takes the most probable token (evaluation only)."""
+    temperature: Temperature = 1.1
+    """Divides the logits: from .001 to 1000; 0 takes the most probable token (evaluation only)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Sample from the smallest set of tokens with this mass; 1 switches the cut off."""
     top_k: Annotated[int, Field(ge=0)] = 20

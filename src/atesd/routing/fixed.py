@@ -77,8 +77,8 @@ class Both(_Fixed):
     """L_rl + coef L_distil on every group, each with its own denominator; SDAR with `gate.kind = "sdar"`."""
 
     kind: Literal["both"] = "both"
-    coef: Annotated[float, Field(ge=0)] = 0.01
-    """Factor of the distillation loss (lambda_sdar); 0 is reinforcement alone. SDAR: .01."""
+    coef: Annotated[float, Field(ge=0, le=1e6)] = 0.01
+    """Factor of the distillation loss (lambda_sdar), at most a million; 0 is reinforcement alone. SDAR: .01."""
 
     reinforces: ClassVar[bool] = True
     distils: ClassVar[bool] = True

@@ -23,8 +23,8 @@ class Retire(RoutingMethod):
     """
 
     kind: Literal["retire"] = "retire"
-    coef: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of the distillation loss while it lasts."""
+    coef: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Factor of the distillation loss while it lasts, at most a million."""
     patience: Annotated[int, Field(ge=1)] = 20
     """Steps without a new least mismatch before the teacher retires."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9

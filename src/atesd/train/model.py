@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import warnings
 from importlib import resources, util
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.types import UserError
 
@@ -32,13 +36,18 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     """Return the model in training form and its tokenizer.
 
     `seed` fixes the random half of LoRA's initialisation. UserError if the folder lacks a model, tokenizer or chat
-    template, or if the architecture's logits cannot be tiled.
+    template, if its weights are pickled or not finite, or if the architecture's logits cannot be tiled.
     """
     path = resolve(config.path)
+    _refuse_pickles(Path(path))
     tokenizer = load_tokenizer(path)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), trust_remote_code=False, output_loading_info=True
+            path,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except _DAMAGED as error:
         raise UserError(
@@ -50,6 +59,11 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
         raise UserError(
             f"the weights in {path!r} lack {len(found['missing_keys'])} tensors ({named}), which would be random: "
             "save the whole model again"
+        )
+    name, size = largest_weight(model)
+    if not math.isfinite(size):
+        raise UserError(
+            f"the weights in {path!r} are not finite (first {name}): take an earlier checkpoint of the model"
         )
     _refuse_logit_transforms(model)
     if config.gradient_checkpointing:
@@ -85,7 +99,31 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer in {path!r} has no EOS token: completions could never end; set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _try_chat_template(path, tokenizer)
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _try_chat_template(path: str, tokenizer: Any) -> None:
+    """Render a question; a template is a program, and may fail in any way."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1 = ?"}], add_generation_prompt=True)
+    except Exception as error:
+        raise UserError(
+            f"the chat template of the tokenizer in {path!r} does not render a question ({type(error).__name__}: "
+            f"{first_line(error)}): mend its chat_template.jinja"
+        ) from error
+
+
+def set_threads(count: int) -> None:
+    """Give torch that many CPU threads, unless it is 0; warn where the machine has fewer cores."""
+    cores = os.cpu_count() or count
+    if count > cores:
+        warnings.warn(
+            f"threads = {count}, but the machine has {cores} cores, which makes every step slower: lower it",
+            stacklevel=2,
+        )
+    if count:
+        torch.set_num_threads(count)
 
 
 def disable_progress_bars() -> None:
@@ -157,23 +195,37 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return cast(
-                "nn.Module",
-                get_peft_model(
-                    cast("Any", model),
-                    PeftLoraConfig(
-                        r=config.r,
-                        lora_alpha=cast("int", config.alpha),
-                        lora_dropout=0.0,
-                        target_modules=list(config.targets),
-                        task_type="CAUSAL_LM",
-                    ),
+            adapted = get_peft_model(
+                cast("Any", model),
+                PeftLoraConfig(
+                    r=config.r,
+                    lora_alpha=cast("int", config.alpha),
+                    lora_dropout=0.0,
+                    target_modules=list(config.targets),
+                    task_type="CAUSAL_LM",
                 ),
             )
         except ValueError as error:
             raise UserError(
                 f"LoRA does not fit this model ({first_line(error)}): name its layers in model.lora.targets"
             ) from error
+    if hasattr(cast("Any", model).get_output_embeddings(), "base_layer"):
+        raise UserError(
+            "model.lora.targets names the output head, whose adapter would never be read, as losses take the head's "
+            "own weights: remove it (usually lm_head)"
+        )
+    return cast("nn.Module", adapted)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights are pickled: loading them could run any code."""
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"the weights in {str(folder)!r} are pickled ({pickled[0]}), and loading them could run any code: convert "
+            "them, if you trust them, with transformers' from_pretrained(...).save_pretrained(...), which writes "
+            "safetensors"
+        )
 
 
 def _refuse_logit_transforms(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Literal
 
 from atesd.losses.policy import PolicyConfig, group_advantages
@@ -10,7 +11,7 @@ from atesd.losses.target import View
 from atesd.routing.route import Route
 from atesd.train.batch import Row
 from atesd.train.hints import Hints
-from atesd.types import Group, Trajectory, Turn
+from atesd.types import Group, NonFiniteError, Trajectory, Turn
 
 OWN_RATIO: dict[View, float] = {"full": 1.0, "answer": 0.0}
 """Views with an exposure ratio of their own."""
@@ -92,7 +93,13 @@ class Rows:
         dropped = self._policy.zero_variance == "drop" and len(set(group.rewards)) <= 1
         if "rl" not in route.components or dropped or not group.rewards:
             return [None] * len(group.trajectories)
-        found = iter(group_advantages(group.rewards, self._policy.scale))
+        advantages = group_advantages(group.rewards, self._policy.scale)
+        if not all(map(isfinite, advantages)):
+            raise NonFiniteError(
+                f"the advantages of problem {group.problem.id!r} are not finite (largest reward "
+                f"{max(group.rewards, key=abs):g}): scale the rewards"
+            )
+        found = iter(advantages)
         return [None if attempt.reward is None else next(found) for attempt in group.trajectories]
 
     def _weight(self, group: Group) -> float:

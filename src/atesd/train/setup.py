@@ -30,7 +30,7 @@ from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.measure import Measurer
-from atesd.train.model import context_length, load
+from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.probe import Probe
 from atesd.train.rows import Rows
@@ -92,8 +92,7 @@ class Parts:
 
 def assemble(config: RunConfig) -> Parts:
     """Build the parts of a run. UserError names what does not fit and the remedy."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes were launched, one is supported: start atesd directly")

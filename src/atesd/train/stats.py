@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from atesd.gates.gate import Gate
+from atesd.losses.combine import Component, combine
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.train.batch import Row
@@ -31,6 +32,26 @@ class Listening:
     stats: TokenStats
     selection_N: Tensor
     gate_N: Tensor
+
+
+@dataclass(slots=True)
+class MicroScores:
+    """What a micro-batch gave: its loss components with their graph, and what is logged of it."""
+
+    stats: TokenStats
+    weight_N: Tensor
+    """Weight of each token in the distillation loss; 1 where nothing is distilled."""
+    parts: dict[str, Component]
+    heard: Listening | None = None
+    policy: PolicyValues | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def detached(self) -> MicroScores:
+        """Return it without the graph, its losses as numbers."""
+        losses = {name: float(combine({name: part}).detach()) for name, part in self.parts.items()}
+        parts = {name: replace(part, values_N=part.values_N.detach()) for name, part in self.parts.items()}
+        policy = None if self.policy is None else replace(self.policy, loss_N=self.policy.loss_N.detach())
+        return replace(self, parts=parts, policy=policy, losses=losses)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,15 +27,16 @@ from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
 from atesd.losses.divergence import TokenStreams
-from atesd.losses.policy import PolicyConfig, PolicyTokens, PolicyValues, policy_values
-from atesd.losses.stats import TokenStats
+from atesd.losses.policy import PolicyConfig, PolicyTokens, policy_values
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
 from atesd.train.batch import Passage, Row, micro_batches
+from atesd.train.finite import Scales, cause, refuse_broken_streams, refuse_broken_weights
 from atesd.train.scorer import Scorer
 from atesd.train.stats import (
     Listening,
+    MicroScores,
     StepOutcome,
     concatenate,
     listening_metrics,
@@ -45,10 +46,7 @@ from atesd.train.stats import (
     stream_metrics,
 )
 from atesd.train.teacher import Teachers
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is not a number; raised before the optimizer moves."""
+from atesd.types import NonFiniteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +79,6 @@ class MicroBatch:
     def spread(self, values: Sequence[float], device: torch.device) -> Tensor:
         """Give every token its row's number."""
         return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
-
-
-@dataclass(slots=True)
-class _Scored:
-    """What a micro-batch gave: its loss components with their graph, and what is logged of it."""
-
-    stats: TokenStats
-    weight_N: Tensor
-    """Weight of each token in the distillation loss; 1 where nothing is distilled."""
-    parts: dict[str, Component]
-    heard: Listening | None = None
-    policy: PolicyValues | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-
-    def detached(self) -> _Scored:
-        """Return it without the graph, its losses as numbers."""
-        losses = {name: float(combine({name: part}).detach()) for name, part in self.parts.items()}
-        policy = None if self.policy is None else replace(self.policy, loss_N=self.policy.loss_N.detach())
-        return replace(self, parts={}, policy=policy, losses=losses)
 
 
 def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -161,7 +140,11 @@ class Stepper:
         self._old: dict[int, Tensor] = {}
 
     def optimize(self, rows: Sequence[Row], target: Target) -> StepOutcome:
-        """Train on the rows of one generation batch. NonFiniteError stops before the weights move."""
+        """Train on the rows of one generation batch.
+
+        NonFiniteError stops before the weights move on a loss or gradient that is not finite, and after an update that
+        leaves weights which are not.
+        """
         outcome = StepOutcome()
         self._target = target
         self._scorer.training_mode()
@@ -195,17 +178,17 @@ class Stepper:
         outcome.metrics |= listening_metrics(self._gate, [scored.heard for scored in taken if scored.heard])
         outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
         if taken:
-            self._move(_summed([scored.losses for scored in taken]), outcome)
+            self._move(taken, outcome)
         else:
             outcome.add("optim/empty_updates", 1)
 
     def _score(
         self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor, counts: Mapping[str, float]
-    ) -> _Scored:
+    ) -> MicroScores:
         """Run a micro-batch and weigh its tokens in every active component."""
         streams = self._streams(batch)
         every_N = torch.ones_like(selection_N)
-        scored = _Scored(streams.stats, every_N, {})
+        scored = MicroScores(streams.stats, every_N, {})
         if "distil" in active:
             gate_N = self._gate.weights(streams.stats).detach()
             scored.heard = Listening(streams.stats, selection_N, gate_N)
@@ -234,14 +217,16 @@ class Stepper:
             weights_N = aggregate_weights(weights_N, selection_N, batch.numbering(values_N.device), aggregate)
         return Component(values_N, self._losses.coefs.get(name, 1.0) * weights_N, counts[name])
 
-    def _move(self, losses: Mapping[str, float], outcome: StepOutcome) -> None:
+    def _move(self, taken: Sequence[MicroScores], outcome: StepOutcome) -> None:
         """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
+        losses = _summed([scored.losses for scored in taken])
         total = sum(losses.values())
         model = self._scorer.model
         self._rule.apply(model)
         norm = float(self._accelerator.clip_grad_norm_(model.parameters(), self._max_grad_norm))
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise NonFiniteError(f"loss {total}, gradient norm {norm}")
+            why = cause(model, taken, Scales(self._target, self._losses.coefs))
+            raise NonFiniteError(f"loss {total:g}, gradient norm {norm:g}: {why}")
         outcome.metrics |= {f"loss/{name}": value for name, value in losses.items()}
         outcome.metrics |= {
             "loss/total": total,
@@ -252,6 +237,7 @@ class Stepper:
         self._scheduler.step()
         self._optimizer.zero_grad()
         self._rule.mend(model)
+        refuse_broken_weights(model)
         self._teachers.own.update()
 
     def _streams(self, batch: MicroBatch) -> TokenStreams:
@@ -316,6 +302,7 @@ class Stepper:
             return every
         with torch.no_grad():
             whole = concatenate([self._streams(batches[index]).stats for index in distilled])
+        refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
         selected = self._selection.select(whole, seed).detach()
         pieces = selected.split_with_sizes([sum(batches[index].lengths) for index in distilled])

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from atesd.cli.errors import fail, user_line
-from atesd.types import UserError
+from atesd.types import NonFiniteError, UserError
 
 
 def system_error(number: int, filename: str | None = None) -> OSError:
@@ -53,3 +53,13 @@ def test_fail_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         fail("first\nsecond", 2)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_fail_sends_no_control_characters_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fail("a\rb\x1b[31m\u2028ü→", 2)
+    assert capsys.readouterr().err == "error: a\\rb\\x1b[31m\\u2028ü→\n"
+
+
+def test_a_number_that_is_not_finite_is_the_users_to_mend() -> None:
+    assert user_line(NonFiniteError("lower optim.lr")) == "lower optim.lr"

@@ -48,6 +48,7 @@ def test_bounds_clip_or_stretch() -> None:
         ({"probe_every": 5, "reward": "immediate"}, "no multiple"),
         ({"alpha_min": 0.9, "alpha_max": 0.1}, "must lie below"),
         ({"alpha_min": 0.5, "alpha_max": 0.5, "bounds": "affine"}, "must lie below"),
+        ({"alpha_min": 0.5, "alpha_max": 0.5}, 'for a ratio that stays, set exposure = {kind = "fixed"}'),
         ({"features": ("progress", "progress")}, "list each once"),
         ({"features": ()}, "at least 1"),
         ({"gt_grid": (0.5,)}, "at least two"),
@@ -68,7 +69,7 @@ def test_nonsense_is_refused(fields: dict[str, object], match: str) -> None:
         {"progress_metric": "train_kd", "look_ahead": 4},
         {"progress_metric": "train_kd", "reward": "immediate"},
         {"progress_metric": "train_kd", "force_train_kd": True},
-        {"alpha_min": 0.5, "alpha_max": 0.5},
+        {"alpha_min": 0.5, "alpha_max": 0.51},
         {"probe_every": 5},
     ],
 )

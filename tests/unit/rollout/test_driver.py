@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from atesd.losses.policy import group_advantages
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import Group, Message, Problem, StopReason, UserError
@@ -77,14 +80,54 @@ def test_a_completion_cut_off_grades_as_wrong_where_it_can_be_graded() -> None:
     assert [group.trajectories[0].turns[0].stop for group in cut] == [StopReason.LENGTH] * 2
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [([1.0], "returned 1 rewards for 2 completions"), ([1.0, float("nan")], "returned nan")],
-)
-def test_a_reward_function_that_returns_nonsense_is_named(returned: list[float], message: str) -> None:
-    driver, _ = fake_driver(lambda prompt, place: "x", lambda **columns: returned)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(("returned", "message"), [
+    ([1.0], "returned 1 rewards for 2 completions: return one a completion"),
+    (0.5, r"returned 0\.5 for 2 completions: return one a completion"),
+    (None, "returned None for 2 completions"),
+    ("10", "returned '10' for 2 completions"),
+    ({"a": 1, "b": 0}, r"returned \{'a': 1, 'b': 0\} for 2 completions"),
+    ((each for each in (0.0, 1.0)), "returned <generator .* for 2 completions"),
+    (torch.tensor(1.0), r"returned tensor\(1\.\), which is no list"),
+    (np.float64(1.0), r"returned np\.float64\(1\.0\) for 2"),
+    ([1.0, float("nan")], "returned nan: return a finite number"),
+    ([1.0, -float("inf")], "returned -inf: return a finite number"),
+    ([1.0, 10**400], "returned inf: return a finite number"),
+    ([1.0, Decimal("1e400")], "returned inf: return a finite number"),
+    ([0.0, 1e308], r"returned 1e\+308, beyond 1e\+09, where advantages overflow: scale it"),
+    ([0.0, -1.1e9], "beyond"),
+    ([0.0, "1.0"], r"returned '1\.0': return a number, or None"),
+    ([0.0, [1.0]], r"returned \[1\.0\]: return a number, or None"),
+    (np.ones((2, 3)), r"returned array\(.*: return a number, or None"),
+    (torch.ones(2, 3), r"returned tensor\(.*: return a number, or None"),
+])  # fmt: skip
+def test_a_reward_function_that_returns_nonsense_is_named(returned: object, message: str) -> None:
+    driver, _ = fake_driver(lambda prompt, place: "x", lambda **columns: returned)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UserError, match=message) as caught:
         driver.rollout(PROBLEMS, sampling(1), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_largest_rewards_give_finite_advantages() -> None:
+    driver, _ = fake_driver(lambda prompt, place: "x", lambda **columns: [1e9, -1e9])
+    (group,) = driver.rollout(PROBLEMS[:1], sampling(2), seed=0)
+    for scale, expected in (("std", 1.0), ("none", 1e9)):  # mean 0, standard deviation 1e9
+        assert group_advantages(group.rewards, scale) == pytest.approx([expected, -expected])  # type: ignore[arg-type]
+
+
+def test_that_nothing_can_be_graded_is_said_once_and_taken_for_no_grade() -> None:
+    driver, _ = fake_driver(lambda prompt, place: "x", lambda completions, **_: [None] * len(completions))
+    with pytest.warns(UserWarning, match="no completion could be graded: all 4 rewards of a step are None") as said:
+        found = rewards(driver.rollout(PROBLEMS, sampling(2), seed=0))
+    copied = replace(driver, student_messages=driver.student_messages)
+    again = rewards(copied.rollout(PROBLEMS, sampling(2), seed=0))  # a second warning would be an error
+    assert found == again == [[None, None], [None, None]]
+    assert len(said) == 1
+
+
+def test_some_ungraded_completions_are_no_news() -> None:
+    driver, _ = fake_driver(lambda prompt, place: "x", lambda **_: [None, 0.0])
+    driver.rollout(PROBLEMS, sampling(1), seed=0)
+    assert driver.warned == []
 
 
 def reference_driver() -> Driver:

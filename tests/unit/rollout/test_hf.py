@@ -12,7 +12,7 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from atesd.rollout.hf import HFSampler
 from atesd.rollout.sampler import SamplingConfig, Weights
-from atesd.types import StopReason, Turn, UserError
+from atesd.types import NonFiniteError, StopReason, Turn, UserError
 
 from support.models import EOS, PAD, VOCABULARY, tiny_model
 
@@ -241,3 +241,41 @@ def test_turns_carry_text_and_the_version_of_the_weights() -> None:
     (turn,) = sampler.sample([[5, 6]], OPEN, seed=0)
     assert turn.weights_version == 4
     assert turn.text == " ".join(map(str, turn.completion_ids))
+
+
+@pytest.mark.parametrize("sampling", [OPEN, GREEDY])
+def test_broken_weights_are_named_instead_of_sampled_from(sampling: SamplingConfig) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.norm.weight[0] = float("inf")
+    with pytest.raises(
+        NonFiniteError, match=r"weights are not finite \(first model\.layers\.1\.mlp\.up_proj\.weight\): star"
+    ):
+        sampler_of(model).sample(PROMPTS, sampling, seed=0)
+
+
+def test_weights_that_have_outgrown_float32_are_named_with_their_size() -> None:
+    """Finite weights of 1e30 in two factors give activations of 1e60."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e30)
+        model.lm_head.weight.mul_(1e25)
+    largest = r"logits are not finite, though the weights are \(largest 1e\+30 in model\.norm\.weight\): start again"
+    with pytest.raises(NonFiniteError, match=largest):
+        sampler_of(model).sample(PROMPTS, OPEN, seed=0)
+
+
+def test_a_temperature_that_overflows_the_logits_is_named() -> None:
+    cold = OPEN.model_copy(update={"temperature": 1e-45})
+    with pytest.raises(NonFiniteError, match="logits divided by a temperature of 1e-45 overflow: raise it"):
+        sampler_of(tiny_model()).sample(PROMPTS, cold, seed=0)
+
+
+def test_entries_of_probability_zero_are_no_breakage() -> None:
+    model = tiny_model(tied=False)
+    bias = torch.zeros(VOCABULARY)
+    bias[5:] = -torch.inf
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    turns = sampler_of(model).sample(PROMPTS, OPEN, seed=0)
+    assert {token for turn in turns for token in turn.completion_ids} <= set(range(5))

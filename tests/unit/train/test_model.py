@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atesd.sections import LoraConfig, ModelConfig
-from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve
+from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve, set_threads
 from atesd.types import UserError
 
 from support.folders import write_byte_model
@@ -220,3 +220,63 @@ def test_weights_that_lack_a_tensor_are_refused_instead_of_drawn_at_random(tmp_p
     save_file(kept, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack \d+ tensors \(model.layers.1.*save the whole model again"):
         load(ModelConfig(path=str(folder)), 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_first(value: float, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    tensors["model.norm.weight"][0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"are not finite \(first model\.layers\.1\.mlp\.up_proj\.weight\): take an ear"
+    ):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def test_pickled_weights_are_refused_unread(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"this would be run")
+    with pytest.raises(UserError, match=r"are pickled \(pytorch_model\.bin\), .* convert them, if you trust them"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def test_a_pickle_beside_safetensors_does_no_harm(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"this would be run")
+    load(ModelConfig(path=str(folder)), 0)
+
+
+@pytest.mark.parametrize(("template", "named"), [
+    ("{% for m in messages %}", "TemplateSyntaxError"),
+    ("{{ raise_exception('only tools') }}", "TemplateError: only tools"),
+    ("{{ messages[0].content + 1 }}", "TypeError"),
+    ("{{ messages[3].content.x }}", "UndefinedError"),
+])  # fmt: skip
+def test_a_chat_template_that_does_not_render_is_refused(template: str, named: str, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"does not render a question .*: mend its chat_template\.jinja") as caught:
+        load_tokenizer(str(folder))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_on_the_output_head_is_refused_as_nothing_would_read_it(folder: Path) -> None:
+    edit(folder / "config.json", tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj",))), 0)
+    with pytest.raises(UserError, match=r"names the output head, whose adapter would never be read.*remove it"):
+        load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj", "lm_head"))), 0)
+
+
+def test_more_threads_than_cores_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    set_threads(0)
+    set_threads(4)
+    with pytest.warns(UserWarning, match="threads = 5, but the machine has 4 cores"):
+        set_threads(5)
+    assert given == [4, 5]

@@ -1,0 +1,24 @@
+"""The size of a model's weights, for those who must say why its numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+SHRINK = "start again with a lower optim.lr or optim.weight_decay, or a smaller optim.max_grad_norm"
+"""The remedy for weights that training has driven out of their range."""
+
+
+def largest_weight(model: nn.Module) -> tuple[str, float]:
+    """Return the name and the size of the largest weight; of the first that is not finite, where there is one."""
+    found = ("", 0.0)
+    for name, weight in model.named_parameters():
+        if weight.numel():
+            low, high = weight.detach().aminmax()
+            size = float(torch.maximum(-low, high))
+            if not math.isfinite(size):
+                return name, size
+            found = max(found, (name, size), key=lambda each: each[1])
+    return found
