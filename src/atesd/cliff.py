@@ -51,19 +51,27 @@ def threshold(p: float, b: float, c: float) -> float:
 def largest_p(strength: float, b: float, c: float) -> float:
     """Return the p in (b, 1) with lambda*(p, b, c) = strength: teachers up to there are safe. UserError as above.
 
-    lambda* falls from infinity at p = b to 1 at p = 1, so there is exactly one for a strength above 1.
+    lambda* falls from infinity at p = b to 1 at p = 1, so there is exactly one for a strength above 1. Where no float
+    is as close to b or to 1 as that, the next float inside.
     """
+    p = _probability(_largest_logit(strength, b, c))
+    return min(max(p, float(np.nextafter(b, 1.0))), float(np.nextafter(1.0, 0.0)))
+
+
+def _largest_logit(strength: float, b: float, c: float) -> float:
+    """Return the logit of `largest_p`, which keeps its digits near p = 1: infinity where it exceeds 700."""
     _check_domain(p=b, b=b, c=c)
     if not (strength > 1.0 and isfinite(strength)):
         raise UserError(f"lambda = {strength} has no largest p: give a finite lambda above 1")
-    low, high = logit(b), 700.0  # in logits: near p = 1 a probability has no digits left
+    low, high = logit(b), 700.0
 
     def excess(x: float) -> float:
         return 1.0 + log1p((c - 1.0) * (1.0 + exp(-x))) / (x - low) - strength
 
     if excess(high) >= 0.0:
-        return float(np.nextafter(1.0, 0.0))
-    return _probability(float(brentq(excess, low + 1e-9, high, xtol=1e-12, rtol=1e-14)))
+        return inf
+    nearest = low + 1e-9
+    return nearest if excess(nearest) <= 0.0 else float(brentq(excess, nearest, high, xtol=1e-12, rtol=1e-14))
 
 
 def fixed_point(p: float, b: float, strength: float) -> float:
@@ -231,8 +239,12 @@ def _probability(value: float) -> float:
 
 
 def _crossing(known: ContractClass, strength: float, c: float, high: float) -> float:
-    """Return the largest ratio up to `high` at which p <= largest_p; -infinity where there is none."""
-    limit = logit(clamp(largest_p(strength, known.b, c)))
+    """Return the largest ratio up to `high` at which p <= largest_p; -infinity where there is none.
+
+    Both are compared as logits, and the bound is not clamped as p was: a p that saturates its clamp is safe where the
+    bound lies beyond the clamp, as `threshold` says too.
+    """
+    limit = _largest_logit(strength, known.b, c)
     ratios, values = known.ratios, known.logit_p
     if values[0] > limit:
         return -inf

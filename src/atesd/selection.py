@@ -1,5 +1,8 @@
 """Selection: which tokens of the student's completions are distilled at all. The loss is a mean over those.
 
+A selection is 0 where a token is left out, and the token's weight elsewhere: 1, unless the draw is to be made good. The
+loss of an update is sum_t s_t w_t D_t / K, K the number of tokens with s_t > 0.
+
 Shapes: N valid completion tokens of all distilled completions of an update; padding never gets here.
 
 TIP, arXiv 2604.14084: with h^ and d^ the student's entropy (cut at its 98th percentile) and
@@ -10,7 +13,15 @@ KL(student || teacher), each min-max normalised over the batch,
     soft_or      the same by h^ + d^ - h^ d^
     multinomial  rho N tokens drawn without replacement, in proportion to h_norm^a (JSD / ln 2)^g
 
-Scores are detached. Where all scores are equal the normalised ones are 0 and the first tokens win.
+`multinomial` is biased: tokens of high score are drawn more often and then count alike, so the expected mean is not
+that of all tokens. With `weighting = "importance"` (ours) it is. The K tokens of least E_t / v_t are kept, E_t standard
+exponential and v_t the token's draw weight: the same draw, one after another without replacement. With tau the (K+1)-th
+least of these numbers,
+
+    s_t = (K / N) / (1 - exp(-v_t tau))      E [sum_t s_t x_t / K] = mean_t x_t      for any x, exactly
+
+since, given the other tokens' numbers, token t is kept with that probability (the argument of priority sampling,
+cs/0509026). Scores are detached. Where all scores are equal the normalised ones are 0 and the first tokens win.
 """
 
 from __future__ import annotations
@@ -34,7 +45,7 @@ _SCORES = {
 
 
 class Selection(Protocol):
-    """A rule from the statistics of a whole update to a 0/1 choice."""
+    """A rule from the statistics of a whole update to a choice, 0/1 or with weights."""
 
     @property
     def needs_batch(self) -> bool:
@@ -42,7 +53,11 @@ class Selection(Protocol):
         ...
 
     def select(self, stats: TokenStats, seed: int) -> Tensor:
-        """Return 0/1 per token, [N]; the same statistics and seed give the same answer."""
+        """Return 0 per token that is left out, [N], else its weight, above 0: 1 but where a draw is made good.
+
+        The loss is divided by the number of tokens above 0, so weights should be 1 in the mean. The same statistics and
+        seed give the same answer.
+        """
         ...
 
 
@@ -72,7 +87,10 @@ class TipSelection(SelectionMethod):
     """TIP's informative tokens (2604.14084). Ours: the score `q3`, as the paper's thresholds are not published.
 
     Deviations: 1. the second factor of `multinomial` is the configured divergence, cut at ln 2: the released code's
-    with `loss.divergence.kind = "jsd"`; 2. ties go to the first tokens.
+    with `loss.divergence.kind = "jsd"`; 2. ties go to the first tokens; 3. `weighting = "importance"`, under which the
+    loss is an unbiased estimate of the mean over all tokens, where `multinomial` is not. The estimate is unbiased with
+    `loss.aggregate = "token"`; with "sequence" each completion's mean is the ratio of both weighted sums, and
+    completions without a selected token are left out.
     """
 
     kind: Literal["tip"] = "tip"
@@ -86,11 +104,19 @@ class TipSelection(SelectionMethod):
     """a of `multinomial`."""
     divergence_power: Annotated[float, Field(ge=0)] = 1.0
     """g of `multinomial`; 0 draws by entropy alone."""
+    weighting: Literal["none", "importance"] = "none"
+    """Whether tokens that `multinomial` drew count alike (TIP's code), or weigh the inverse of how likely they were
+    drawn, so that the loss is in expectation the mean over all tokens (ours)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.score == "multinomial" and self.entropy_power == self.divergence_power == 0:
             raise ValueError("multinomial with both powers 0 draws at random: raise entropy_power or divergence_power")
+        if self.weighting == "importance" and self.score != "multinomial":
+            raise ValueError(
+                f'weighting = "importance" makes good a random draw, but score = "{self.score}" ranks: '
+                'set score = "multinomial", or remove weighting'
+            )
         return self
 
     @property
@@ -102,14 +128,19 @@ class TipSelection(SelectionMethod):
         """Name share and score."""
         if not self.needs_batch:
             return ""
-        return f"Of the tokens {100 * self.ratio:.3g} % are distilled, {_SCORES[self.score]} (TIP)"
+        made_good = ", weighed by the inverse of that chance" if self.weighting == "importance" else ""
+        return f"Of the tokens {100 * self.ratio:.3g} % are distilled, {_SCORES[self.score]}{made_good} (TIP)"
 
     def select(self, stats: TokenStats, seed: int) -> Tensor:
-        """Keep max(1, floor(rho N)) tokens."""
+        """Keep max(1, floor(rho N)) tokens, K."""
         count = stats.student_logprob.numel()
         if count == 0 or self.ratio == 1:
             return torch.ones_like(stats.student_logprob)
         kept = max(1, math.floor(count * self.ratio + 1e-9))
+        if kept == count:
+            return torch.ones_like(stats.student_logprob)
+        if self.weighting == "importance":
+            return self._weighed(stats, kept, seed)
         selected = torch.zeros_like(stats.student_logprob)
         selected[self._chosen(stats, kept, seed)] = 1.0
         return selected
@@ -118,8 +149,22 @@ class TipSelection(SelectionMethod):
         if self.score != "multinomial":
             return self.scores(stats).argsort(descending=True, stable=True)[:kept]
         generator = torch.Generator().manual_seed(seed)
-        weights = self._draw_weights(stats).double().cpu() + 1e-12  # a zero weight may still have to be drawn
-        return torch.multinomial(weights, kept, replacement=False, generator=generator).to(stats.student_logprob.device)
+        chosen = torch.multinomial(self._positive(stats), kept, replacement=False, generator=generator)
+        return chosen.to(stats.student_logprob.device)
+
+    def _weighed(self, stats: TokenStats, kept: int, seed: int) -> Tensor:
+        """Draw as `multinomial` does, each token with the weight of the module's docstring; `kept` < N."""
+        weights = self._positive(stats)
+        numbers = torch.empty_like(weights).exponential_(generator=torch.Generator().manual_seed(seed)) / weights
+        least = numbers.argsort(stable=True)
+        chosen, bound = least[:kept], numbers[least[kept]]
+        selected = torch.zeros_like(weights)
+        selected[chosen] = kept / len(weights) / -torch.expm1(-weights[chosen] * bound)
+        return selected.to(stats.student_logprob)
+
+    def _positive(self, stats: TokenStats) -> Tensor:
+        """Return the draw weights in float64 on the CPU, above 0: a zero weight may still have to be drawn."""
+        return self._draw_weights(stats).double().cpu() + 1e-12
 
     def scores(self, stats: TokenStats) -> Tensor:
         """Return what tokens are ranked by, [N], in [0, 1]."""

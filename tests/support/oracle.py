@@ -461,7 +461,7 @@ class Oracle:
         rl = self.settings["rl"]
         gap = logprob - old
         if rl["ratio"] == "sequence":
-            gap = gap.detach().mean() + gap - gap.detach()
+            gap = gap.mean().expand_as(gap)
         ratio = gap.exp()
         bounded = ratio.clamp(1 - rl["eps_low"], 1 + rl["eps_high"])
         gain = torch.minimum(ratio * row.advantage, bounded * row.advantage)

@@ -220,3 +220,28 @@ def test_a_meter_asks_on_its_cadence_ignores_other_steps_and_is_restored_from_js
 def test_sections_that_make_no_sense_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         CliffConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize("b", [0.5, 0.9, 0.999, 0.9995, 0.99999])
+@pytest.mark.parametrize("strength", [1.1, 1.25, 1.5])
+def test_a_p_that_saturates_its_clamp_is_as_safe_as_its_threshold_says(b: float, strength: float) -> None:
+    """lambda* at 1 - 1e-6: 1.116 at b .5, 1.259 at .9995, so a lambda of 1.25 is safe at the latter only."""
+    full = meter({"eos": (1.0,) * 5}, b=b)
+    safe = full.threshold(1.0) >= strength
+    assert full.largest_ratio(strength, 0.0, 1.0) == float(safe)
+    assert full.largest_ratio(strength, 0.2, 0.8) == (0.8 if safe else 0.2)
+
+
+def test_the_saturated_cases_lie_on_both_sides() -> None:
+    assert meter({"eos": (1.0,) * 5}, b=0.9995).largest_ratio(1.25, 0.0, 1.0) == 1.0
+    assert meter({"eos": (1.0,) * 5}, b=0.999).largest_ratio(1.25, 0.0, 1.0) == 0.0
+    # logit of the largest p at lambda 1.25, b .9995, c 5: 7.6004 + ln 5 / .25 = 14.04 > 13.82 = logit(1 - 1e-6)
+    assert log(0.9995 / 0.0005) + log(5) / 0.25 > log((1 - 1e-6) / 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strength", "b"), [(1.01, 0.5), (1.0 + 1e-9, 0.5), (1.25, 1 - 1e-15), (1e6, 0.999), (1e12, 0.5)]
+)
+def test_the_largest_p_lies_strictly_between_the_base_and_1(strength: float, b: float) -> None:
+    p = largest_p(strength, b, 5)
+    assert b < p < 1

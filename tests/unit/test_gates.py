@@ -102,6 +102,52 @@ def test_the_gate_and_the_centred_gate_have_the_same_expected_update_and_the_cen
     assert float(means[0] @ (p - q)) > 0, "the expected update points from the student to the teacher"
 
 
+def expected_gradient(gate: SdarGate, target: Tensor) -> Tensor:
+    """E over y ~ p_S of the loss's gradient to the logits at one position: every token of 5, through the real gate."""
+    logits = torch.tensor([0.2, -0.4, 1.1, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    log_q = logits.log_softmax(-1)
+    entropy = -(log_q.exp() * log_q).sum().detach()
+    stats = stats_of(teacher_logprob=target.log(), student_logprob=log_q.detach(), student_entropy=entropy.expand(5))
+    divergence = (log_q.exp() * (log_q - target.log())).sum().expand(5)  # the same whatever was sampled
+    streams = TokenStreams(divergence, log_q, stats)
+    losses = gate.weights(stats).detach() * gate.values(streams)
+    (gradient,) = torch.autograd.grad((log_q.exp().detach() * losses).sum(), logits)
+    return gradient
+
+
+TEACHER = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25], dtype=torch.float64)
+NO_TEACHER = [SdarGate(score="entropy"), SdarGate(score="entropy", beta=0.3, centered=True), SdarGate(beta=0.0)]
+TAUGHT = [
+    SdarGate(),
+    SdarGate(centered=True),
+    SdarGate(score="soft_or"),
+    SdarGate(score="entropy", target="divergence"),
+    SdarGate(beta=0.0, target="divergence"),
+]
+
+
+@pytest.mark.parametrize("gate", NO_TEACHER, ids=repr)
+def test_a_surrogate_whose_gate_does_not_know_the_token_has_no_expected_gradient_and_warns(gate: SdarGate) -> None:
+    assert expected_gradient(gate, TEACHER).abs().max() < 1e-15
+    assert expected_gradient(gate, TEACHER.flip(0)).abs().max() < 1e-15
+    warning = gate.warning()
+    assert warning is not None
+    assert ("gate.beta = 0" if gate.beta == 0 else 'gate.score = "entropy"') in warning
+    assert "expected gradient is 0" in warning
+
+
+@pytest.mark.parametrize("gate", TAUGHT, ids=repr)
+def test_every_other_gate_teaches_and_does_not_warn(gate: SdarGate) -> None:
+    gradient = expected_gradient(gate, TEACHER)
+    assert gradient.abs().max() > 1e-3
+    assert (gradient - expected_gradient(gate, TEACHER.flip(0))).abs().max() > 1e-3
+    assert gate.warning() is None
+
+
+def test_an_open_gate_has_nothing_to_warn_of() -> None:
+    assert OpenGate().warning() is None
+
+
 def test_the_surrogate_looks_at_the_sampled_token_alone() -> None:
     stats = stats_of(teacher_logprob=torch.tensor([-1.0]), student_logprob=torch.tensor([-2.0]))
     streams = TokenStreams(torch.tensor([0.7]), torch.tensor([-2.5]), stats)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from atesd.kinds import SelectionSection
+from atesd.losses.combine import Aggregate, Component, aggregate_weights, combine, selected_units
 from atesd.losses.stats import TokenStats
 from atesd.selection import SelectAll, TipSelection
 
@@ -105,6 +109,95 @@ def test_the_multinomial_draw_goes_by_powers_of_entropy_and_divergence(
         assert counts[token] / 4000 == pytest.approx(weight / sum(weights), abs=0.025)  # 3 standard errors
 
 
+# Draw weights h_norm (D / ln 2) = (1, .4, .3, .2, .1) up to ln 2, and what is averaged: tokens of high weight are large.
+DRAWN = stats_of([1.0, 0.8, 0.6, 0.4, 0.2], [0.0] * 5, divergence=[0.5, 0.25, 0.25, 0.25, 0.25])
+WEIGHTS = (1.0, 0.4, 0.3, 0.2, 0.1)
+VALUES = torch.tensor([2.0, 0.5, 1.0, 0.2, 0.3], dtype=torch.float64)
+
+
+def chances(weights: Sequence[float], kept: int) -> dict[frozenset[int], float]:
+    """Exactly how likely each set is, drawn one after another without replacement: every order of every set."""
+    found: dict[frozenset[int], float] = {}
+    for order in permutations(range(len(weights)), kept):
+        chance, left = 1.0, sum(weights)
+        for token in order:
+            chance, left = chance * weights[token] / left, left - weights[token]
+        found[frozenset(order)] = found.get(frozenset(order), 0.0) + chance
+    return found
+
+
+def draws(weighting: Literal["none", "importance"], number: int = 6000) -> Tensor:
+    draw = TipSelection(score="multinomial", ratio=0.6, weighting=weighting)
+    return torch.stack([draw.select(DRAWN, seed) for seed in range(number)]).double()
+
+
+def test_what_a_multinomial_draw_selects_has_another_mean_than_all_tokens() -> None:
+    exact = chances(WEIGHTS, 3)
+    mean = sum(chance * float(VALUES[list(chosen)].mean()) for chosen, chance in exact.items())
+    assert sum(exact.values()) == pytest.approx(1.0)
+    assert mean == pytest.approx(1.0119, abs=1e-4)
+    assert float(VALUES.mean()) == pytest.approx(0.8)
+    estimates = (draws("none") * VALUES).sum(1) / 3
+    assert float(estimates.mean()) == pytest.approx(mean, abs=4 * float(estimates.std()) / math.sqrt(6000))
+
+
+def test_importance_weights_keep_the_draw_and_make_its_mean_that_of_all_tokens() -> None:
+    selected = draws("importance")
+    assert ((selected > 0).sum(1) == 3).all()
+    counts = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in selected)
+    for chosen, chance in chances(WEIGHTS, 3).items():
+        assert counts[chosen] / 6000 == pytest.approx(chance, abs=4 * math.sqrt(chance * (1 - chance) / 6000))
+    for token in range(5):  # for every function of the tokens: E s_t = K / N
+        error = 4 * float(selected[:, token].std()) / math.sqrt(6000)
+        assert 0.0 < error < 0.08
+        assert float(selected[:, token].mean()) == pytest.approx(3 / 5, abs=error)
+
+
+def test_importance_weights_are_the_inverse_of_the_chance_that_the_others_leave() -> None:
+    """Given the bound tau, token t was kept with 1 - exp(-v_t tau): one tau explains all weights of a draw."""
+    draw = TipSelection(score="multinomial", ratio=0.6, weighting="importance")
+    for seed in range(20):
+        selected = draw.select(DRAWN, seed)
+        kept_weights = {token: float(selected[token]) for token in range(5) if selected[token] > 0}
+        last = max(kept_weights)  # of the least draw weight: the others are closer to 1, where digits are lost
+        bound = -math.log1p(-0.6 / kept_weights[last]) / WEIGHTS[last]
+        expected = {token: 0.6 / (1 - math.exp(-WEIGHTS[token] * bound)) for token in kept_weights}
+        assert kept_weights == pytest.approx(expected, rel=1e-5)
+        assert selected.tolist() == draw.select(DRAWN, seed).tolist()
+
+
+def test_equal_draw_weights_need_no_correction_in_the_mean_and_all_tokens_none_at_all() -> None:
+    flat = stats_of([1.0] * 400, [0.0] * 400, divergence=[0.3] * 400)
+    selected = TipSelection(score="multinomial", ratio=0.25, weighting="importance").select(flat, 0)
+    kept_weights = selected[selected > 0]
+    assert len(kept_weights) == 100
+    assert float(kept_weights.std()) == pytest.approx(0.0, abs=1e-5)
+    # tau is the 101st of 400 exponential numbers: -ln(.75) up to its spread, sqrt(1 / 3 / 400) = .03
+    assert float(kept_weights[0]) == pytest.approx(1.0, abs=0.3)
+    whole = TipSelection(score="multinomial", ratio=0.9999999999, weighting="importance")
+    assert whole.select(DRAWN, 0).tolist() == [1.0] * 5
+    assert TipSelection(score="multinomial", ratio=0.1, weighting="importance").select(stats_of([1.0], [1.0]), 0) == 1
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_the_loss_of_an_importance_weighted_draw_is_in_expectation_that_of_all_tokens(aggregate: Aggregate) -> None:
+    """As the step takes it: weights that hold selection and gate. One sequence: of it `sequence` takes the ratio."""
+    gate, sequence = torch.tensor([0.5, 1.0, 0.25, 1.0, 2.0]).double(), torch.tensor([4] * 5)
+    losses = []
+    for selection in draws("importance"):
+        weights = aggregate_weights(selection * gate, selection, sequence, aggregate)
+        units = selected_units(selection, sequence, aggregate)
+        assert units == (3 if aggregate == "token" else 1)
+        losses.append(combine({"distil": Component(VALUES, weights, units)}))
+        if aggregate == "sequence":
+            assert float(losses[-1]) == pytest.approx(float((selection * gate * VALUES).sum() / selection.sum()))
+    mean = torch.stack(losses).mean()
+    error = 4 * float(torch.stack(losses).std()) / math.sqrt(6000)
+    if aggregate == "token":
+        assert error < 0.02
+        assert float(mean) == pytest.approx(float((gate * VALUES).mean()), abs=error)
+
+
 def test_another_seed_draws_other_tokens() -> None:
     stats = stats_of([1.0] * 50, [1.0] * 50)
     draw = TipSelection(score="multinomial", ratio=0.2)
@@ -127,6 +220,7 @@ def test_nothing_to_select_from_gives_nothing() -> None:
         ({"ratio": 0.0}, "greater than 0"),
         ({"ratio": 1.5}, "less than or equal to 1"),
         ({"score": "multinomial", "entropy_power": 0.0, "divergence_power": 0.0}, "draws at random"),
+        ({"score": "entropy", "weighting": "importance"}, "makes good a random draw"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:

@@ -3,7 +3,8 @@
 arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference. Only this half of it is here:
 its interpolation of targets at tokens of mismatched entropy is left out, and its thresholds are not known to us. Ours:
 1. reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; one
-that is shorter than n counts as a whole; 2. the exposure bounds the share from above. Nothing is learned; the strong
+that is shorter than n counts as a whole, and one without any letter or digit, such as `\\]` on a line of its own, never:
+every rollout with a formula shares it; 2. the exposure bounds the share from above. Nothing is learned; the strong
 baseline, with `exposure = {kind = "fixed"}` at ratio 1.
 """
 
@@ -45,13 +46,16 @@ class Overlap(Cut):
         return self._shown(problem, ratio)
 
     def share(self, solution: str, said: str) -> float:
-        """Return the share of the solution that a text follows, plus the extra segments; more than 1 is possible."""
+        """Return the share of the solution that a text follows, plus the extra segments; more than 1 is possible.
+
+        A segment of signs alone is never where a text was last seen to follow; it counts among the extra ones.
+        """
         parts, spoken = split_segments(solution, self.unit), words(said)
         last = -1
         for index, part in enumerate(parts):
             own = words(part)
             n = min(self.n, len(own))
-            if n and grams(own, n) & grams(spoken, n):
+            if _says_something(part) and grams(own, n) & grams(spoken, n):
                 last = index
         return (last + 1 + self.extra) / len(parts)
 
@@ -59,6 +63,10 @@ class Overlap(Cut):
 def words(text: str) -> list[str]:
     """Cut a text into words, numbers and single signs."""
     return _WORD.findall(text)
+
+
+def _says_something(part: str) -> bool:
+    return any(letter.isalnum() for letter in part)
 
 
 def grams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:

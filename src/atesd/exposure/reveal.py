@@ -27,15 +27,17 @@ Order = Literal["prefix", "suffix", "random_segments"]
 # Text in which no sentence may end. Dollars follow pandoc's rule, so that the prices in "pays $5. Then $6" are not a
 # formula: no space after the opening sign, none before the closing one, and no digit behind it. Spans are bounded to
 # keep hostile text (thousands of unclosed openings) cheap.
+_BREAK = r"(?:\r\n?+|\n)"  # one line end, of Unix, Windows or an old Mac; never the halves of \r\n
 _FORMULA = (
     r"\$\$.{1,4000}?\$\$"
     r"|\\\[.{1,4000}?\\\]|\\\(.{1,4000}?\\\)"
     r"|\\begin\{(?P<environment>[a-zA-Z]{1,20}\*?)\}.{0,4000}?\\end\{(?P=environment)\}"
-    r"|(?<!\\)\$(?=\S)(?:[^$\\\n]|\\.|\n(?!\s*\n)){1,2000}?(?<=\S)\$(?!\d)"
+    rf"|(?<!\\)\$(?=\S)(?:[^$\\\r\n]|\\(?:\r\n|.)|{_BREAK}(?!\s*[\r\n])){{1,2000}}?(?<=\S)\$(?!\d)"
 )
 _ABBREVIATION = r"\b(?:e\.g|i\.e|etc|cf|vs|resp|approx|Eqs?|Figs?|Thm|Lem|Prop|Cor|Dr|Mrs?|Ms|St|Prof)\."
-_LIST_NUMBER = r"(?:^|\n)[ \t]*(?:\d{1,3}|[a-zA-Z])\."
-_STOP = r"(?:(?<![.!?])[.!?]++[\"'\u201d\u2019)\]}*_]*+(?=\s)|[\u3002\uff01\uff1f]++)|\n(?=[ \t\r]*\n)"
+_LIST_NUMBER = r"(?:^|[\r\n])[ \t]*(?:\d{1,3}|[a-zA-Z])\."
+_EMPTY_LINE = rf"{_BREAK}[ \t]*{_BREAK}"
+_STOP = rf"(?:(?<![.!?])[.!?]++[\"'\u201d\u2019)\]}}*_]*+(?=\s)|[\u3002\uff01\uff1f]++)|(?={_EMPTY_LINE}){_BREAK}"
 _SCAN = re.compile(rf"(?P<formula>{_FORMULA})|(?P<skip>{_ABBREVIATION}|{_LIST_NUMBER})|(?P<stop>{_STOP})", re.DOTALL)
 _FORMULA_STOP = re.compile(r"[.!?]\s*(?:\$\$?|\\\]|\\\)|\\end\{[a-zA-Z*]+\})$")
 _SPACE = re.compile(r"\s*")
@@ -66,14 +68,14 @@ def split_segments(solution: str, unit: Unit = "auto") -> list[str]:
 
     Every segment has visible text and carries the white space that follows it. Sentences end at `.`, `!` or `?`
     before white space, or at an empty line; not inside formulas, at decimals, list numbers or common abbreviations.
-    UserError if the solution is empty.
+    Lines end at a line feed, a carriage return, or both together, which are one end. UserError if the solution is empty.
     """
     if unit not in get_args(Unit):
         raise UserError(f"reveal unit {unit!r} is unknown; choose one of {', '.join(get_args(Unit))}")
     if not solution.strip():
         raise UserError("the reference solution is empty, so there is nothing to reveal; drop the row or fill it in")
     if unit == "auto":
-        unit = "line" if sum(1 for line in solution.split("\n") if line.strip()) > 1 else "sentence"
+        unit = "line" if sum(1 for line in re.split(r"[\r\n]", solution) if line.strip()) > 1 else "sentence"
     ends = {"line": _line_ends, "sentence": _sentence_ends, "paragraph": _paragraph_ends, "token": _word_ends}[unit]
     return _cut(solution, ends(solution))
 
@@ -146,11 +148,11 @@ def _cut(text: str, ends: Iterable[int]) -> list[str]:
 
 
 def _line_ends(text: str) -> list[int]:
-    return [match.end() for match in re.finditer(r"\n(?:[ \t\r]*\n)*", text)]
+    return [match.end() for match in re.finditer(rf"{_BREAK}(?:[ \t]*{_BREAK})*", text)]
 
 
 def _paragraph_ends(text: str) -> list[int]:
-    return [match.end() for match in re.finditer(r"\n[ \t\r]*\n\s*", text)]
+    return [match.end() for match in re.finditer(rf"{_EMPTY_LINE}\s*", text)]
 
 
 def _word_ends(text: str) -> list[int]:

@@ -40,6 +40,10 @@ class GateMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("reads_divergence", "describe", "values", "weights", "metrics")
 
+    def warning(self) -> str | None:
+        """Return what to warn of before step 0; None for nothing."""
+        return None
+
 
 class OpenGate(GateMethod):
     """Every token listens fully."""

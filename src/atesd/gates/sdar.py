@@ -35,15 +35,19 @@ class SdarGate(GateMethod):
     """SDAR's sigmoid gate (2605.15155). Defaults: the paper's; its coefficient .01 is `routing.coef` of `both`.
 
     The surrogate pushes every sampled token up with weight g_t in (0, 1), so the teacher acts through the gate alone;
-    its value is minus a gated estimate of a divergence and says nothing about progress. Ours: `centered`, which has the
-    same expected gradient on-policy and less variance, and `target = "divergence"`, the gate as a multiplier.
+    its value is minus a gated estimate of a divergence and says nothing about progress. So a gate that does not know
+    the sampled token teaches nothing: on-policy, with untruncated sampling, the expected gradient of a position,
+    E_y [-g grad log p_S(y)] = -g grad 1, is 0 for `score = "entropy"`, as for beta = 0. What is left is noise (and,
+    where sampling is truncated, a pull to what was sampled). Ours: `centered`, which has the same expected gradient
+    on-policy and less variance, and `target = "divergence"`, the gate as a multiplier, which is free of all this.
     """
 
     kind: Literal["sdar"] = "sdar"
     score: Literal["gap", "entropy", "soft_or"] = "gap"
-    """What opens the gate. `entropy` is at least 1/2; `soft_or` falls with the gap where the entropy exceeds 1 nat."""
+    """What opens the gate. `entropy` is at least 1/2, and under the surrogate has no teacher in it; `soft_or` falls
+    with the gap where the entropy exceeds 1 nat."""
     beta: Annotated[float, Field(ge=0)] = 5.0
-    """Steepness (beta_gate); 0 is the constant 1/2."""
+    """Steepness (beta_gate); 0 is the constant 1/2, which under the surrogate has no teacher in it."""
     centered: bool = False
     """Subtract 1/2: weights in (-1/2, 1/2). For the surrogate only; recommended there."""
     target: Literal["surrogate", "divergence"] = "surrogate"
@@ -62,6 +66,22 @@ class SdarGate(GateMethod):
     def reads_divergence(self) -> bool:
         """The surrogate looks at the sampled token alone."""
         return self.target == "divergence"
+
+    @property
+    def _knows_token(self) -> bool:
+        """Whether the gate of a position depends on the token that was sampled there."""
+        return self.score != "entropy" and self.beta > 0
+
+    def warning(self) -> str | None:
+        """Warn of a surrogate whose expected gradient is 0 on-policy, whatever the teacher says."""
+        if self.reads_divergence or self._knows_token:
+            return None
+        field = "gate.beta = 0" if self.beta == 0 else f'gate.score = "{self.score}"'
+        return (
+            f"{field} with the surrogate: this gate is the same whatever token was sampled, so on-policy the expected "
+            'gradient is 0 and the teacher has no say; set gate.score = "gap" with beta above 0, or gate.target = '
+            '"divergence"'
+        )
 
     def describe(self) -> str:
         """Name score and target."""

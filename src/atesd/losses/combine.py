@@ -49,22 +49,24 @@ def selected_units(selection_N: Tensor, sequence_N: Tensor, aggregate: Aggregate
     """Count what the mean is over: selected tokens, or sequences with at least one of them.
 
     Counts of micro-batches and processes add up to the normaliser, as long as no sequence is split between them.
-    `selection_N` is 0/1; `sequence_N` numbers the token's sequence, in any order.
+    A token is selected where `selection_N` is positive; `sequence_N` numbers the token's sequence, in any order.
     """
     if aggregate == "token":
-        return int(selection_N.sum().item())
+        return int((selection_N > 0).sum().item())
     return int(sequence_N[selection_N > 0].unique().numel())  # type: ignore[no-untyped-call]
 
 
 def aggregate_weights(weights_N: Tensor, selection_N: Tensor, sequence_N: Tensor, aggregate: Aggregate) -> Tensor:
     """Return the weights whose sum with values, over `selected_units`, is the mean asked for.
 
-    token: w. sequence: w / (selected tokens of the token's sequence), so that every sequence counts alike whatever its
-    length. Tokens that are not selected get 0.
+    token: w. sequence: w / (sum of the selection over the token's sequence), so that every sequence counts alike
+    whatever its length; with a selection of 0 and 1 that sum is its number of selected tokens. Tokens that are not
+    selected get 0; `weights_N` hold the selection's own weights already.
     """
-    weights_N = weights_N * selection_N
+    selected_N = selection_N > 0
+    weights_N = weights_N * selected_N
     if aggregate == "token":
         return weights_N
     _, index_N = sequence_N.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    counts = torch.zeros_like(weights_N).scatter_add_(0, index_N, selection_N.to(weights_N.dtype))
-    return weights_N / counts[index_N].clamp(min=1)
+    sums = torch.zeros_like(weights_N).scatter_add_(0, index_N, selection_N.to(weights_N.dtype))
+    return weights_N / torch.where(selected_N, sums[index_N], 1)

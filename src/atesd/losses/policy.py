@@ -1,6 +1,6 @@
 """The on-policy reinforcement branch: group-relative advantages and the clipped surrogate.
 
-    A_i = (R_i - mean R) / (std R + 1e-6)                                  one advantage a completion, 0 if std R is 0
+    A_i = (R_i - mean R) / (std R + eps)                                   one advantage a completion, 0 if std R is 0
     r_t = p_S(y_t) / p_old(y_t)
     loss_t = -w_t min(r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A) + kl_coef k3_t
     k3_t = exp(d) - d - 1,  d = log p_ref(y_t) - log p_S(y_t)              in expectation KL(p_S || p_ref)
@@ -8,8 +8,14 @@
 GRPO 2402.03300; `scale = "none"` with `aggregate = "constant"`: Dr.GRPO 2503.20783; eps_high .28, `aggregate = "token"`
 and `zero_variance = "drop"`: DAPO 2503.14476; `ratio = "sequence"`: GSPO 2507.18071; dual clip: 1912.09729.
 w_t = min(p_old / p_sampler, importance_clip) corrects for a sampler whose probabilities differ from the trainer's.
-p_old are the weights that the step began with. Deviations: 1. std with ddof 0 (a group of equal rewards is no signal
-whatever ddof); 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
+p_old are the weights that the step began with. With GSPO r is one for a sequence, exp(mean_t log r_t), and w_t stays
+each token's: the value weighs a sequence's term by its tokens' weights, and the gradient is that of the value, exactly,
+whatever multiplies the loss per token (it goes through the mean, not through GSPO-token's identity, which would give
+each token's gradient its own w_t). Exact up to what is held constant: A, w, p_old, p_ref; a clipped term has none.
+
+Deviations: 1. `scale = "std"` divides by the std with ddof 0 plus 1e-6 (the GRPO paper names neither); TRL's ddof 1 and
+1e-4 are `scale = "std_trl"`. In a group of G the two differ by sqrt(G / (G - 1)), 7 % at G = 8, and by the eps where
+rewards hardly differ; 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
 """
 
 from __future__ import annotations
@@ -26,11 +32,15 @@ from torch import Tensor
 from atesd.types import Config
 
 
+Scale = Literal["std", "std_trl", "none"]
+
+
 class PolicyConfig(Config):
     """Group-relative policy optimisation. Defaults: token-level mean, clips .2, no KL."""
 
-    scale: Literal["std", "none"] = "std"
-    """Divide advantages by the group's standard deviation (GRPO), or not (Dr.GRPO)."""
+    scale: Scale = "std"
+    """Divide advantages by the group's standard deviation (GRPO), or not (Dr.GRPO). `std` has ddof 0 and adds 1e-6;
+    `std_trl` is what TRL computes: ddof 1, plus 1e-4."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens (DAPO), over sequences of their means (GRPO), or a sum divided by sequences times the
     longest allowed length (Dr.GRPO)."""
@@ -74,22 +84,21 @@ class PolicyValues:
     kl_N: Tensor
 
 
-def group_advantages(rewards: Sequence[float], scale: Literal["std", "none"]) -> list[float]:
-    """Return A_i of one group; all 0 where the rewards are equal."""
+def group_advantages(rewards: Sequence[float], scale: Scale) -> list[float]:
+    """Return A_i of one group; all 0 where the rewards are equal, so also in a group of one."""
     if len(set(rewards)) == 1:
         return [0.0] * len(rewards)  # exactly: the mean of equal numbers may differ from them in the last bit
     mean = sum(rewards) / len(rewards)
-    std = sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    return [(reward - mean) / (std + 1e-6 if scale == "std" else 1.0) for reward in rewards]
+    ddof, eps = (1, 1e-4) if scale == "std_trl" else (0, 1e-6)
+    std = sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - ddof))
+    return [(reward - mean) / (1.0 if scale == "none" else std + eps) for reward in rewards]
 
 
 def policy_values(logprob_N: Tensor, tokens: PolicyTokens, config: PolicyConfig) -> PolicyValues:
     """Return the loss per token. `logprob_N` carries the gradient."""
     gap_N = logprob_N - tokens.old_logprob_N
     if config.ratio == "sequence":
-        # Values of the sequence's mean, gradients of each token times its share (GSPO-token's identity).
-        mean_N = _sequence_mean(gap_N.detach(), tokens.sequence_N)
-        gap_N = mean_N + gap_N - gap_N.detach()
+        gap_N = _sequence_mean(gap_N, tokens.sequence_N)
     ratio_N = gap_N.exp()
     advantage_N = tokens.advantage_N
     bounded_N = ratio_N.clamp(1 - config.eps_low, 1 + config.eps_high)
@@ -117,9 +126,10 @@ def policy_values(logprob_N: Tensor, tokens: PolicyTokens, config: PolicyConfig)
 
 
 def _sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """Give every token the mean of its sequence; differentiable."""
     _, index_N = sequence_N.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     totals_S = torch.zeros(int(index_N.max()) + 1, dtype=values_N.dtype, device=values_N.device)
     counts_S = torch.zeros_like(totals_S)
-    totals_S.scatter_add_(0, index_N, values_N)
+    totals_S = totals_S.scatter_add(0, index_N, values_N)
     counts_S.scatter_add_(0, index_N, torch.ones_like(values_N))
     return (totals_S / counts_S)[index_N]

@@ -53,6 +53,40 @@ def test_lines_carry_the_empty_lines_after_them_and_keep_their_indentation() -> 
     assert split_segments("a\r\nb\r\n", "line") == ["a\r\n", "b\r\n"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_line_end_is_one_break(end: str) -> None:
+    def cut(text: str, unit: str) -> list[str]:
+        return split_segments(text.replace("\n", end), unit)  # type: ignore[arg-type]
+
+    def ended(*segments: str) -> list[str]:
+        return [segment.replace("\n", end) for segment in segments]
+
+    assert cut("a\nb\n", "line") == ended("a\n", "b\n")
+    assert cut("a;\n\n \n  b;\nc\n", "line") == ended("a;\n\n \n", "  b;\n", "c\n")
+    assert cut("a b\nc\n \n\nd", "paragraph") == ended("a b\nc\n \n\n", "d")
+    assert cut("a b\nc\nd", "paragraph") == ended("a b\nc\nd")
+    assert cut("A\n\nSo. C\nd", "sentence") == ended("A\n\n", "So. ", "C\nd")
+    assert cut("1. Add.\n 2. Halve. b", "sentence") == ended("1. Add.\n ", "2. Halve. ", "b")
+    assert cut("If $x. \ny$ so. $a. \n\nb$ c", "sentence") == ended("If $x. \ny$ so. ", "$a. \n\n", "b$ c")
+    assert cut("It is. b\nSo. d", "auto") == ended("It is. b\n", "So. d")
+    assert reveal("a\nb\nc\n".replace("\n", end), 0.67).text == f"a{end}b{end}"
+
+
+def test_line_ends_of_all_kinds_in_one_text() -> None:
+    assert split_segments("a\rb\r\nc\n\rd\r\r\ne", "line") == ["a\r", "b\r\n", "c\n\r", "d\r\r\n", "e"]
+    assert split_segments("a\n\rb\r\r\nc\r\nd", "paragraph") == ["a\n\r", "b\r\r\n", "c\r\nd"]
+
+
+@settings(deadline=None)
+@given(
+    TEXT.filter(lambda text: text.strip() and "\r" not in text), st.sampled_from(UNITS), st.sampled_from(["\r\n", "\r"])
+)
+def test_segments_do_not_depend_on_the_kind_of_line_ends(text: str, unit: Any, end: str) -> None:
+    assert split_segments(text.replace("\n", end), unit) == [
+        segment.replace("\n", end) for segment in split_segments(text, unit)
+    ]
+
+
 def test_paragraphs_and_words() -> None:
     assert split_segments("a b\nc\n \n\nd", "paragraph") == ["a b\nc\n \n\n", "d"]
     assert split_segments("  a b\n c ", "token") == ["  a ", "b\n ", "c "]
@@ -63,7 +97,17 @@ def test_auto_takes_lines_only_where_there_are_several() -> None:
     assert split_segments("It is. b\n\n", "auto") == ["It is. ", "b\n\n"]
 
 
-@pytest.mark.parametrize("hostile", ["." * 300_000, "\\[ $a. " * 5_000, "\n " * 100_000 + "a", "\\begin{a}" * 8_000])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "." * 300_000,
+        "\\[ $a. " * 5_000,
+        "\n " * 100_000 + "a",
+        "\r" * 200_000 + "a",
+        "$\r\n" * 9_000,
+        "\\begin{a}" * 8_000,
+    ],
+)
 def test_hostile_text_is_cut_in_reasonable_time(hostile: str) -> None:
     # A quadratic scan of these would take minutes.
     assert "".join(split_segments("x " + hostile, "sentence")) == "x " + hostile

@@ -89,6 +89,19 @@ def test_overlap_counts_a_segment_shorter_than_the_gram_as_a_whole() -> None:
     assert rule.share("one two. three four five. six", "three four five. six") == 1.0
 
 
+FORMULA = "Add both.\n\\[\n3 + 4 = 7\n\\]\nSo 7.\n$$\n"
+
+
+def test_a_segment_of_signs_alone_is_no_place_that_a_rollout_follows() -> None:
+    rule = Overlap(n=8, extra=0, unit="line")
+    assert rule.share(FORMULA, "I try \\[ 9 * 9 \\] and $$ x $$") == 0.0
+    assert rule.share(FORMULA, "\\[ 3 + 4 = 7 \\]") == 3 / 6
+    assert rule.share(FORMULA, "So 7.") == 5 / 6
+    assert rule.share("{ ( [ + - * / = < > ]\n7", "{ ( [ + - * / = < > ]") == 0.0  # nor a long one
+    assert rule.share("\u7b54\u3002\n_", "\u7b54\u3002 _") == 1 / 2  # letters of any script; `_` is a sign
+    assert Overlap(n=8, extra=1, unit="line").share(FORMULA, "\\[ 3 + 4 = 7 \\]") == 4 / 6
+
+
 def test_the_marker_stands_for_what_overlap_hides() -> None:
     shown = Overlap(n=5, unit="line", hidden_marker="[...]").reveal(PROBLEM, 1.0, rollout("a3*4=1"))
     assert hint_text(PROBLEM, shown, PromptConfig(answer="\n#{answer}")) == "a3*4=7\n[...]\n#4"

@@ -43,6 +43,19 @@ def test_micro_batches_of_one_sequence_equal_one_batch(aggregate: Aggregate) -> 
     assert values.grad[-1].item() == 0
 
 
+def test_a_selection_with_weights_counts_its_tokens_and_is_not_applied_twice() -> None:
+    selection = torch.tensor([0.5, 3.0, 0.0, 1.0], dtype=torch.float64)
+    sequence, gate = torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 0.5, 1.0, 1.0], dtype=torch.float64)
+    assert selected_units(selection, sequence, "token") == 3
+    assert selected_units(selection, sequence, "sequence") == 2
+    assert aggregate_weights(selection * gate, selection, sequence, "token").tolist() == [0.5, 1.5, 0.0, 1.0]
+    # over .5 + 3 = 3.5
+    expected = [0.5 / 3.5, 1.5 / 3.5, 0.0, 1.0]
+    assert aggregate_weights(selection * gate, selection, sequence, "sequence").tolist() == pytest.approx(expected)
+    light = torch.tensor([0.25], dtype=torch.float64)  # a sum below 1 divides as well
+    assert aggregate_weights(light, light, torch.tensor([3]), "sequence").tolist() == [1.0]
+
+
 def test_components_keep_their_own_denominators() -> None:
     # 6 / 2 + 10 / 5 = 5
     distil = Component(torch.tensor([1.0, 5.0]), torch.ones(2), 2)

@@ -45,12 +45,25 @@ def test_advantages_by_hand() -> None:
     # mean .5, std .5: (1 - .5) / (.5 + 1e-6)
     assert group_advantages([1, 0, 0, 1], "std") == pytest.approx([1, -1, -1, 1], abs=1e-5)
     assert group_advantages([1, 0, 0, 0], "none") == [0.75, -0.25, -0.25, -0.25]
-    assert group_advantages([1, 0, 0, 0], "std")[0] == pytest.approx(0.75 / (math.sqrt(3) / 4 + 1e-6))
+    assert group_advantages([1, 0, 0, 0], "std")[0] == pytest.approx(0.75 / (math.sqrt(3) / 4 + 1e-6), rel=1e-12)
+
+
+def test_advantages_as_trl_computes_them() -> None:
+    """torch.std is TRL's, with ddof 1; it adds 1e-4."""
+    # sum of squares .75, over 3: std 1/2
+    assert group_advantages([1, 0, 0, 0], "std_trl")[0] == pytest.approx(0.75 / (0.5 + 1e-4), rel=1e-12)
+    rewards = torch.tensor([0.3, -1.2, 0.31, 2.0, 0.0, 0.0], dtype=torch.float64)
+    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    assert group_advantages(rewards.tolist(), "std_trl") == pytest.approx(expected.tolist(), rel=1e-12)
+    near = group_advantages([0.5, 0.5 + 1e-5], "std_trl")  # the eps is most of the divisor here
+    assert near[1] == pytest.approx(5e-6 / (1e-5 / math.sqrt(2) + 1e-4), rel=1e-6)
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [0.0], [0.3, 0.3], [0.1] * 3, [0.7] * 6])
 def test_equal_rewards_have_no_advantage(rewards: list[float]) -> None:
-    assert group_advantages(rewards, "std") == group_advantages(rewards, "none") == [0.0] * len(rewards)
+    zero = [0.0] * len(rewards)
+    assert group_advantages(rewards, "std") == group_advantages(rewards, "std_trl") == zero
+    assert group_advantages(rewards, "none") == zero
 
 
 @given(st.lists(st.floats(-1, 0), min_size=4, max_size=4), st.floats(-2, 2), st.sampled_from([None, 3.0]))
@@ -128,6 +141,37 @@ def test_gspo_uses_the_sequences_mean_ratio_and_its_gradient() -> None:
     (values.loss_N[:2].mean() + values.loss_N[2]).backward()
     s = math.exp(0.05)
     torch.testing.assert_close(logprob.grad, torch.tensor([-2 * s / 2, -2 * s / 2, math.exp(0.1)], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("importance_clip", [None, 2.0])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gspos_gradient_is_that_of_its_value_whatever_weighs_the_tokens(
+    importance_clip: float | None, per_token: bool
+) -> None:
+    """Finite differences; sampler weights of .5, 1.5 and 2 (a cut 4) in one sequence, then 1.2 and .9; one is held."""
+    sequence = [5, 5, 5, 2, 2, 8]
+    old = torch.tensor([-1.0, -1.2, -0.7, -2.0, -0.4, -1.0], dtype=torch.float64)
+    sampler = old - torch.tensor([0.5, 1.5, 4.0, 1.2, 0.9, 0.7], dtype=torch.float64).log()
+    advantage = [1.0, 1.0, 1.0, -0.8, -0.8, 1.0]
+    batch = tokens(advantage, old.tolist(), sampler=sampler.tolist(), sequence=sequence, reference=[-1.0] * 6)
+    config = PolicyConfig(ratio="sequence", importance_clip=importance_clip, kl_coef=0.1)
+    outer = torch.tensor([1.0, 0.3, 2.0, 0.7, 1.1, 1.0] if per_token else [1 / 3] * 3 + [0.5] * 2 + [1.0]).double()
+
+    def loss(logprob: Tensor) -> Tensor:
+        return (outer * policy_values(logprob, batch, config).loss_N).sum()
+
+    moved = torch.tensor([0.1, -0.05, 0.2, -0.1, 0.3, 0.4], dtype=torch.float64)
+    logprob = (old + moved).requires_grad_()
+    loss(logprob).backward()
+    assert logprob.grad is not None
+    assert policy_values(logprob, batch, config).clipped_N.tolist() == [0, 0, 0, 0, 0, 1]
+    step = 1e-6
+    for place in range(6):
+        shift = torch.zeros(6, dtype=torch.float64)
+        shift[place] = step
+        with torch.no_grad():
+            slope = float(loss(logprob + shift) - loss(logprob - shift)) / (2 * step)
+        assert float(logprob.grad[place]) == pytest.approx(slope, rel=1e-7, abs=1e-9)
 
 
 @pytest.mark.parametrize("fields", [{"eps_low": 1.0}, {"eps_high": 0.0}, {"dual_clip": 1.0}, {"importance_clip": 0.5}])
