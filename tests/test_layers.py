@@ -111,7 +111,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "safetensors": ("train",),
     "accelerate": ("train",),
     "peft": ("train",),
-    "math_verify": ("rewards/math.py",),
+    "math_verify": ("rewards/verifier.py",),
     "reasoning_gym": ("tasks/gym.py",),
     "datasets": ("tasks/files.py",),
     "plotly": ("report",),

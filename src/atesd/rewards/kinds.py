@@ -13,6 +13,7 @@ from pydantic import Field
 from atesd.facts import RunFacts
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.math import MathReward
+from atesd.rewards.own import OwnReward
 from atesd.types import Method, UserError
 
 RewardFunction = Callable[..., list[float | None]]
@@ -48,7 +49,7 @@ class MathConfig(RewardMethod):
 
     kind: Literal["math"] = "math"
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds for one comparison; one that takes longer scores 0."""
+    """Seconds of processor time for one comparison; one that takes longer scores 0. Start-up does not count."""
 
     def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the reward function; its verifier process starts with the first answer that needs it."""
@@ -59,16 +60,18 @@ class PythonConfig(RewardMethod):
     """A reward function of your own, in TRL's signature: f(prompts, completions, **columns) -> list of float or None.
 
     Columns are `answer`, `solution` and `id`, one entry a completion; take `**kwargs` for those you do not read. None
-    means "not gradable" and is never taken as 0; a number that is not finite stops the run.
+    means "not gradable" and is never taken as 0; a number that is not finite, or beyond a million, stops the run.
     """
 
     kind: Literal["python"] = "python"
     function: str
     """Where it is: `package.module:name`, or `path/to/file.py:name`. The code runs with your rights."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for one call, which grades a whole batch; one that takes longer stops the run."""
 
     def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the function. UserError if it cannot be found."""
-        return load_function(self.function)
+        return OwnReward(self.function, load_function(self.function), self.timeout_s)
 
 
 def load_function(place: str) -> RewardFunction:

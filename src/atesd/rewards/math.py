@@ -1,31 +1,40 @@
 """Grade mathematical answers, LaTeX or plain, with math-verify.
 
-Hostile answers (`9**9**9**9`) can hold the verifier inside C code for ever, where no signal handler and no thread
-can interrupt it. So it runs in a process of its own, one request a line, which is killed and replaced when a request
-misses its deadline. This holds off the main thread too. The process stands in a session of its own, so that Ctrl-C does
-not spoil a grade, and an alarm ends it where it hangs and its parent has died. Nothing is ever evaluated as Python.
+Trusted: the Python that runs and the packages installed for it. Not trusted: completions, gold answers, and the folder
+in which `atesd` was started. So the verifier is a process of its own, `verifier.py`, isolated from `PYTHON*` variables;
+only where its environment lacks math-verify does it search this process's import path too, less the working directory
+and the folder of the started script. Requests and replies are lines of JSON; nothing is evaluated as Python, and an
+answer is read whole as LaTeX, so that no number is picked out of prose or broken markup.
+
+An answer's limit is processor time of the verifier, and its start-up no part of it: a busy machine costs no reward.
+Hostile answers (`9**9**9**9`) hold C code for ever, where no handler and no thread helps: a timer of the system ends
+the process. It stands in a session of its own, so that Ctrl-C spoils no grade, and ends with its grader or its parent.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 import re
 import select
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from os.path import samestat
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, cast
+from weakref import finalize
 
 from atesd.rewards.answer import extract_answer
 from atesd.rewards.exact import same_text
 from atesd.types import UserError
 
-_START_S = 120.0
+_VERIFIER = Path(__file__).resolve().with_name("verifier.py")
+_STARTED_IN = Path().stat()
+_START_S = 300.0
+# A process that neither answers nor uses its processor time has been stopped, or swaps.
+_STILL_S, _STILL_FACTOR, _LONGEST_S = 60.0, 20.0, 1e6
 _LONGEST = 2_000
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm)\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*\.?")
@@ -72,15 +81,23 @@ class MathReward:
         return float(self._verify(given, gold))
 
     def _verify(self, given: str, gold: str) -> bool:
-        if self._worker is None:
+        if self._worker is None or not self._worker.alive:
+            self._drop()
             self._worker = _Worker()
         try:
             return self._worker.ask(given, gold, self._timeout_s)
         except TimeoutError:
             self.timeouts += 1
-            self._worker.kill()
-            self._worker = None
+            self._drop()
             return False
+        except BaseException:  # an interrupt: the reply to come would be taken for that to the next request
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+        self._worker = None
 
 
 def _unwrap(answer: str) -> str:
@@ -90,83 +107,77 @@ def _unwrap(answer: str) -> str:
 
 
 class _Worker:
-    """A verifier process: reads requests as JSON lines, answers `true` or `false`."""
+    """A verifier process. `end` ends it; so do its garbage collection, the interpreter's exit, its parent's death."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "atesd.rewards.math"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
-        )
-        atexit.register(self.kill)
+        command = [sys.executable, "-I", str(_VERIFIER), json.dumps(_fallback_path())]
         try:
-            self._read(_START_S)
-        except TimeoutError as error:
-            self.kill()
-            raise UserError(
-                'the answer verifier does not start: check that `python -c "import math_verify"` works, '
-                'or set reward.kind = "exact"'
-            ) from error
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            raise _no_start(str(error)) from error
+        self.end = finalize(self, _end, self.process)
+        try:
+            failure = str(json.loads(self._read(_START_S)))
+        except (TimeoutError, ValueError) as error:
+            failure = str(error)
+        if failure:
+            self.end()
+            raise _no_start(failure)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take a request: not where it died, nor in a fork of the process that started it."""
+        return self.process.poll() is None
 
     def ask(self, given: str, gold: str, timeout_s: float) -> bool:
-        """Return the verdict; TimeoutError if it does not come in time, or the process dies over the request."""
-        request = json.dumps([given, gold, timeout_s]) + "\n"
-        try:
-            stdin = cast("IO[bytes]", self._process.stdin)
-            stdin.write(request.encode())
+        """Return the verdict. TimeoutError where the process ends itself over the request, or stands still."""
+        stdin = cast("IO[bytes]", self.process.stdin)
+        with suppress(BrokenPipeError):  # reading then finds the end
+            stdin.write(json.dumps([given, gold, timeout_s]).encode() + b"\n")
             stdin.flush()
-        except BrokenPipeError as error:
-            raise TimeoutError from error
-        return self._read(timeout_s) == b"true\n"
+        return self._read(_STILL_S + _STILL_FACTOR * timeout_s) == b"true\n"
 
-    def kill(self) -> None:
-        """End the process and close its pipes."""
-        atexit.unregister(self.kill)
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-    def _read(self, timeout_s: float) -> bytes:
-        """Read one line, which the worker writes at once, within a deadline."""
-        stdout = cast("IO[bytes]", self._process.stdout)
-        ready, _, _ = select.select([stdout], [], [], timeout_s)
-        line = stdout.readline() if ready else b""
+    def _read(self, wall_s: float) -> bytes:
+        """Read one line, which the process writes at once. TimeoutError where none comes."""
+        stdout = cast("IO[bytes]", self.process.stdout)
+        poller = select.poll()
+        poller.register(stdout, select.POLLIN)
+        if not poller.poll(min(wall_s, _LONGEST_S) * 1000):
+            raise TimeoutError(f"no sign of life for {wall_s:g} s")
+        line = stdout.readline()
         if not line:
-            raise TimeoutError
+            raise TimeoutError(f"it ended with code {self.process.wait()}")
         return line
 
 
-def _serve() -> None:
-    """Answer requests until standard input closes. The parent keeps the time; the alarm, whose default action ends a
-    process even inside C code, is for a parent that died."""
-    import logging
-    import resource
-    import signal
-
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)
-    with suppress(ValueError, OSError):  # macOS refuses
-        resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        given, gold, timeout_s = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-        try:
-            sides = [parse(f"\\boxed{{{side}}}", parsing_timeout=None) for side in (gold, given)]
-            same = bool(verify(*sides, timeout_seconds=None))
-        except Exception:  # hostile text can raise anything; all of it means "not the same"
-            same = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(same), flush=True)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
-if __name__ == "__main__":
-    _serve()
+def _no_start(reason: str) -> UserError:
+    return UserError(
+        f"the answer verifier does not start ({reason}): `{sys.executable} -m pip install math-verify` repairs it, "
+        'or set reward.kind = "exact"'
+    )
+
+
+def _fallback_path() -> list[str]:
+    """Return this process's import path but for the working directory and the folder of the started script."""
+    untrusted = [_STARTED_IN, Path().stat()]
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and Path(script).exists():
+        untrusted.append(Path(script).resolve().parent.stat())
+    folders = [Path(entry) for entry in sys.path if Path(entry).is_absolute() and Path(entry).is_dir()]
+    return [str(folder) for folder in folders if not any(samestat(folder.stat(), place) for place in untrusted)]

@@ -7,11 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from atesd.facts import RunFacts
+from atesd.rewards import math
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rewards.math import MathReward, _Worker
@@ -22,8 +22,7 @@ from atesd.types import UserError
 def grader() -> Iterator[MathReward]:
     reward = MathReward(timeout_s=2.0)
     yield reward
-    if reward._worker is not None:
-        reward._worker.kill()
+    reward._drop()
 
 
 def grade(reward: MathReward, completion: str, gold: str | None) -> float | None:
@@ -58,6 +57,8 @@ def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
         (r"\boxed{on}", "no", 0.0),  # the same product of letters
         (r"\boxed{\text{No}}", "no", 1.0),
         (r"\boxed{y x}", "x y", 1.0),  # single letters are variables
+        (r"\boxed{4, the final answer is 3. I hope}", "3", 0.0),  # nothing is picked out of prose
+        (r"\boxed{\unknown 3}", "3", 0.0),  # nor out of what is no LaTeX
     ],
 )
 def test_meaning(grader: MathReward, given: str, gold: str | None, score: float | None) -> None:
@@ -90,28 +91,64 @@ def test_the_time_limit_holds_off_the_main_thread(grader: MathReward) -> None:
     assert found == [0.0, 1.0]
 
 
-def test_a_worker_that_died_is_replaced(grader: MathReward) -> None:
+def test_a_worker_that_died_is_replaced_and_costs_no_grade(grader: MathReward) -> None:
     assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
     assert grader._worker is not None
-    os.kill(grader._worker._process.pid, signal.SIGKILL)
-    grader._worker._process.wait()
-    assert grade(grader, r"\boxed{0.25}", "1/4") == 0.0
+    os.kill(grader._worker.process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, grader._worker.process.pid, os.WEXITED | os.WNOWAIT)
     assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
 
 
-def test_the_worker_is_out_of_reach_of_ctrl_c_and_ends_itself_if_its_parent_cannot_end_it() -> None:
+def test_a_worker_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = MathReward()
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+    assert reward._worker is not None
+    os.kill(reward._worker.process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(math, "_STILL_S", 0.3)
+        patch.setattr(math, "_STILL_FACTOR", 0.0)
+        assert grade(reward, r"\boxed{0.25}", "1/4") == 0.0
+    assert reward.timeouts == 1
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+
+
+def test_a_worker_is_out_of_reach_of_ctrl_c_and_ends_itself_at_the_limit() -> None:
     worker = _Worker()
-    assert os.getsid(worker._process.pid) != os.getsid(0)
-    with pytest.raises(TimeoutError):
-        worker.ask("9^{9^{9^{9}}}", "3", 0.1)
-    assert worker._process.wait(timeout=30) == -signal.SIGALRM  # its alarm comes after 2 * 0.1 + 1 s
-    worker.kill()
+    assert os.getsid(worker.process.pid) != os.getsid(0)
+    for limit_s in (0.1, 1e-9):  # a timer of less than a microsecond would be none
+        worker = _Worker()
+        with pytest.raises(TimeoutError):
+            worker.ask("9^{9^{9^{9}}}", "3", limit_s)
+        assert worker.process.wait() == -signal.SIGPROF
+    assert _Worker().ask("0.5", "1/2", 1e300) is True
 
 
-def test_a_verifier_that_does_not_start_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/bin/true")
-    with pytest.raises(UserError, match=r'the answer verifier does not start: .* or set reward\.kind = "exact"'):
-        grade(MathReward(), r"\boxed{0.25}", "1/4")
+def test_an_interrupted_grade_does_not_answer_the_next_request(grader: MathReward) -> None:
+    assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
+    main = threading.get_ident()
+    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        grade(grader, r"\boxed{9^{9^{9^{9}}}}", "3")
+    assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
+    assert grade(grader, r"\boxed{0.25}", "1/5") == 0.0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to a core")
+def test_six_cold_graders_on_one_core_cost_no_reward() -> None:
+    """Start-up alone takes each of them seconds there; a comparison takes some 10 ms of processor time."""
+    found: list[float | None] = []
+    cores = os.sched_getaffinity(0)
+
+    def work() -> None:
+        os.sched_setaffinity(0, {min(cores)})  # of this thread, and of the process that it starts
+        found.append(grade(MathReward(timeout_s=0.1), r"\boxed{0.5}", "1/2"))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1.0] * 6
 
 
 def test_equal_texts_need_no_verifier_process() -> None:
