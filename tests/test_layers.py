@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "config": BELOW_CONFIG,
     "recipe": {"config", "types"},
     "train": BELOW_TRAIN,
-    "report": {"types", "runlog", "evaluate.metrics"},
+    "report": {"types", "seals", "runlog", "evaluate.metrics"},
     "cli": BELOW_TRAIN | {"train", "report"},
     "__init__": set(),
 }

@@ -186,6 +186,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
     UserError with file and line where one is no object.
     """
+    return (row for _, row in numbered_jsonl(path))
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read as `read_jsonl` does; each object comes with the number of its line."""
     if not path.exists():
         return
     try:
@@ -201,7 +206,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}, line {number} is damaged ({error}): restore it from a copy") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is damaged (no object): restore it from a copy")
-            yield row
+            yield number, row
 
 
 def step_name(step: int) -> str:

@@ -102,7 +102,7 @@ def write_run(
         metrics = step_metrics(arm, step, steps, ratios, rng) if step else {}
         if version == 1:
             metrics.pop("route/both_groups", None)
-        if step % max(1, steps // 6) == 0:
+        if step % max(1, steps // 6) == 0 or step == steps:
             rows = evaluation_rows(arm, seed, step=step, steps=steps, problems=problems, k=k)
             run.write_rows("eval", step, rows)
             metrics |= evaluation_metrics(rows, k)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import TypeAdapter
+from rich.console import Console
 from rich.table import Table
 
-from atesd.cli.progress import make_console
+from atesd.cli.progress import make_console, silence_libraries
+from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import ExactConfig, MathConfig
@@ -15,13 +17,20 @@ from atesd.tasks.base import Task, check_disjoint, check_gold
 from atesd.tasks.files import JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
+from atesd.tasks.texts import control_look, fences, flaws
 from atesd.types import Problem, UserError
 
 _GRADERS = {"exact": ExactConfig, "math": MathConfig}
 
 
-def run_check(task: str, grader: str | None) -> None:
-    """Validate a task and print what was found; UserError where the grader disagrees with the gold answers."""
+_MOST_NAMED = 10
+
+
+def run_check(task: str, grader: str | None, model: str | None = None) -> None:
+    """Validate a task and print what was found.
+
+    UserError where the grader disagrees with the gold answers, or where the model cannot read a text as text.
+    """
     chosen = task_of(task)
     reward = (_GRADERS[grader]() if grader else chosen.default_reward).build(RunFacts())
     sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
@@ -40,8 +49,49 @@ def run_check(task: str, grader: str | None) -> None:
     console.print(table)
     for warning in warnings_of([problem for problems in sets.values() for problem in problems]):
         console.print(f"warning: {warning}")
+    if show_texts(console, chosen, sets, model):
+        raise UserError(f"{model} cannot read the texts named above as text: take the control tokens out of them")
     if not passed:
         raise UserError("the grader and the gold answers disagree on the problems named above: mend them")
+
+
+def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem]], model: str | None) -> int:
+    """Name texts that spell control tokens or the default fences of a hint; return how many the model cannot read.
+
+    Without a model, spellings of well-known models are looked for.
+    """
+    fenced = list(flaws(task, sets, lambda _: None, fences(PromptConfig().teacher)))
+    _show(console, "warning: fences of the default teacher prompt, which training with it refuses", fenced)
+    if model is None:
+        spelt = list(flaws(task, sets, control_look))
+        hint = (
+            "warning: these look like control tokens; --model MODEL tells whether a model's tokenizer keeps them text"
+        )
+        _show(console, hint, spelt)
+        return 0
+    silence_libraries()
+    from atesd.rollout.render import Renderer
+    from atesd.train.model import load_tokenizer, resolve
+
+    renderer = Renderer(load_tokenizer(resolve(model)))
+    refused = list(flaws(task, sets, renderer.flaw))
+
+    def kept(text: str) -> str | None:
+        found = renderer.controls(text)
+        return f"spells {', '.join(map(repr, found))}" if found and renderer.flaw(text) is None else None
+
+    _show(console, f"control tokens of {model}, spelt in these texts and kept text", list(flaws(task, sets, kept)))
+    _show(console, f"control tokens of {model} that cannot be kept text", refused)
+    return len(refused)
+
+
+def _show(console: Console, title: str, lines: Sequence[str]) -> None:
+    if lines:
+        console.print(f"{title}:")
+        for line in lines[:_MOST_NAMED]:
+            console.print(f"  {line}")
+        if len(lines) > _MOST_NAMED:
+            console.print(f"  and {len(lines) - _MOST_NAMED} more")
 
 
 def task_of(task: str) -> Task:

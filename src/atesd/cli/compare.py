@@ -162,6 +162,7 @@ def finish(folder: Path, console: Console) -> None:
     console.print(summary_table(summary))
     if summary["paired"]:
         console.print(paired_table(summary))
+    console.print(leaders_line(summary["leaders"]))
     report = write_report([folder], folder / "report.html")
     console.print(f"{clock(summary['seconds'])}; summary: {folder}/summary.json\nreport: {report}")
 
@@ -181,12 +182,22 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def paired_table(summary: Mapping[str, Any]) -> Table:
     """Return paired differences."""
+    from atesd.report.tables import verdict
+
     table = Table(title="paired differences", title_justify="left")
-    for name in ("pair", "difference", "95 % interval"):
-        table.add_column(name, justify="left" if name == "pair" else "right")
+    for name in ("pair", "difference", "95 % interval", "reading"):
+        table.add_column(name, justify="left" if name in {"pair", "reading"} else "right")
     for name, pair in summary["paired"].items():
-        table.add_row(name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+"))
+        reading = verdict(pair["low"], pair["high"])
+        table.add_row(name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+"), reading)
     return table
+
+
+def leaders_line(leaders: Sequence[str]) -> str:
+    """Say which arm came out highest, or which ones are not told apart at the top."""
+    if len(leaders) < 2:
+        return f"highest accuracy: {''.join(leaders) or 'no run is complete'}"
+    return f"not told apart at the top: {', '.join(leaders)} (paired 95 % intervals hold 0)"
 
 
 def interval(entry: Mapping[str, float], sign: str = "") -> str:

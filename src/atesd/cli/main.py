@@ -143,16 +143,20 @@ def check(
     grader: Annotated[
         Literal["exact", "math"] | None, typer.Option(help="Grader; default the task's own.", show_default=False)
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose control tokens the texts may spell.", show_default=False)
+    ] = None,
 ) -> None:
-    """Validate problems: every gold answer must grade 1, every corrupted one 0.
+    """Validate problems: every gold answer must grade 1, every corrupted one 0; texts must stay text.
 
-    Example: `atesd check my_problems.jsonl`
+    Example: `atesd check my_problems.jsonl --model path/to/model`
 
-    Writes nothing. Exit code 2 names the first broken row, or the problems whose answers and grader disagree.
+    Writes nothing. Exit code 2 names the first broken row, the problems whose answers and grader disagree, or the texts
+    with control tokens that the model's tokenizer cannot keep text.
     """
     from atesd.cli.check import run_check
 
-    run_check(task, grader)
+    run_check(task, grader, model)
 
 
 @app.command()

@@ -6,7 +6,7 @@ Intervals and pairing are `evaluate/metrics.py`'s: seeds and problems are resamp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ class Findings:
     start: dict[str, float] | None
     arms: dict[str, dict[str, float] | None]
     paired: dict[str, Difference]
+    leaders: tuple[str, ...] = ()
+    """The arm of highest accuracy, and behind it those that are not told apart from it, highest first."""
 
 
 def summarise(compare_dir: Path) -> dict[str, Any]:
     """Return what `summary.json` holds; accuracies are fractions, `seconds` of an arm is the mean of its runs.
+
+    `leaders` are the arm of highest accuracy and those that no paired interval tells apart from it.
 
     The start is the evaluation before the first update, which the arms of a seed share. An arm without a
     complete run, and a pair without a common seed, is left out. UserError if nothing was evaluated yet.
@@ -44,6 +48,7 @@ def summarise(compare_dir: Path) -> dict[str, Any]:
     return {
         "start": found.start,
         "arms": {arm.name: entry | {"seconds": seconds(arm)} for arm, entry in arms},
+        "leaders": list(found.leaders),
         "paired": {name: pair._asdict() for name, pair in found.paired.items()},
         "k": study.k,
         "seeds": list(study.seeds),
@@ -53,11 +58,32 @@ def summarise(compare_dir: Path) -> dict[str, Any]:
 
 def find(study: Study) -> Findings:
     """Compute a study's findings; only a comparison has pairs."""
+    arms = {arm.name: accuracy(finals(arm)) for arm in study.arms}
     return Findings(
         start=accuracy(starts(study)),
-        arms={arm.name: accuracy(finals(arm)) for arm in study.arms},
+        arms=arms,
         paired=paired(study) if study.is_comparison else {},
+        leaders=leaders(study, arms),
     )
+
+
+def leaders(study: Study, found: Mapping[str, Mapping[str, float] | None]) -> tuple[str, ...]:
+    """Return the arm of highest accuracy and, behind it, those that are not told apart from it, highest first.
+
+    Two arms of a comparison are told apart by a paired interval without 0. Runs that were named together are no pairs:
+    theirs are told apart where their own intervals have nothing in common.
+    """
+    known = {name: entry for name, entry in found.items() if entry is not None}
+    arms = {arm.name: arm for arm in study.arms}
+    best, *others = sorted(known, key=lambda name: -known[name]["average_at_k"]) or [""]
+
+    def is_told_apart(name: str) -> bool:
+        if not study.is_comparison:
+            return known[name]["high"] < known[best]["low"]
+        pair = difference(arms[best], arms[name]) if have_same_problems(arms[best], arms[name]) else None
+        return pair is not None and pair.low > 0
+
+    return (best, *(name for name in others if not is_told_apart(name))) if best else ()
 
 
 def starts(study: Study) -> list[Evaluation]:
@@ -98,9 +124,10 @@ def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:
 
     UserError if the evaluations differ in their number of problems.
     """
-    sizes = {len(evaluation.problem_ids) for evaluation in evaluations}
+    sizes = {len(evaluation.problem_ids): evaluation.path for evaluation in evaluations}
     if len(sizes) > 1:
-        raise UserError(f"runs were evaluated on {sorted(sizes)} problems: compare runs with one evaluation set")
+        found = ", ".join(f"{path} has {size}" for size, path in sorted(sizes.items()))
+        raise UserError(f"runs were evaluated on different numbers of problems ({found}): use one evaluation set")
     matrix_SP = np.stack([evaluation.accuracies for evaluation in evaluations])
     kept: Floats = matrix_SP[:, ~np.isnan(matrix_SP).any(axis=0)]
     return kept
@@ -112,21 +139,32 @@ def are_shared(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def seconds(arm: Arm) -> float:
-    """Return the mean duration of the arm's complete runs; 0 while there is none."""
-    durations = [float(run.result["seconds"]) for run in arm.runs if run.result is not None]
+    """Return the mean duration of the arm's complete runs that say theirs; 0 while there is none."""
+    durations = [run.seconds for run in arm.runs if run.seconds]
     return float(np.mean(durations)) if durations else 0.0
+
+
+def by_seed(arm: Arm) -> dict[int | None, Evaluation]:
+    """Return the final evaluation of every complete run by its seed."""
+    return {run.seed: run.final for run in arm.runs if run.final is not None}
+
+
+def have_same_problems(first: Arm, second: Arm) -> bool:
+    """Tell whether two arms were evaluated on the same problems at every seed that both have, as many a seed."""
+    ours, theirs = by_seed(first), by_seed(second)
+    both = [seed for seed in ours if seed in theirs]
+    sizes = {len(ours[seed].problem_ids) for seed in both}
+    return len(sizes) < 2 and all(ours[seed].problem_ids == theirs[seed].problem_ids for seed in both)
 
 
 def difference(first: Arm, second: Arm) -> Difference | None:
     """Return first - second over the seeds that both have; None without a common seed or a gradable problem."""
-    ours, theirs = ({run.seed: run.final for run in arm.runs if run.final is not None} for arm in (first, second))
+    ours, theirs = by_seed(first), by_seed(second)
     seeds = [seed for seed in ours if seed in theirs]
-    for seed in seeds:
-        if ours[seed].problem_ids != theirs[seed].problem_ids:
-            raise UserError(
-                f"{first.name} and {second.name}, seed {seed}, were evaluated on different problems: "
-                "run both with one evaluation set"
-            )
+    if not have_same_problems(first, second):
+        raise UserError(
+            f"{first.name} and {second.name} were evaluated on different problems: run both with one evaluation set"
+        )
     if not seeds:
         return None
     evaluations = [arm[seed] for arm in (ours, theirs) for seed in seeds]

@@ -28,8 +28,13 @@ from atesd.runlog import write_atomic
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write the report of one comparison, or of several runs, and return its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, render(load_study(paths)))
+    write_atomic(out, writable(render(load_study(paths))))
     return out
+
+
+def writable(text: str) -> str:
+    """Put a question mark in place of what no file can hold: halves of surrogate pairs, which JSON can spell."""
+    return text.encode(errors="replace").decode()
 
 
 def render(study: Study) -> str:

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atesd.runlog import RunDir, read_jsonl
+from atesd.report.checked import (
+    is_amount,
+    is_bool,
+    is_number,
+    is_step,
+    is_text,
+    kept,
+    list_of,
+    optional,
+    read_metrics,
+    read_object,
+    read_rows,
+    refuse_damaged,
+    seal_notes,
+    table_of,
+)
+from atesd.runlog import RunDir
 from atesd.types import StopReason, UserError
 
 Floats = NDArray[np.float64]
-T = TypeVar("T")
+
+EVALUATED = {  # fields of an evaluated sample
+    "problem_id": is_text,
+    "level": is_text,
+    "reward": optional(is_number),
+    "answer": optional(is_text),
+    "length": is_amount,
+    "stop": is_text,
+    "traits": table_of(is_bool),
+}
+ABOUT = {
+    "format": is_step,
+    "exposure": is_text,
+    "controls": list_of(is_text),
+    "distils": is_bool,
+    "reinforces": is_bool,
+}
+RESULT = {"step": is_step, "seconds": is_amount}
+COMPARISON = {
+    "recipe": is_text,
+    "arms": table_of(list_of(is_text)),
+    "seeds": list_of(is_step),
+    "task": is_text,
+    "k": lambda value: is_step(value) and value > 0,
+}
+_STEP_FILE = re.compile(r"step_\d{1,12}\.jsonl", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -33,6 +74,7 @@ class Evaluation:
     lengths_mean: float
     truncated: float
     traits: Mapping[str, float]
+    path: Path
 
     @property
     def accuracies(self) -> Floats:
@@ -67,7 +109,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. `result` is None while the run is not complete."""
+    """One run directory. `result` is None while the run is not complete; `notes` say what of it is not as written."""
 
     arm: str
     seed: int | None
@@ -79,6 +121,7 @@ class Run:
     result: Mapping[str, Any] | None
     evaluations: tuple[Evaluation, ...]
     rollouts: Mapping[int, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -92,10 +135,16 @@ class Run:
 
     @property
     def final(self) -> Evaluation | None:
-        """The evaluation with the highest step of a complete run: one in the middle of a run is no result."""
+        """The evaluation at the last step of a complete run: one in the middle of a run is no result."""
         if self.result is None or not self.evaluations or self.evaluations[-1].step == 0:
             return None
-        return self.evaluations[-1]
+        last = self.evaluations[-1]
+        return last if self.result.get("step", last.step) == last.step else None
+
+    @property
+    def seconds(self) -> float:
+        """How long the run took; 0 where it does not say so, or is not complete."""
+        return float((self.result or {}).get("seconds", 0.0))
 
     @property
     def distils(self) -> bool:
@@ -152,6 +201,11 @@ class Study:
         return [run for arm in self.arms for run in arm.runs]
 
     @property
+    def notes(self) -> list[str]:
+        """What is not as the runs wrote it."""
+        return [f"{run.label}: {note}" for run in self.runs for note in run.notes]
+
+    @property
     def traits(self) -> list[str]:
         """All traits that were looked for in evaluated completions."""
         return sorted({trait for run in self.runs for evaluation in run.evaluations for trait in evaluation.traits})
@@ -195,11 +249,14 @@ def load_comparison(path: Path) -> Study:
     """Read `compare.json` and the runs ARM/seed_N that exist; the others are listed in `missing`."""
     if not is_comparison(path):
         raise UserError(f"{path} is not a comparison: it has no compare.json; give the folder that `compare` wrote")
-    about = _read_json(path / "compare.json")
+    about = read_object(path / "compare.json")
+    refuse_damaged(path / "compare.json", about, COMPARISON)
+    if not is_amount(about.get("seconds") or 0.0) or not all(map(_names_folder, about["arms"])):
+        raise UserError(f"{path}/compare.json is damaged (seconds or names of arms): restore it from a copy")
     arms, missing = [], []
     for name, overrides in about["arms"].items():
         runs = []
-        for seed in about["seeds"]:
+        for seed in dict.fromkeys(about["seeds"]):
             folder = path / name / f"seed_{seed}"
             if not (folder / "config.json").is_file():
                 missing.append(f"{name}, seed {seed}: not started")
@@ -221,27 +278,38 @@ def load_comparison(path: Path) -> Study:
 
 
 def load_run(path: Path, arm: str, seed: int | None) -> Run:
-    """Read one run directory under the name `arm`."""
+    """Read one run directory under the name `arm`. UserError where a file is damaged, see `checked.py`."""
     folder = RunDir.open(path)
-    evaluations = [load_evaluation(file) for file in sorted((path / "eval").glob("step_*.jsonl"))]
-    env = path / "env.json"
-    return Run(
+    notes: list[str] = []
+    about = kept("about.json", read_object(path / "about.json"), ABOUT, notes)
+    result = kept("result.json", read_object(path / "result.json"), RESULT, notes)
+    is_complete = (path / "result.json").is_file()
+    evaluations = [load_evaluation(file) for file in _step_files(path / "eval")]
+    notes += [f"eval, step {each.step}: empty, left out" for each in evaluations if not each.problem_ids]
+    notes += seal_notes(folder, is_complete=is_complete, version=about.get("format", 1))
+    run = Run(
         arm=arm,
         seed=seed,
         path=path,
-        config=_checked(path / "config.json", folder.config),
-        about=_checked(path / "about.json", folder.about),
-        env=_read_json(env) if env.is_file() else {},
-        rows=_checked(folder.metrics_path, folder.metrics),
-        result=_checked(path / "result.json", folder.result),
+        config=read_object(path / "config.json"),
+        about=about,
+        env=read_object(path / "env.json"),
+        rows=read_metrics(folder.metrics_path, notes),
+        result=result if is_complete else None,
         evaluations=tuple(evaluation for evaluation in evaluations if evaluation.problem_ids),
-        rollouts={_step(file): file for file in sorted((path / "rollouts").glob("step_*.jsonl"))},
+        rollouts={_step(file): file for file in _step_files(path / "rollouts")},
     )
+    if run.result and run.final is None and run.result.get("step"):
+        notes.append(f"no evaluation of the last step, {run.result['step']}: the run has no final accuracy")
+    return replace(run, notes=tuple(notes))
 
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read one evaluation file into arrays."""
-    rows = read_rows(path)
+    rows = []
+    for line, row in read_rows(path):
+        refuse_damaged(path, row, EVALUATED, line)
+        rows.append(row)
     problems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         problems.setdefault(row["problem_id"], []).append(row)
@@ -260,12 +328,8 @@ def load_evaluation(path: Path) -> Evaluation:
         lengths_mean=_mean(row["length"] for row in rows),
         truncated=_mean(row["stop"] == StopReason.LENGTH for row in rows),
         traits={trait: _mean(row["traits"].get(trait, False) for row in rows) for trait in _traits(rows)},
+        path=path,
     )
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file; UserError names a file that does not parse."""
-    return _checked(path, lambda: list(read_jsonl(path)))
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:
@@ -286,9 +350,9 @@ def _single(path: Path) -> Study:
         is_comparison=False,
         arms=(Arm(run.arm, (), (run,)),),
         k=run.evaluations[-1].rewards.shape[1] if run.evaluations else 0,
-        seeds=(int(run.config["seed"]),) if "seed" in run.config else (),
-        seconds=float(run.result["seconds"]) if run.result else 0.0,
-        missing=() if run.result else (f"{run.arm}: not finished",),
+        seeds=(run.config["seed"],) if is_step(run.config.get("seed")) else (),
+        seconds=run.seconds,
+        missing=() if run.result is not None else (f"{run.arm}: not finished",),
     )
 
 
@@ -304,6 +368,17 @@ def _renamed(arm: Arm, name: str) -> Arm:
     return Arm(name, arm.overrides, tuple(replace(run, arm=name) for run in arm.runs))
 
 
+def _names_folder(name: str) -> bool:
+    """Tell whether a name can be that of a folder below another."""
+    return name not in {"", ".", ".."} and name.isprintable() and "/" not in name and len(name.encode()) < 200
+
+
+def _step_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold one step each, in order; strays are left alone."""
+    found = [file for file in folder.glob("step_*.jsonl") if _STEP_FILE.fullmatch(file.name) and file.is_file()]
+    return sorted(found, key=_step)
+
+
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
@@ -315,16 +390,3 @@ def _mean(values: Iterable[float]) -> float:
 
 def _traits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({trait for row in rows for trait in row["traits"]})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = _checked(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-    return loaded
-
-
-def _checked(path: Path, read: Callable[[], T]) -> T:
-    """Run `read`, naming the file that is not what it should be."""
-    try:
-        return read()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it was damaged, or not written by `atesd`") from error

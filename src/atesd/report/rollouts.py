@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from atesd.report.load import Run, Study, read_rows
+from atesd.report.checked import is_number, is_text, list_of, optional, read_rows
+from atesd.report.load import Run, Study
 
 BYTES = 2_000_000  # of all packed completions
 STEPS = 8  # steps a run
@@ -19,6 +20,23 @@ CHARACTERS = 8_000  # of a prompt, problem or hint
 
 STREAMS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "gate")
 OF_TEACHER = ("divergence", "teacher_logprob", "gate")  # without meaning where nothing is distilled
+SHOWN = {  # fields of a completion; the first six are in every file
+    "problem_id": is_text,
+    "problem": is_text,
+    "ratio": optional(is_number),
+    "reward": optional(is_number),
+    "stop": is_text,
+    "tokens": list_of(is_text),
+    "level": is_text,
+    "hint": is_text,
+    "teacher_prompt": is_text,
+    "student_prompt": is_text,
+    "route": is_text,
+    "advantage": is_number,
+    "components": list_of(is_text),
+    **dict.fromkeys(STREAMS, list_of(is_number)),
+}
+NEEDED = list(SHOWN)[:6]
 COMPONENTS = {"distil": ["distil"], "rl": ["rl"], "both": ["distil", "rl"], "nll": ["nll"], "skip": []}
 
 
@@ -27,15 +45,18 @@ def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
 
     Completions are taken round by round, the first of every run and step before any second, until the budget is
     spent; later ones that would still fit are not looked for. `taught` tells whether a teacher scored any of them,
-    `scale` is the 99th percentile of the divergences shown.
+    `scale` is the 99th percentile of the divergences shown, `notes` name completions that were left out as damaged.
     """
     runs: dict[int, dict[str, Any]] = {
         id(run): {"label": run.label, "arm": index, "steps": {}} for index, run in _indexed(study)
     }
-    spent, shown = 0, 0
+    spent, shown, notes = 0, 0, list[str]()
     for run, step, row in _rounds(study):
+        if damage := damage_of(row):
+            notes.append(f"{run.label}: a completion of step {step} was left out, its field {damage!r} is damaged")
+            continue
         packed = pack_row(row)
-        size = len(json.dumps(packed, ensure_ascii=False).encode())
+        size = len(json.dumps(packed, ensure_ascii=False).encode(errors="replace"))
         if spent + size > budget:
             break
         spent, shown = spent + size, shown + 1
@@ -43,7 +64,20 @@ def pack_rollouts(study: Study, *, budget: int = BYTES) -> dict[str, Any]:
     kept = [run | {"steps": _sorted(run["steps"])} for run in runs.values() if run["steps"]]
     total = sum(_count(path) for run in study.runs for path in run.rollouts.values())
     values = _divergences(kept)
-    return {"runs": kept, "shown": shown, "total": total, "taught": bool(values), "scale": _scale(values)}
+    about = {"shown": shown, "total": total, "taught": bool(values), "scale": _scale(values), "notes": notes}
+    return {"runs": kept, **about}
+
+
+def damage_of(row: Mapping[str, Any]) -> str | None:
+    """Name a field of a completion that is missing or not what it should be; None where all are well."""
+    missing = [field for field in NEEDED if field not in row]
+    wrong = [field for field, test in SHOWN.items() if field in row and not test(row[field])]
+    if missing or wrong:
+        return (missing + wrong)[0]
+    streams = [name for name in STREAMS if name in row]
+    if "divergence" in row and len(streams) < len(STREAMS):
+        return next(name for name in STREAMS if name not in row)
+    return next((name for name in streams if len(row[name]) != len(row["tokens"])), None)
 
 
 def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +130,7 @@ def _rounds(study: Study) -> Iterator[tuple[Run, int, dict[str, Any]]]:
     """Yield candidates: in round r, completion r of every run's last chosen step, then of the one before, and so on."""
     steps = [(rank, run, step) for run in study.runs for rank, step in enumerate(_steps(run))]
     steps.sort(key=lambda entry: entry[0])
-    chosen = [(run, step, read_rows(run.rollouts[step])) for _, run, step in steps]
+    chosen = [(run, step, [row for _, row in read_rows(run.rollouts[step])]) for _, run, step in steps]
     for number in range(PER_STEP):
         for run, step, rows in chosen:
             if number < len(rows):

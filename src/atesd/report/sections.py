@@ -35,11 +35,12 @@ does not tell the two apart. With few seeds the intervals are somewhat too narro
 
 
 NAMED_PAIRS = 3  # in the finding
+MOST_NOTES = 20  # of one kind
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page. `missing` is set where its data is."""
+    """One part of the page. `missing` is set where its data is; `notes` say what of it was damaged."""
 
     name: str
     title: str
@@ -47,12 +48,15 @@ class Section:
     panels: tuple[Shown, ...] = ()
     rollouts: dict[str, Any] | None = None
     missing: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def sections(study: Study, findings: Findings) -> list[Section]:
     """Return all sections in reading order."""
+    completions = _rollouts(study)
+    notes = [*study.notes, *completions.notes]
     return [
-        _results(study, findings),
+        _results(study, findings, notes),
         _setup(study),
         _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
         _figures(study, "levels", "Accuracy by level", "the task names fewer than two levels"),
@@ -67,7 +71,7 @@ def sections(study: Study, findings: Findings) -> list[Section]:
         _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),
         _behaviour(study),
         _figures(study, "curves", "Training curves", "no step was logged"),
-        _rollouts(study),
+        completions,
     ]
 
 
@@ -89,16 +93,24 @@ def page_header(study: Study, findings: Findings, parts: Sequence[Section]) -> s
 
 
 def finding(findings: Findings) -> str:
-    """Say in a sentence or two what came out: the best and the start, and the learned arm against the best other."""
+    """Say in a sentence or two what came out: the highest, ties named, and the start; learned against other arms."""
     known = {name: entry for name, entry in findings.arms.items() if entry is not None}
     if not known:
         return "No run is complete yet."
-    best = max(known, key=lambda name: known[name]["average_at_k"])
+    names = [f"<strong>{escape(name)}</strong>" for name in findings.leaders]
+    shares = [percent(known[name]["average_at_k"]) for name in findings.leaders]
     start = findings.start
     before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
-    verb = "answers" if len(known) == 1 else "has the highest measured accuracy: it answers"
-    text = f"<strong>{escape(best)}</strong> {verb} {percent(known[best]['average_at_k'])} of held-out problems right"
-    return f"{text}{before}.{_against(findings)}"
+    if len(known) == 1:
+        verb = "answers"
+    elif len(names) == 1:
+        verb = "has the highest measured accuracy: it answers"
+    elif len(names) == len(known):
+        verb = "are not told apart: they answer"
+    else:
+        verb = "have the highest measured accuracies and are not told apart: they answer"
+    answered = shares[0] if shares[0] == shares[-1] else f"{shares[-1]} to {shares[0]}"
+    return f"{listed(names)} {verb} {answered} of held-out problems right{before}.{_against(findings)}"
 
 
 def _against(findings: Findings) -> str:
@@ -120,7 +132,7 @@ def _facts(study: Study) -> str:
     evaluated = max((len(run.evaluations[-1].problem_ids) for run in study.runs if run.evaluations), default=0)
     facts = [
         f"task {study.task}" if study.task else "",
-        f"{len(study.arms)} arms" if len(study.arms) > 1 else "one arm",
+        "one arm" if len(study.arms) == 1 else f"{len(study.arms)} arms",
         *(seeds if study.seeds else []),
         f"{evaluated} held-out problems, {study.k} answers each" if evaluated else "",
         f"{duration(study.seconds)} in all" if study.seconds else "",
@@ -128,10 +140,10 @@ def _facts(study: Study) -> str:
     return '<ul class="facts">' + "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "</ul>"
 
 
-def _results(study: Study, findings: Findings) -> Section:
+def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
     title = "Results"
-    unfinished = "".join(f"<li>{escape(name)}</li>" for name in study.missing)
-    note = f'<div class="note">Not everything is here yet:<ul>{unfinished}</ul></div>' if unfinished else ""
+    note = _note("Not everything is here yet:", study.missing)
+    note += _note("Not everything is as the runs wrote it; read the results with that in mind:", notes)
     if not any(findings.arms.values()):
         return Section("results", title, missing=_left_out("no complete run with graded answers") + note)
     words = (
@@ -140,6 +152,14 @@ def _results(study: Study, findings: Findings) -> Section:
     )
     pairs = paired_table(study, findings)
     return Section("results", title, note + words + result_table(study, findings) + (PAIRS + pairs if pairs else ""))
+
+
+def _note(words: str, points: Sequence[str]) -> str:
+    """A note for the reader with its points, none where there is no point."""
+    if not points:
+        return ""
+    shown = [*points[:MOST_NOTES], *([f"and {len(points) - MOST_NOTES} more"] if len(points) > MOST_NOTES else [])]
+    return f'<div class="note">{words}<ul>{"".join(f"<li>{escape(point)}</li>" for point in shown)}</ul></div>'
 
 
 def _setup(study: Study) -> Section:
@@ -189,15 +209,16 @@ def _behaviour(study: Study) -> Section:
 
 def _rollouts(study: Study) -> Section:
     packed = pack_rollouts(study)
-    title = "Read completions"
+    title, notes = "Read completions", tuple(packed.pop("notes"))
     if not packed["shown"]:
-        return Section("rollouts", title, missing=_left_out("no completions were written"))
+        reason = "all completions are damaged" if notes else "no completions were written"
+        return Section("rollouts", title, missing=_left_out(reason), notes=notes)
     words = (
         f"<p>Completions that the student wrote in training, token by token: {packed['shown']} of the "
         f"{packed['total']} on disk are in this file. {_colours(packed['taught'])} "
         "Point at a token, tap it, or move with the arrow keys.</p>"
     )
-    return Section("rollouts", title, words + '<div id="inspector"></div>', rollouts=packed)
+    return Section("rollouts", title, words + '<div id="inspector"></div>', rollouts=packed, notes=notes)
 
 
 def _colours(taught: bool) -> str:

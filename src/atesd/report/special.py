@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from atesd.report.checked import is_number
 from atesd.report.compare import accuracy, are_shared, finals
 from atesd.report.load import Arm, Evaluation, Floats, Run, Study, setting
 from atesd.report.plots import FROM_ZERO, Choices, Draw, Quantity, by_arm, mean_by_step, names_in, natural
@@ -29,6 +30,8 @@ from atesd.report.traces import (
 
 CURVE_RESAMPLES = 1000  # for bands and levels; the final table takes more
 DENSITY_STEPS = 100  # heat maps are the largest figures
+CONCENTRATION_MOST = 1e9  # of a Beta policy: more, or 0, is no policy's
+LOG_MOST = 100.0  # of a density that can be drawn
 WHOLE = "exposure/"  # prefix of the policy that all problems share
 REWARD_TERMS = {"reward": "reward", "reward_lp": "learning progress", "reward_gt": "teacher-grounded"}
 ROUTES = {  # words and hatching in the order of the stack; the style sheet has a colour of each name
@@ -134,7 +137,7 @@ def beta_density(ratios: Floats, ka: Floats, kb: Floats) -> Floats:
     """Return [R, S]: x^(ka-1) (1-x)^(kb-1) / B(ka, kb) at R ratios for S parameter pairs."""
     constants = [math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) for a, b in zip(ka, kb, strict=True)]
     logs = np.outer(np.log(ratios), ka - 1) + np.outer(np.log1p(-ratios), kb - 1) + np.array(constants)
-    density: Floats = np.exp(logs)
+    density: Floats = np.exp(np.minimum(logs, LOG_MOST))
     return density
 
 
@@ -165,7 +168,7 @@ def route_shares(run: Run) -> Floats:
     """
     rows = run.series(*(f"route/{name}_groups" for name in ("distil", "both", "rl", "nll", "skip")), default=0.0)
     counts = rows[:, 1:] - rows[:, [2]] * [1, 0, 1, 0, 0]
-    kept = counts.any(axis=1)
+    kept = (counts >= 0).all(axis=1) & counts.any(axis=1)
     return np.concatenate([rows[kept, :1], counts[kept] / counts[kept].sum(axis=1, keepdims=True)], axis=1)
 
 
@@ -179,7 +182,8 @@ def cliff_lines(run: Run, arm: int) -> Choices:
     steps, bound, asked, reinforcing = points.T
     if np.isnan(bound).all():
         return {}
-    asked = np.where(np.isnan(asked), setting(run.config, "target.lambda_x") or np.nan, asked)
+    own = setting(run.config, "target.lambda_x")
+    asked = np.where(np.isnan(asked), own if is_number(own) and own else np.nan, asked)
     traces = [_shade(np.stack([steps, np.nan_to_num(reinforcing)], axis=1))] if np.nansum(reinforcing) else []
     limit = line(arm, "λ*, the largest safe λ", points[:, :2], markers=True, shape="hvh")
     limit["marker"] |= {"symbol": "circle", "size": [4 * alone for alone in _isolated(bound)]}
@@ -223,7 +227,8 @@ def _trait_series(arm: Arm, trait: str) -> Floats:
 
 
 def _density(run: Run, arm: int, prefix: str) -> Figure:
-    points = thin(run.series(f"{prefix}ka", f"{prefix}kb"), DENSITY_STEPS)
+    points = run.series(f"{prefix}ka", f"{prefix}kb")
+    points = thin(points[((points[:, 1:] > 0) & (points[:, 1:] < CONCENTRATION_MOST)).all(axis=1)], DENSITY_STEPS)
     grid = np.linspace(0.0125, 0.9875, 40)
     heat = {
         "type": "heatmap",

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from atesd.evaluate.metrics import Difference, avg_at_k, maj_at_k, pass_at_k
+from atesd.evaluate.metrics import avg_at_k, maj_at_k, pass_at_k
 from atesd.report.compare import FULL, HALF, LEARNED, Findings, finals, seconds, starts
 from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
@@ -72,7 +72,7 @@ def paired_table(study: Study, findings: Findings) -> str:
             f"<tr><th scope=row>{escape(first)} \u2212 {escape(second)}</th>"
             f"<td class=number><strong>{points(entry.difference)}</strong></td><td>{drawn}</td>"
             f"<td class=number>{points(entry.low)} to {points(entry.high)}</td>"
-            f"<td class=verdict>{verdict(entry)}</td></tr>"
+            f"<td class=verdict>{verdict(entry.low, entry.high)}</td></tr>"
         )
     scale = f"<span class=scale><span>{points(-reach)}</span><span>{points(reach)}</span></span>"
     return table(["Pair", "Points", scale, "95 % interval", "Reading"], rows, numeric=(1, 3))
@@ -171,11 +171,11 @@ def swatch(index: int) -> str:
     )
 
 
-def verdict(entry: Difference) -> str:
-    """Say what an interval allows to say."""
-    if entry.low > 0:
+def verdict(low: float, high: float) -> str:
+    """Say what the interval of a difference allows to say."""
+    if low > 0:
         return "higher"
-    return "lower" if entry.high < 0 else "not told apart"
+    return "lower" if high < 0 else "not told apart"
 
 
 def percent(value: float) -> str:

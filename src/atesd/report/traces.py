@@ -154,7 +154,7 @@ def cloud(arm: int, name: str, points: Floats, *, percent: bool) -> Figure:
 
 def binned(points: Floats) -> Figure:
     """Median and quartiles over steps in tenths of the exposure ratio."""
-    bins = np.minimum((points[:, 1] * 10).astype(int), 9)
+    bins = np.clip(points[:, 1] * 10, 0, 9).astype(int)
     rows = [
         (points[bins == b, 1].mean(), *np.quantile(points[bins == b, 2], [0.25, 0.5, 0.75])) for b in np.unique(bins)
     ]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atesd.report.checked import is_number
 from atesd.report.load import Run, Study, setting
 
 MODELS = {
@@ -87,13 +88,18 @@ def listed(words: Sequence[str]) -> str:
 def _policy(run: Run) -> str:
     """Put the policy loss of a run that reinforces into words."""
     policy = setting(run.config, "rl")
-    if not (run.reinforces and policy):
+    if not (run.reinforces and policy and isinstance(policy, Mapping)):
         return ""
+
+    def known(name: str, default: float) -> float:
+        value = policy.get(name, default)
+        return float(value) if is_number(value) else default
+
     scaled = "divided by their standard deviation" if policy.get("scale") == "std" else "not scaled"
     units = {"token": "tokens", "sequence": "completions", "constant": "the longest allowed length"}
     aggregate = str(policy.get("aggregate"))
-    low, high = 1 - float(policy.get("eps_low", 0.2)), 1 + float(policy.get("eps_high", 0.2))
-    kl = f", KL to the step-0 weights times {policy['kl_coef']:g}" if policy.get("kl_coef") else ""
+    low, high = 1 - known("eps_low", 0.2), 1 + known("eps_high", 0.2)
+    kl = f", KL to the step-0 weights times {known('kl_coef', 0.0):g}" if known("kl_coef", 0.0) else ""
     return (
         f"group-relative advantages {scaled}, mean over {units.get(aggregate, aggregate)}, "
         f"ratio of each {policy.get('ratio', 'token')} clipped to {low:g} to {high:g}{kl}"
@@ -122,13 +128,14 @@ def _amount(run: Run) -> str:
     if steps is None:
         return ""
     batch = f", {problems} problems in each" if problems else ""
-    return f"{steps}{batch}" + (f", {size} completions a problem" if (size or 1) > 1 else "")
+    return f"{steps}{batch}" + (f", {size} completions a problem" if is_number(size) and size > 1 else "")
 
 
 def _rate(run: Run) -> str:
     rate, schedule = setting(run.config, "optim.lr"), setting(run.config, "optim.schedule")
     shapes = {"constant": "constant", "linear": "falling linearly to 0", "cosine": "falling as a cosine to 0"}
-    return "" if rate is None else f"{rate:g}" + (f", {shapes.get(schedule, schedule)}" if schedule else "")
+    shape = shapes.get(str(schedule), str(schedule))
+    return f"{rate:g}" + (f", {shape}" if schedule else "") if is_number(rate) else ""
 
 
 def _unit(value: Any, unit: str) -> str:

@@ -7,12 +7,15 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from atesd.rollout.verbatim import Verbatim
 from atesd.types import Message, UserError
 
 
 class Renderer:
     """Renders both roles' prompts. Sampled ids never pass through here on their way to the loss.
 
+    What a message says is text, even where it spells a control token (see `verbatim.py`); UserError where the tokenizer
+    cannot keep it so.
     `enable_thinking_*` reach the chat template only where set; `teacher_prefill` follows the teacher's header.
     `eos_ids` are the ids that end a completion, the tokenizer's own first. A tokenizer without a pad token pads with
     that one: masks go by length, so the choice has no effect. UserError if the tokenizer has no end token, or if a
@@ -37,6 +40,8 @@ class Renderer:
             raise UserError("the tokenizer has no end token, so completions could never end: set its eos_token")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([int(eos), *extra_eos_ids]))
         self.pad_id = int(eos if pad is None else pad)
+        turn, header = self._turn_and_header()
+        self._verbatim = Verbatim(self._tokenizer, turn=turn, header=header)
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the student's prompt, ending at the assistant header."""
@@ -44,7 +49,7 @@ class Renderer:
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the teacher's prompt, ending at the assistant header or the prefill."""
-        return self._ids(messages, self._teacher_options) + self.text_ids(self._prefill)
+        return self._ids(messages, self._teacher_options) + self._encoded(self._prefill)
 
     def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return what follows a finished reply up to the student's next header: the rest of its closing, the messages.
@@ -54,7 +59,8 @@ class Renderer:
         UserError where the template does not close a reply with the end token.
         """
         stand_in = "A stand-in reply."
-        conversation = [_user("?"), Message(role="assistant", content=stand_in), *messages]
+        said, marks = self._hidden(messages)
+        conversation = [_user("?"), Message(role="assistant", content=stand_in), *said]
         _, found, rest = self._text(conversation, self._student_options).partition(stand_in)
         end = self._tokenizer.eos_token
         if not found or not rest.startswith(end):
@@ -62,15 +68,34 @@ class Renderer:
                 f"the chat template does not close a reply with the end token {end!r}, so a conversation cannot go on "
                 "as it was sampled: use a model whose template does, or an environment of one turn"
             )
-        return self.text_ids(rest[len(end) :])
+        rest = rest[len(end) :]
+        if not marks:
+            return self._encoded(rest)
+        self._check_cuts([*conversation[:2], *messages], self._student_options)
+        return self._verbatim.encode_rendered(rest, marks)
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of plain text, without special tokens."""
-        return cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+        """Return the ids of a text of data, without special tokens."""
+        return self._verbatim.encode(text)
 
     def solution_ids(self, text: str, limit: int | None = None) -> list[int]:
         """Return a reference solution as the assistant would write it, cut to `limit` tokens."""
         return self.text_ids(text)[:limit]
+
+    def controls(self, text: str) -> list[str]:
+        """Return the control tokens that a text spells; they stay text."""
+        return self._verbatim.controls(text)
+
+    def flaw(self, text: str) -> str | None:
+        """Say why a text of data cannot be read as text; None where it can."""
+        if not self.controls(text):
+            return None
+        try:
+            self.text_ids(text)
+            self.student_ids([_user(text)])
+        except UserError as error:
+            return str(error)
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a completion without special tokens."""
@@ -107,6 +132,44 @@ class Renderer:
         )
 
     def _ids(self, messages: Sequence[Message], options: dict[str, bool]) -> list[int]:
+        """Return the ids of a prompt; only one that spells control tokens is put together by hand."""
+        hidden, marks = self._hidden(messages)
+        if not marks:
+            return self._rendered_ids(messages, options)
+        self._check_cuts(messages, options)
+        return self._verbatim.encode_rendered(self._text(hidden, options), marks)
+
+    def _check_cuts(self, messages: Sequence[Message], options: dict[str, bool]) -> None:
+        """UserError unless a prompt put together by hand is the tokenizer's own, tried without what is spelt."""
+        hidden, marks = self._hidden(messages)
+        self._verbatim.check(marks.values())
+        cleared = {ord(mark): "x" for mark in marks}
+        plain = [Message(role=each["role"], content=each["content"].translate(cleared)) for each in hidden]
+        if self._verbatim.encode_rendered(self._text(plain, options), {}) != self._rendered_ids(plain, options):
+            spelt = ", ".join(map(repr, marks.values()))
+            raise UserError(
+                f"a text spells {spelt}, a control token of this model, which its tokenizer cannot encode apart from "
+                "its surroundings: take it out of the data"
+            )
+
+    def _hidden(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Return messages without the control tokens that they spell, and the marks in their place."""
+        texts, marks = self._verbatim.hide([message["content"] for message in messages])
+        hidden = [Message(role=each["role"], content=text) for each, text in zip(messages, texts, strict=True)]
+        return hidden, marks
+
+    def _encoded(self, text: str) -> list[int]:
+        """Return the ids of a text of the template or of the recipe, whose control tokens count."""
+        return cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _turn_and_header(self) -> tuple[str, str]:
+        """Return what the chat template writes for a user's turn, and after it before the reply."""
+        if not self._tokenizer.chat_template:
+            return "", ""
+        turn = self._tokenizer.apply_chat_template([_user("?")], add_generation_prompt=False, tokenize=False)
+        return turn, self._text([_user("?")], {}).removeprefix(turn)
+
+    def _rendered_ids(self, messages: Sequence[Message], options: dict[str, bool]) -> list[int]:
         rendered = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **options
         )
@@ -122,7 +185,7 @@ class Renderer:
         """Return the template's option, if set. UserError where the template ignores it."""
         if value is None:
             return {}
-        on, off = (self._ids([_user("1 + 1 = ?")], {"enable_thinking": flag}) for flag in (True, False))
+        on, off = (self._rendered_ids([_user("1 + 1 = ?")], {"enable_thinking": flag}) for flag in (True, False))
         if on == off:
             raise UserError(
                 f"prompt.enable_thinking_{role} is set, but the model's chat template does not know enable_thinking: "

@@ -21,6 +21,7 @@ from atesd.rewards.answer import extract_answer
 from atesd.rewards.kinds import Grader, MathConfig
 from atesd.seeds import derive_seed
 from atesd.tasks.base import TaskMethod, check_disjoint, cites_hint, content_of
+from atesd.tasks.texts import Field as TextField
 from atesd.types import Config, Problem, UserError
 
 _MOST_DEFECTS = 10
@@ -99,11 +100,28 @@ class JsonlTask:
         """Count completions that cite a hint."""
         return {"cites_hint": cites_hint(completion)}
 
+    def place(self, problem: Problem, field: TextField) -> str:
+        """Return file, line and field of a problem's text."""
+        return f"{self._places[problem]}: field {getattr(self.config.columns, field)!r}"
+
+    @cached_property
+    def _rows(self) -> list[list[tuple[int, Problem]]]:
+        return [read_rows(Path(path), self.config) for path in self._paths]
+
+    @property
+    def _paths(self) -> list[str]:
+        return [path for path in (self.config.path, self.config.eval_path) if path]
+
+    @cached_property
+    def _places(self) -> dict[Problem, str]:
+        files = zip(self._paths, self._rows, strict=True)
+        return {problem: f"{path}:{number}" for path, rows in files for number, problem in rows}
+
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
         config = self.config
-        problems = read_problems(Path(config.path), config)
-        held_out = read_problems(Path(config.eval_path), config) if config.eval_path else []
+        problems, *others = ([problem for _, problem in rows] for rows in self._rows)
+        held_out = others[0] if others else []
         needed = config.probe_size + (0 if held_out else config.eval_size)
         if len(problems) <= needed:
             raise UserError(
@@ -121,7 +139,12 @@ class JsonlTask:
 
 def read_problems(path: Path, config: JsonlConfig) -> list[Problem]:
     """Read and validate a file. UserError naming every defect (at most ten) by line and field."""
-    problems: list[Problem] = []
+    return [problem for _, problem in read_rows(path, config)]
+
+
+def read_rows(path: Path, config: JsonlConfig) -> list[tuple[int, Problem]]:
+    """Return what `read_problems` does with the number of each line."""
+    problems: list[tuple[int, Problem]] = []
     defects: list[str] = []
     lines_of: dict[str, int] = {}
     lines_of_content: dict[str, int] = {}
@@ -141,7 +164,7 @@ def read_problems(path: Path, config: JsonlConfig) -> list[Problem]:
                 break
             continue
         lines_of[problem.id] = lines_of_content[content] = number
-        problems.append(problem)
+        problems.append((number, problem))
     if defects:
         raise UserError("\n".join(defects))
     if not problems:

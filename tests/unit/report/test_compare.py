@@ -15,7 +15,7 @@ RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]
 
 def test_the_summary_has_the_schema_of_the_command(tmp_path: Path) -> None:
     summary = summarise(write_compare(tmp_path / "cmp", steps=6, problems=6))
-    assert list(summary) == ["start", "arms", "paired", "k", "seeds", "seconds"]
+    assert list(summary) == ["start", "arms", "leaders", "paired", "k", "seeds", "seconds"]
     assert set(summary["start"]) == {"average_at_k", "low", "high"}
     assert list(summary["arms"]) == ["full", "half", "random", "learned"]
     assert all(set(arm) == {"average_at_k", "low", "high", "seconds"} for arm in summary["arms"].values())

@@ -97,5 +97,5 @@ def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=6, problems=4)
     (folder.path / "eval" / "step_000000.jsonl").write_text('{"problem_id": \n')
-    with pytest.raises(UserError, match=r"eval/step_000000\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"eval/step_000000\.jsonl, line 1 is damaged"):
         load_study([folder.path])

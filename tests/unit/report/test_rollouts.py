@@ -125,5 +125,5 @@ def test_a_run_without_completions_shows_none(tmp_path: Path) -> None:
     for file in (run.path / "rollouts").iterdir():
         file.unlink()
     assert pack_rollouts(load_study([run.path])) == {
-        "runs": [], "shown": 0, "total": 0, "taught": False, "scale": 1.0,
+        "runs": [], "shown": 0, "total": 0, "taught": False, "scale": 1.0, "notes": [],
     }  # fmt: skip
