@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -65,15 +64,17 @@ class Worker:
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         seconds = round(time.monotonic() - self.start, 2)
-        note: dict[str, Any] = {"test": self.failed, "seconds": seconds}
-        if current() is not None:
-            note = {"mutant": current(), "exit": int(exitstatus), **note}
-        elif self.failed is None:
+        if current() is None and self.failed is None:
             return
+        note = {"mutant": current() or "", "exit": int(exitstatus), "test": self.failed, "seconds": seconds}
         with NOTES.open("a") as stream:  # one short line: appends of two workers do not mix
             stream.write(json.dumps(note) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # a process that owns a pool of threads hangs after a fork
+    if current() is not None:  # what the tool sets in the process that forks is none of a test's business
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     config.pluginmanager.register(Worker())

@@ -8,6 +8,7 @@ score leaves them out.
    hash of (seed, what is changed) are taken: another commit keeps the sample of every function that it leaves alone.
 2. A mutant that runs into its time limit counts as killed: a test's limit is processor time (mutant_worker.py), the
    tool's own is wall time and generous. One whose process died in another way is an error and counts as alive.
+   So does one whose killer fails without a mutant as well: every killer is tried in a process of the same making.
 3. The tool does not mutate decorated functions (properties, validators, context managers), nor code of modules and
    classes outside functions.
 """
@@ -41,6 +42,7 @@ SRC = Path("src/atesd")
 COPY = ROOT / "mutants"
 RESULTS = HERE / "results.json"
 EQUIVALENT = HERE / "equivalent.toml"
+CONTROL = "control.x_none__mutmut_0"
 STATUSES = ("killed", "timeout", "survived", "no tests", "error")
 # Exit codes of pytest and of the tool: 33 is its "no test reaches this"; SIGXCPU is its limit, SIGPROF that of a test.
 STATUS_OF_EXIT = {0: "survived", 1: "killed", 33: "no tests", -signal.SIGXCPU: "timeout", -signal.SIGPROF: "timeout"}
@@ -204,30 +206,64 @@ def read_equivalent(mutants: list[Mutant], files: list[Path]) -> set[Change]:
     return judged
 
 
+def read_notes() -> dict[str, dict[str, Any]]:
+    """Read what mutant_worker.py wrote, by mutant; the last note of each."""
+    path = COPY / "notes.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {note["mutant"]: note for note in map(json.loads, lines)}
+
+
 def execute(sample: list[Mutant], workers: int) -> dict[str, str]:
     """Let the tool test the sample; return the status of each mutant by name."""
     from mutmut.mutation.data import SourceFileMutationData
 
     tool = Path(sys.executable).with_name("mutmut")
     command = [str(tool), "run", "--max-children", str(workers), *(mutant.name for mutant in sample)]
-    log, notes = COPY / "log.txt", COPY / "notes.jsonl"
+    log = COPY / "log.txt"
     start = time.monotonic()
     with log.open("w") as stream, subprocess.Popen(command, stdout=stream, stderr=stream) as process:
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            tested = sum('"exit"' in line for line in notes.read_text().splitlines()) if notes.exists() else 0
+            tested = len(read_notes().keys() - {""})
             done = f"{tested} of {len(sample)} tested" if tested else "first all tests run twice without a mutant"
             print(f"  {(time.monotonic() - start) / 60:.0f} min: {done}", flush=True)
     if process.returncode:
-        print(notes.read_text() if notes.exists() else "")
-        raise SystemExit(f"the tool ended with {process.returncode}: {log}, and above the tests that failed, if any")
+        print(f"the test that failed before any mutant, if one did: {read_notes().get('', {}).get('test')}")
+        raise SystemExit(f"the tool ended with {process.returncode}, its words: {log}")
     statuses: dict[str, str] = {}
     for file in {mutant.change.file for mutant in sample}:
         data = SourceFileMutationData(path=SRC / file)
         data.load()
         statuses |= {name: STATUS_OF_EXIT.get(code, "error") for name, code in data.exit_code_by_key.items()}
-    return statuses
+    killer = {name: note["test"] for name, note in read_notes().items() if statuses.get(name) == "killed"}
+    false = false_killers(set(killer.values()))
+    killed = {name for name, status in statuses.items() if status == "killed"}
+    return statuses | {name: "error" for name in killed if killer.get(name) in {None, *false}}
+
+
+def control(tests: set[str]) -> str | None:
+    """Run tests in a process forked like a mutant's, with no mutant in it; return the first that fails."""
+    from mutmut.workers.isolation import get_mutant_runner
+
+    runner = get_mutant_runner(1)
+    runner.startup()
+    runner.submit(CONTROL, sorted(tests), cpu_time_limit=3600, estimated_time=0)
+    runner.signal_work_complete()
+    code = runner.wait_for_result().exit_code
+    runner.shutdown()
+    note = read_notes()[CONTROL]
+    assert (code == 0) == (note["test"] is None), f"the control ended with {code}"
+    return note["test"]
+
+
+def false_killers(killers: set[str]) -> set[str]:
+    """Return the tests that fail without a mutant too: what they killed is not known to be dead."""
+    false: set[str] = set()
+    while killers - false and (failed := control(killers - false)):
+        print(f"fails without a mutant in the process of a mutant: {failed}", flush=True)
+        false.add(failed)
+    return false
 
 
 def wilson(killed: int, judged: int) -> tuple[float, float]:
