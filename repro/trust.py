@@ -1,6 +1,6 @@
 """Count what is believed that should not be: damaged run directories, killed runs, hostile completions, bad recipes.
 
-    python repro/trust.py [--damages 200] [--kills 40] [--completions 300] [--recipes 250] [--out docs/evidence/trust.json]
+    python repro/trust.py [--damages 200] [--kills 40] [--completions 300] [--recipes 250] [--out FILE.json]
 
 Each part counts outcomes; `docs/trust.md` says which of them are promised never to happen.
 """
@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,9 @@ def killed_runs(count: int, folder: Path, seed: int = 0) -> Counter[str]:
         Trainer.start(config, whole).train()
         seconds = time.monotonic() - began
         for attempt in range(times):
-            _killed(lambda run=cut, first=attempt == 0: _train(config, run, first), rng.uniform(0.05, 0.9) * seconds)
+            _killed(partial(_train, config, cut, attempt == 0), rng.uniform(0.05, 0.9) * seconds)
             found["kills"] += 1
-        _killed(lambda run=cut: _train(config, run, not run.exists()), None)
+        _killed(partial(_train, config, cut, not cut.exists()), None)
         same = outcome(cut) == outcome(whole)
         found["same" if same else "different"] += 1
         if not same:

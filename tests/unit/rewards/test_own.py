@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atesd.facts import RunFacts
 from atesd.rewards.kinds import PythonConfig
 from atesd.rewards.own import OwnReward
 from atesd.types import UserError
