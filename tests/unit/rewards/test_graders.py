@@ -113,6 +113,17 @@ def test_a_worker_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch)
     assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
 
 
+def test_a_worker_that_gets_no_processor_for_longer_than_the_limit_costs_no_grade() -> None:
+    reward = MathReward(timeout_s=0.2)
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+    assert reward._worker is not None
+    pid = reward._worker.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+    assert reward.timeouts == 0
+
+
 def test_a_worker_is_out_of_reach_of_ctrl_c_and_ends_itself_at_the_limit() -> None:
     worker = _Worker()
     assert os.getsid(worker.process.pid) != os.getsid(0)
