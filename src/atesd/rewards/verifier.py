@@ -17,7 +17,12 @@ from contextlib import suppress
 from typing import Any
 
 _MEMORY = 4 * 2**30
-_SELF_TEST = [(r"\frac{1}{2}", "0.5", True), ("1/2", "2/4", True), (r"\{1,2\}", r"\{2,1\}", True), ("1", "2", False)]
+_SELF_TEST = [
+    (r"\frac{1}{2}", "0.5", True),
+    (r"\{1,2\}", r"\{2,1\}", True),
+    ("(1,2]", "(1,2)", False),
+    ("x^2+1", "1+x^2", True),
+]
 
 
 def main(fallback: list[str]) -> None:

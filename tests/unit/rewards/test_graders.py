@@ -59,7 +59,9 @@ def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
         (r"\boxed{\text{No}}", "no", 1.0),
         (r"\boxed{y x}", "x y", 1.0),  # single letters are variables
         (r"\boxed{4, the final answer is 3. I hope}", "3", 0.0),  # nothing is picked out of prose
+        (r"\boxed{4, the final answer is $3$. I hope}", "3", 0.0),
         (r"\boxed{\unknown 3}", "3", 0.0),  # nor out of what is no LaTeX
+        (r"\boxed{\unknown the answer is $3$}", "3", 0.0),
     ],
 )
 def test_meaning(grader: MathReward, given: str, gold: str | None, score: float | None) -> None:
@@ -113,6 +115,17 @@ def test_a_worker_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch)
     assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
 
 
+def test_a_worker_that_gets_no_processor_for_longer_than_the_limit_costs_no_grade() -> None:
+    reward = MathReward(timeout_s=0.2)
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+    assert reward._worker is not None
+    pid = reward._worker.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
+    assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
+    assert reward.timeouts == 0
+
+
 def test_a_worker_is_out_of_reach_of_ctrl_c_and_ends_itself_at_the_limit() -> None:
     worker = _Worker()
     assert os.getsid(worker.process.pid) != os.getsid(0)
@@ -136,13 +149,13 @@ def test_an_interrupted_grade_does_not_answer_the_next_request(grader: MathRewar
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to a core")
 def test_six_cold_graders_on_one_core_cost_no_reward() -> None:
-    """Start-up alone takes each of them seconds there; a comparison takes some 10 ms of processor time."""
+    """Start-up alone takes each of them seconds there; a comparison 0.01 s of processor time."""
     found: list[float | None] = []
     cores = os.sched_getaffinity(0)
 
     def work() -> None:
         os.sched_setaffinity(0, {min(cores)})  # of this thread, and of the process that it starts
-        found.append(grade(MathReward(timeout_s=0.1), r"\boxed{0.5}", "1/2"))
+        found.append(grade(MathReward(timeout_s=0.05), r"\boxed{0.5}", "1/2"))
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:

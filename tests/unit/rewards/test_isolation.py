@@ -95,7 +95,8 @@ def test_an_environment_without_the_package_is_helped_by_the_import_path_but_not
 
 
 STUB = """
-VALUES = {r"\\frac{1}{2}": "h", "0.5": "h", "1/2": "h", "2/4": "h", r"\\{1,2\\}": "s", r"\\{2,1\\}": "s"}
+VALUES = {r"\\frac{1}{2}": "h", "0.5": "h", "1/2": "h", r"\\{1,2\\}": "s", r"\\{2,1\\}": "s"}
+VALUES["x^2+1"] = VALUES["1+x^2"] = "p"
 LatexExtractionConfig = dict
 def parse(text, *arguments, **options):
     print("true", flush=True)

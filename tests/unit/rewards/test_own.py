@@ -108,11 +108,23 @@ def test_the_recipe_sets_the_limit(tmp_path: Path) -> None:
         PythonConfig(function=f"{path}:score", timeout_s=0.1).build(RunFacts())(**COLUMNS)
 
 
-def test_the_last_call_leaves_nothing_behind_that_hits_the_next() -> None:
-    reward = OwnReward("mine.py:score", lambda **_: [0.0, 1.0], 0.05)
-    for _ in range(20):
-        assert reward(**COLUMNS) == [0.0, 1.0]
-    time.sleep(0.1)  # a timer that went on would strike here: the signal's default action ends the process
+def test_a_signal_that_comes_late_hits_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the call, the signal's default action would end the process."""
+    strays: list[int] = []
+    kill = signal.pthread_kill
+
+    def kill_late(thread: int, number: int) -> None:
+        time.sleep(0.3)
+        kill(thread, number)
+
+    monkeypatch.setattr(signal, "pthread_kill", kill_late)
+    before = signal.signal(signal.SIGVTALRM, lambda number, _: strays.append(number))
+    try:
+        assert own(lambda **_: time.sleep(0.2) or [1.0, 0.0], timeout_s=0.1) == [1.0, 0.0]
+        time.sleep(0.4)
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+    assert strays == []
 
 
 def test_it_may_use_signals_as_verifiers_do() -> None:
