@@ -122,7 +122,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_p
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tree = TREE | {"step": {"num_steps": 1, "problems": 4}}
+    tree = TREE | {"step": {"num_steps": 1, "problems": 4}, "optim": {"lr": 1e-3}}
     result = Trainer.start(build_config(tree), run).train()
     before = (run / "metrics.jsonl").read_bytes()
     assert Trainer.resume(run).train() == result

@@ -83,7 +83,7 @@ def test_ids_given_to_the_sampler_are_the_ids_scored() -> None:
         renderer=renderer,
         environment=SingleTurn(),
         student_messages=lambda problem: student_messages(problem, prompt),
-        reward=lambda **columns: [None] * len(columns["prompts"]),
+        reward=lambda **columns: [0.0] * len(columns["prompts"]),
     )
     problems = [Problem("a", "one", "1"), Problem("b", "a longer one", "2")]
     for group in driver.rollout(problems, SamplingConfig(max_new_tokens=20, group_size=3), seed=0):

@@ -118,7 +118,7 @@ class Driver:
         if rewards and not self.warned and all(reward is None for reward in rewards):
             self.warned.append("ungradable")
             warnings.warn(
-                f"no completion could be graded: all {len(rewards)} rewards of a step are None, which counts as "
+                f"no completion could be graded: all {len(rewards)} rewards of a round are None, which counts as "
                 "ungradable, never as wrong; check that problems have answers that the grader can read",
                 stacklevel=2,
             )

@@ -93,7 +93,8 @@ def test_ungradable_completions_are_counted_and_enter_no_accuracy() -> None:
 
 
 def test_a_task_without_any_grade_has_no_accuracy() -> None:
-    metrics = run([OPEN_ENDED]).metrics
+    with pytest.warns(UserWarning, match="no completion could be graded"):
+        metrics = run([OPEN_ENDED]).metrics
     assert metrics["eval/toy/ungradable"] == 4.0
     assert not [key for key in metrics if "@" in key]
 

@@ -116,7 +116,7 @@ def test_the_largest_rewards_give_finite_advantages() -> None:
 
 def test_that_nothing_can_be_graded_is_said_once_and_taken_for_no_grade() -> None:
     driver, _ = fake_driver(lambda prompt, place: "x", lambda completions, **_: [None] * len(completions))
-    with pytest.warns(UserWarning, match="no completion could be graded: all 4 rewards of a step are None") as said:
+    with pytest.warns(UserWarning, match="no completion could be graded: all 4 rewards of a round are None") as said:
         found = rewards(driver.rollout(PROBLEMS, sampling(2), seed=0))
     copied = replace(driver, student_messages=driver.student_messages)
     again = rewards(copied.rollout(PROBLEMS, sampling(2), seed=0))  # a second warning would be an error
