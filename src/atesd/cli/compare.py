@@ -205,10 +205,10 @@ def paired_table(summary: Mapping[str, Any]) -> Table:
 
 
 def leaders_line(leaders: Sequence[str]) -> str:
-    """Say which arm came out highest, or which ones are not told apart at the top."""
+    """Say which arm came out highest, or which ones are not told apart from the highest."""
     if len(leaders) < 2:
         return f"highest accuracy: {''.join(leaders) or 'no run is complete'}"
-    return f"not told apart at the top: {', '.join(leaders)} (paired 95 % intervals hold 0)"
+    return f"not told apart from the highest: {', '.join(leaders)} (paired 95 % intervals hold 0)"
 
 
 def interval(entry: Mapping[str, float], sign: str = "") -> str:

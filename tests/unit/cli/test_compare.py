@@ -43,7 +43,7 @@ def test_pairs_are_read_by_their_intervals() -> None:
     [
         ([], "highest accuracy: no run is complete"),
         (["a"], "highest accuracy: a"),
-        (["a", "b"], "not told apart at the top: a, b (paired 95 % intervals hold 0)"),
+        (["a", "b"], "not told apart from the highest: a, b (paired 95 % intervals hold 0)"),
     ],
 )
 def test_a_tie_is_not_crowned(leaders: Sequence[str], line: str) -> None:
@@ -54,7 +54,7 @@ def test_the_end_of_a_comparison_names_its_leaders(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {name: {1: [[1.0, 0.0]]} for name in ("half", "full")})
     out = io.StringIO()
     finish(folder, Console(file=out, width=100))
-    assert "not told apart at the top: half, full" in out.getvalue()
+    assert "not told apart from the highest: half, full" in out.getvalue()
     assert json.loads((folder / "summary.json").read_text())["leaders"] == ["half", "full"]
 
 
