@@ -12,6 +12,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from atesd.report.checked import writable
 from atesd.report.compare import accuracy, finals
 from atesd.report.load import Study, load_comparison
 from atesd.report.special import accuracy_curve
@@ -31,7 +32,7 @@ Scale = Callable[[float], float]
 def write_figure(compare_dir: Path, out_svg: Path) -> Path:
     """Draw a comparison and return the file's path. UserError if no run is complete."""
     out_svg.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_svg, draw(load_comparison(compare_dir)))
+    write_atomic(out_svg, writable(draw(load_comparison(compare_dir))))
     return out_svg
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -391,3 +392,57 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     found = capsys.readouterr()
     assert "kept text" in found.out
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
+
+
+def test_eval_runs_the_users_code_only_where_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, trace = tmp_path / "run", tmp_path / "trace"
+    code = tmp_path / "mine.py"
+    code.write_text(
+        f"from pathlib import Path\nPath({str(trace)!r}).write_text('ran')\n"
+        "def score(prompts, completions, **_):\n    return [1.0] * len(completions)\n"
+    )
+    reward = f'reward={{kind="python", function="{code}:score"}}'
+    assert run(monkeypatch, "train", PICO, *SMALL, reward, "--out", str(out)) == 0
+    trace.unlink()
+    capsys.readouterr()
+    assert run(monkeypatch, "eval", str(out), "--problems", "1") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{out}/config.json would run code with your rights: reward function 'score' in {code}" in line
+    assert "--run-code" in line
+    assert not trace.exists()
+    assert run(monkeypatch, "eval", str(out), "--problems", "1", "--run-code") == 0
+    assert f"runs code of yours, with your rights: reward function 'score' in {code}" in capsys.readouterr().out
+    assert trace.read_text() == "ran"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "device"])
+def test_no_command_writes_over_what_is_no_ordinary_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the work: these commands name no run that exists."""
+    out = Path("/dev/full") if kind == "device" else tmp_path / "out"
+    target = tmp_path / "target"
+    make: dict[str, Any] = {
+        "pipe": lambda: os.mkfifo(out),
+        "link": lambda: out.symlink_to(target),
+        "folder": out.mkdir,
+        "device": lambda: None,
+    }
+    make[kind]()
+    before = out.lstat().st_mode
+    for command in (["report", str(tmp_path / "nowhere")], ["eval", str(tmp_path / "nowhere")]):
+        assert run(monkeypatch, *command, "--out", str(out)) == 2
+        assert f"{out} is no ordinary file and is left as it is" in capsys.readouterr().err
+    assert out.lstat().st_mode == before
+    assert not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if kind == "device" else ["out"])
+
+
+def test_a_report_by_default_goes_over_no_pipe_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "report.html")
+    assert run(monkeypatch, "report", str(tmp_path)) == 2
+    assert "report.html is no ordinary file" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     (folder / "full" / "seed_1" / "eval" / "step_000010.jsonl").unlink()
     with pytest.raises(UserError, match="no complete run"):
         write_figure(folder, tmp_path / "f.svg")
+
+
+def test_half_a_surrogate_pair_in_a_title_is_drawn(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}})
+    about = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps(about | {"recipe": "\ud83d.toml"}))
+    assert "<title>?: Average@1" in write_figure(folder, tmp_path / "figure.svg").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -98,7 +97,7 @@ class Plan:
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `compare.json`, or extend that of an earlier call; UserError if it compared something else."""
         path = folder / "compare.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = read_before(path)
         if before and _base(before["recipe_text"], before["overrides"]) != _base(self.text, self.overrides):
             raise UserError(f"{folder} compares another recipe or other overrides: choose another folder with --out")
         for arm, overrides in self.arms.items():
@@ -136,6 +135,18 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
         chosen[arm] = known[arm]
         num_steps[arm] = with_overrides(config, known[arm]).step.num_steps
     return Plan(recipe, recipe.read_text(encoding="utf-8"), tuple(overrides), chosen, num_steps, seeds, config)
+
+
+def read_before(path: Path) -> dict[str, Any]:
+    """Return what an earlier call wrote; {} where there was none. UserError where it is damaged."""
+    from atesd.report.checked import is_amount, is_text, list_of, read_object, refuse_damaged
+    from atesd.report.load import COMPARISON
+
+    before = read_object(path)
+    if before:
+        own = {"recipe_text": is_text, "overrides": list_of(is_text), "seconds": is_amount}
+        refuse_damaged(path, before, COMPARISON | own)
+    return before
 
 
 @contextmanager
@@ -194,10 +205,10 @@ def paired_table(summary: Mapping[str, Any]) -> Table:
 
 
 def leaders_line(leaders: Sequence[str]) -> str:
-    """Say which arm came out highest, or which ones are not told apart at the top."""
+    """Say which arm came out highest, or which ones are not told apart from the highest."""
     if len(leaders) < 2:
         return f"highest accuracy: {''.join(leaders) or 'no run is complete'}"
-    return f"not told apart at the top: {', '.join(leaders)} (paired 95 % intervals hold 0)"
+    return f"not told apart from the highest: {', '.join(leaders)} (paired 95 % intervals hold 0)"
 
 
 def interval(entry: Mapping[str, float], sign: str = "") -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atesd.cli.code import announce_code, refuse_code
+from atesd.cli.places import check_out
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.seals import MANIFEST, folder_flaw
@@ -26,8 +28,11 @@ def run_eval(
     problems: int | None,
     which: str | None,
     out: Path | None,
+    run_code: bool = False,
 ) -> None:
-    """Evaluate a run's model or any other, and print the metrics."""
+    """Evaluate a run's model or any other, and print the metrics; code that the recipe names runs only if allowed."""
+    if out is not None:
+        check_out(out)
     silence_libraries()
     from atesd.recipe import load_config, with_overrides
     from atesd.train.inspect import evaluate_model
@@ -42,6 +47,10 @@ def run_eval(
     settings += [f"eval.problems={problems}"] if problems else []
     config = with_overrides(config, settings)
     console = make_console()
+    if run_code:
+        announce_code(config, console)
+    else:
+        refuse_code(config, str(recipe or f"{run}/config.json"))
     with console.status(f"evaluating {folder} with {config.eval.k} completions a problem"):
         result = evaluate_model(config, folder)
     if out is not None:

@@ -90,16 +90,30 @@ def evaluate(
         Literal["final", "best"] | None, typer.Option(help="Model of a run directory; default final.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every sample to this JSONL file.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run the reward function that the recipe names.")
+    ] = False,
 ) -> None:
     """Evaluate a model: Average@k, pass@k and maj@k with 95 % intervals over problems.
 
     Example: `atesd eval runs/demo/learned/seed_0 --k 12`
 
-    Prints a table, and writes nothing but the file of `--out`.
+    Prints a table, and writes nothing but the file of `--out`. A reward function of yours that the recipe names is run
+    with `--run-code` alone; without it, a line says which one it is.
     """
     from atesd.cli.evaluate import run_eval
 
-    run_eval(model, overrides or [], recipe=recipe, task=task, k=k, problems=problems, which=which, out=out)
+    run_eval(
+        model,
+        overrides or [],
+        recipe=recipe,
+        task=task,
+        k=k,
+        problems=problems,
+        which=which,
+        out=out,
+        run_code=run_code,
+    )
 
 
 @app.command()

@@ -138,6 +138,11 @@ def seal_notes(folder: RunDir, *, is_complete: bool, version: int) -> list[str]:
     return [_seal_note(name, why) for name, why in found.items() if why]
 
 
+def writable(text: str) -> str:
+    """Put a question mark in place of what no file can hold: halves of surrogate pairs, which JSON can spell."""
+    return text.encode(errors="replace").decode()
+
+
 def _seal_note(name: str, why: str) -> str:
     """Word a flaw: `x.jsonl is not what this run wrote`, with sizes where they differ."""
     if why == f"{name} is missing":

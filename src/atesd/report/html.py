@@ -18,6 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from atesd.report.checked import writable
 from atesd.report.compare import find
 from atesd.report.load import Study, load_study
 from atesd.report.plots import Shown
@@ -30,11 +31,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, writable(render(load_study(paths))))
     return out
-
-
-def writable(text: str) -> str:
-    """Put a question mark in place of what no file can hold: halves of surrogate pairs, which JSON can spell."""
-    return text.encode(errors="replace").decode()
 
 
 def render(study: Study) -> str:

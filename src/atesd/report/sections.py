@@ -7,12 +7,23 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from atesd.evaluate.metrics import Difference
 from atesd.report.compare import Findings
 from atesd.report.load import Run, Study
 from atesd.report.panels import PANELS
 from atesd.report.plots import Shown
 from atesd.report.rollouts import pack_rollouts
-from atesd.report.tables import behaviour_table, paired_table, percent, points, result_table, settings_table, swatch
+from atesd.report.tables import (
+    NOT_TOLD_APART,
+    behaviour_table,
+    paired_table,
+    percent,
+    points,
+    result_table,
+    settings_table,
+    swatch,
+    verdict,
+)
 from atesd.report.words import config_in_full, duration, listed, run_in_words, settings_in_words
 
 INTRODUCTION = """<p class="lead">A language model, the <em>student</em>, answers training problems on its own. A
@@ -101,23 +112,21 @@ def finding(findings: Findings) -> str:
     shares = [percent(known[name]["average_at_k"]) for name in findings.leaders]
     start = findings.start
     before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
-    if len(known) == 1:
-        verb = "answers"
-    elif len(names) == 1:
-        verb = "has the highest measured accuracy: it answers"
-    elif len(names) == len(known):
-        verb = "are not told apart: they answer"
-    else:
-        verb = "have the highest measured accuracies and are not told apart: they answer"
     answered = shares[0] if shares[0] == shares[-1] else f"{shares[-1]} to {shares[0]}"
-    return f"{listed(names)} {verb} {answered} of held-out problems right{before}.{_against(findings)}"
+    if len(names) > 1 and len(names) == len(known):
+        text = f"No arm is told apart from the highest: {listed(names)} answer"
+    elif len(names) > 1:
+        text = f"{listed(names)} are not told apart from the highest: they answer"
+    else:
+        text = f"{names[0]} {'has the highest measured accuracy: it ' if len(known) > 1 else ''}answers"
+    return f"{text} {answered} of held-out problems right{before}.{_against(findings)}"
 
 
 def _against(findings: Findings) -> str:
     """Compare the learned arm with the first others, in a sentence."""
     pairs = [
         f"{points(entry.difference)} against {escape(name.removeprefix('learned-'))} "
-        f"({points(entry.low)} to {points(entry.high)})"
+        f"({points(entry.low)} to {points(entry.high)}{_untold(entry)})"
         for name, entry in findings.paired.items()
         if name.startswith("learned-")
     ]
@@ -125,6 +134,11 @@ def _against(findings: Findings) -> str:
         return ""
     rest = " The table below has the other pairs." if len(pairs) > NAMED_PAIRS else ""
     return f" Learned exposure, in percentage points: {listed(pairs[:NAMED_PAIRS])}.{rest}"
+
+
+def _untold(entry: Difference) -> str:
+    word = verdict(entry.low, entry.high)
+    return f", {word}" if word == NOT_TOLD_APART else ""
 
 
 def _facts(study: Study) -> str:

@@ -14,6 +14,7 @@ from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, seen_in_words
 
+NOT_TOLD_APART = "not told apart"
 WIDTH, HEIGHT = 190, 20  # of an interval's drawing, CSS pixels
 
 
@@ -38,7 +39,8 @@ def result_table(study: Study, findings: Findings) -> str:
             f"<tr><th scope=row>start</th><td class=words>no training yet</td>{interval(start, None)}<td></td></tr>"
         )
     for index, arm, entry in found:
-        shown = interval(entry, index) if entry else "<td class=muted colspan=3>no complete run yet</td>"
+        state = "no final accuracy" if any(run.result is not None for run in arm.runs) else "no complete run yet"
+        shown = interval(entry, index) if entry else f"<td class=muted colspan=3>{state}</td>"
         took = duration(seconds(arm)) if seconds(arm) else ""
         words = escape(seen_in_words(arm.runs[0]))
         name = f"{swatch(index)}{escape(arm.name)}"
@@ -175,7 +177,7 @@ def verdict(low: float, high: float) -> str:
     """Say what the interval of a difference allows to say."""
     if low > 0:
         return "higher"
-    return "lower" if high < 0 else "not told apart"
+    return "lower" if high < 0 else NOT_TOLD_APART
 
 
 def percent(value: float) -> str:

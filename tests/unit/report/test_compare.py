@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from atesd.report.compare import summarise
+from atesd.report.compare import find, summarise
+from atesd.report.load import load_study
 from atesd.runlog import RunDir
 from atesd.types import UserError
 
@@ -90,3 +91,51 @@ def test_a_comparison_without_evaluation_is_refused(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(UserError, match="no evaluation yet"):
         summarise(folder)
+
+
+def leaders_of(path: Path, arms: dict[str, dict[int, list[list[float | None]]]]) -> list[str]:
+    """Return the arms that a comparison of these rewards puts at the top."""
+    found: list[str] = summarise(write_graded(path, arms))["leaders"]
+    return found
+
+
+def test_equal_arms_have_no_leader(tmp_path: Path) -> None:
+    rewards: dict[int, list[list[float | None]]] = {1: [RIGHT, WRONG, MIXED], 2: [MIXED, RIGHT, WRONG]}
+    assert leaders_of(tmp_path / "cmp", dict.fromkeys("abcd", rewards)) == ["a", "b", "c", "d"]
+
+
+def test_arms_are_told_apart_from_the_highest_one_by_one(tmp_path: Path) -> None:
+    # c is right throughout, in both problems of both seeds better than a. b equals c but for one sample of seed 2:
+    # a draw of seed 1 twice has no difference, so that its interval holds 0
+    arms: dict[str, dict[int, list[list[float | None]]]] = {
+        "a": {1: [WRONG, MIXED], 2: [WRONG, MIXED]},
+        "b": {1: [RIGHT, RIGHT], 2: [RIGHT, MIXED]},
+        "c": {1: [RIGHT, RIGHT], 2: [RIGHT, RIGHT]},
+    }
+    assert leaders_of(tmp_path / "cmp", arms) == ["c", "b"]
+    assert leaders_of(tmp_path / "two", {"a": arms["a"], "c": arms["c"]}) == ["c"]
+    assert leaders_of(tmp_path / "one", {"a": arms["a"]}) == ["a"]
+
+
+def test_arms_that_cannot_be_paired_are_not_told_apart(tmp_path: Path) -> None:
+    assert leaders_of(tmp_path / "seeds", {"a": {1: [WRONG]}, "b": {2: [RIGHT]}}) == ["b", "a"]
+    folder = write_graded(tmp_path / "problems", {"a": {1: [WRONG]}, "b": {1: [RIGHT]}})
+    rows = [{**row, "problem_id": "another"} for row in graded_rows([WRONG])]
+    RunDir.open(folder / "a" / "seed_1").write_rows("eval", 10, rows)
+    assert summarise(folder)["leaders"] == ["b", "a"]
+
+
+def test_runs_named_together_are_told_apart_by_their_own_intervals(tmp_path: Path) -> None:
+    def named(name: str, rewards: list[list[float | None]]) -> Path:
+        return write_graded(tmp_path / name, {name: {1: rewards}}) / name / "seed_1"
+
+    low, middle, high = named("low", [WRONG] * 9), named("middle", [RIGHT, WRONG] * 5), named("high", [RIGHT] * 9)
+    assert find(load_study([low, high])).leaders == ("seed_1 (2)",)
+    # the middle one's 5 of 10 problems resample to 0.2 to 0.8: above 0, below 1
+    assert find(load_study([low, middle])).leaders == ("seed_1 (2)",)
+    assert find(load_study([middle, named("same", [WRONG, RIGHT] * 5), low])).leaders == ("seed_1", "seed_1 (2)")
+
+
+def test_nothing_complete_has_no_leader(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path / "cmp", arms=("full",), seeds=(1,), steps=4, problems=3, finished=False)
+    assert summarise(folder)["leaders"] == []

@@ -161,3 +161,53 @@ def test_the_same_runs_give_the_same_file(tmp_path: Path) -> None:
     folder = write_compare(tmp_path / "cmp", arms=("learned",), steps=4, problems=3)
     first, second = (write_report([folder], tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
     assert first == second
+
+
+def finding_of(text: str) -> str:
+    found = re.search(r'<p class="finding">(.*?)</p>', text)
+    assert found is not None
+    return found[1]
+
+
+def test_the_finding_crowns_no_tie(tmp_path: Path) -> None:
+    rewards: list[list[float | None]] = [[1.0, 1.0], [0.0, 0.0]]
+    arms = {name: {1: rewards, 2: rewards} for name in ("a", "b", "c", "d")}
+    text = write_report([write_graded(tmp_path / "cmp", arms)], tmp_path / "report.html").read_text()
+    assert finding_of(text) == (
+        "No arm is told apart from the highest: <strong>a</strong>, <strong>b</strong>, <strong>c</strong> and "
+        "<strong>d</strong> answer 50.0\u00a0% of held-out problems right, from 0.0\u00a0% before training."
+    )
+
+
+def test_the_finding_names_those_that_share_the_top(tmp_path: Path) -> None:
+    right: list[list[float | None]] = [[1.0, 1.0], [1.0, 1.0]]
+    less: list[list[float | None]] = [[1.0, 1.0], [1.0, 0.0]]
+    wrong: list[list[float | None]] = [[0.0, 0.0], [1.0, 0.0]]
+    arms = {"low": {1: wrong, 2: wrong}, "near": {1: right, 2: less}, "top": {1: right, 2: right}}
+    text = write_report([write_graded(tmp_path / "cmp", arms)], tmp_path / "report.html").read_text()
+    # near: (1 + .75) / 2 = .875
+    assert finding_of(text) == (
+        "<strong>top</strong> and <strong>near</strong> are not told apart from the highest: they answer "
+        "87.5\u00a0% to 100.0\u00a0% of held-out problems right, from 0.0\u00a0% before training."
+    )
+
+
+def test_half_a_surrogate_pair_in_a_title_is_written(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}})
+    about = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps(about | {"recipe": "\ud83d.toml"}))
+    assert "<h1>?</h1>" in write_report([folder], tmp_path / "report.html").read_text()
+
+
+def test_a_pair_whose_interval_holds_0_is_not_told_apart(tmp_path: Path) -> None:
+    arms = {"full": {1: [[1.0, 0.0]]}, "learned": {1: [[0.0, 1.0]]}}
+    text = write_report([write_graded(tmp_path / "cmp", arms)], tmp_path / "report.html").read_text()
+    assert finding_of(text).endswith("+0.0 against full (+0.0 to +0.0, not told apart).")
+
+
+def test_a_complete_run_without_its_last_evaluation_is_not_called_unfinished(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0]]}, "half": {1: [[1.0]]}})
+    (folder / "full" / "seed_1" / "eval" / "step_000010.jsonl").unlink()
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert "<td class=muted colspan=3>no final accuracy</td>" in text
+    assert "no complete run yet" not in text

@@ -34,7 +34,7 @@ def test_an_ungradable_arm_shows_no_number(tmp_path: Path) -> None:
     rows = cells(behaviour_table(load_study([folder])))
     assert rows[2][:4] == ["half", "n/a", "n/a", "n/a"]
     study = load_study([folder])
-    assert "no complete run yet" in result_table(study, find(study))
+    assert "no final accuracy" in result_table(study, find(study))
 
 
 def test_the_paired_table_reads_its_intervals(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Code of the user's that a recipe names: it runs with the user's rights, so the commands say so before they run it."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from atesd.rewards.kinds import PythonConfig
+from atesd.types import UserError
+
+if TYPE_CHECKING:
+    from atesd.config import RunConfig
+
+
+def code_of(config: RunConfig) -> str | None:
+    """Return which code a recipe has run, with the file that it is in; None where there is none."""
+    reward = config.reward
+    if not isinstance(reward, PythonConfig):
+        return None
+    source, _, name = reward.function.rpartition(":")
+    return f"reward function {name!r} in {_file_of(source)}"
+
+
+def announce_code(config: RunConfig, console: Console) -> None:
+    """Say which code is about to run."""
+    code = code_of(config)
+    if code:
+        console.print(f"this recipe runs code of yours, with your rights: {code}")
+
+
+def refuse_code(config: RunConfig, source: str) -> None:
+    """UserError where a recipe has code run; `source` is where the recipe comes from."""
+    code = code_of(config)
+    if code:
+        raise UserError(
+            f"{source} would run code with your rights: {code}. It was not run: look at it, then allow it with "
+            "--run-code"
+        )
+
+
+def _file_of(source: str) -> str:
+    """Return the file of a module, without importing it, not even a package above it."""
+    if source.endswith(".py"):
+        return str(Path(source).absolute())
+    top = source.partition(".")[0]
+    spec = util.find_spec(top) if top.isidentifier() and top != "__main__" else None
+    return f"module {source} ({spec.origin if spec and spec.origin else 'not found'})"
