@@ -48,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "bins": 3,
             "policy": {"kind": "beta", "hold": 1, "look_ahead": 1, "lambda_gt": 0.0},
         },
+        "teacher": {"weights": "ema", "ema_decay": 0.5},
         "target": {"kind": "extrapolate", "lambda_x": 3.0, "guard": True},
         "cliff": CONTRACT | {"kappa": 0.8, "every": 2},
         "loss": {"divergence": {"kind": "reverse_kl"}},
@@ -71,7 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gate": {"kind": "sdar", "beta": 2.0, "centered": True},
         "teacher": {"weights": "live"},
         "routing": {"kind": "both", "coef": 0.5},
-        "rl": {"aggregate": "constant", "scale": "none", "importance_clip": None},
+        "rl": {"aggregate": "constant", "scale": "none", "importance_clip": None, "kl_coef": 0.2},
         "rollout": GROUPS,
     },
     # The cliff router over exposures that are drawn anew in every step.
@@ -158,7 +159,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "selection": {
             "kind": "tip",
             "score": "multinomial",
-            "ratio": 0.2,
+            "ratio": 0.1,
             "entropy_power": 2.0,
             "divergence_power": 0.0,
         },
@@ -169,7 +170,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "influence": {
         "exposure": {"kind": "influence", "grid": [0.0, 0.5, 1.0], "hold": 1, "start": 0.5, "temperature": 1.0},
         "optim": {"lr": 1e-3, "max_grad_norm": 0.1, "eps": 1e-4},
-        "target": {"kind": "extrapolate", "lambda_x": 1.5},
+        "target": {"kind": "extrapolate", "lambda_x": 1.5, "guard": True},
+        "cliff": CONTRACT,
         "gate": {"kind": "sdar", "target": "divergence", "beta": 2.0},
         "probe": {"credit_parameters": "all", "credit_problems": 2},
         "step": {"num_steps": 4, "problems": 4},

@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "rollout": SAMPLING | {"max_new_tokens": 12, "group_size": 1, "temperature": 1.5},
     "step": {"num_steps": 3, "problems": 2},
     "eval": {"every": 1, "k": 1},
-    "probe": {"sampling_k": 1},
+    "probe": {"sampling_k": 2},
 }
 
 
@@ -71,7 +71,7 @@ def test_evaluation_and_probe_ask_as_the_recipe_says(runs: list[Recording]) -> N
         assert len(call.prompts) == len(run.evaluation)
     for call in run.of(run.probe):
         assert call.sampling["temperature"] == 1.5
-        assert len(call.prompts) == len(run.probe)
+        assert len(call.prompts) == 2 * len(run.probe)
 
 
 def test_evaluations_are_of_the_weights_of_their_step(runs: list[Recording]) -> None:

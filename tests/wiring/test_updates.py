@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from support.oracle import Expected, Oracle, Row, Scored, distance
-from support.wired import RECIPES, SKEWS
+from support.recording import record
+from support.wired import RECIPES, SAMPLING, SKEWS, recipe
 
 Oracles = Callable[[str], Oracle]
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -199,19 +203,28 @@ def stretched(values: Tensor) -> Tensor:
 
 
 def test_a_multinomial_selection_draws_by_the_powers_it_is_given(oracle: Oracles) -> None:
-    """What was drawn is far likelier by entropy^2 than by divergence^2, which swapped powers would mean."""
+    """How much entropy h and divergence d was drawn is usual for weights h^2, and far off for d^2 and for none."""
     truth = oracle("multinomial")
-    selection = truth.settings["selection"]
-    evidence = 0.0
+    selection, random = truth.settings["selection"], np.random.default_rng(0)
+    assert (selection["entropy_power"], selection["divergence_power"]) == (2.0, 0.0)
     for part in truth.updates():
         taught = scored([part], "distil")
-        chosen = cat([row.selected for row, _ in taught]) > 0
-        entropy, divergence = (cat([getattr(stats, name) for _, stats in taught]) for name in ("entropy", "divergence"))
-        h, d = entropy / entropy.max(), (divergence / math.log(2)).clamp(0, 1)
-        right, swapped = (h**a * d**g + 1e-12 for a, g in ((2, 0), (0, 2)))
-        evidence += float((right / right.sum()).log()[chosen].sum() - (swapped / swapped.sum()).log()[chosen].sum())
-    assert (selection["entropy_power"], selection["divergence_power"]) == (2.0, 0.0)
-    assert evidence > 20.0
+        chosen = (cat([row.selected for row, _ in taught]) > 0).numpy()
+        entropy, divergence = (cat([getattr(s, n) for _, s in taught]).numpy() for n in ("entropy", "divergence"))
+        h, d = entropy / entropy.max(), (divergence / math.log(2)).clip(0, 1)
+        usual = draws(random, h**2, h, d, int(chosen.sum()))
+        for other in (d**2, np.ones_like(h)):
+            gap = draws(random, other, h, d, int(chosen.sum())).mean(0) - usual.mean(0)
+            assert (np.abs(gap) > 5 * usual.std(0)).any(), "the laws can be told apart"
+        found = np.array([h[chosen].sum(), d[chosen].sum()])
+        assert (np.abs(found - usual.mean(0)) < 4 * usual.std(0)).all()
+
+
+def draws(random: np.random.Generator, weight: Any, h: Any, d: Any, count: int) -> Any:
+    """Draw 300 times without replacement; return the sums of h and d over what was drawn, [300, 2]."""
+    share = (weight + 1e-12) / (weight + 1e-12).sum()
+    drawn = [random.choice(len(h), count, replace=False, p=share) for _ in range(300)]
+    return np.array([[h[ids].sum(), d[ids].sum()] for ids in drawn])
 
 
 def test_a_multinomial_selection_draws_anew_in_every_update(oracle: Oracles) -> None:
@@ -243,8 +256,20 @@ def test_recipes_reach_what_they_are_there_for(oracle: Oracles) -> None:
     for name, cut_off in (("tip_both", True), ("rl", False)):  # masked; dropped as a group of equal rewards
         silent = [row for step in (1, 2) for row in oracle(name).rows(step) if not row.components]
         assert any(row.cut_off is cut_off for row in silent)
-    lambdas = {row.strength for part in oracle("cliff").updates() for row in part.rows if row.components}
-    assert len(lambdas) > 1
+    ungraded = [row for name in ("tip_both", "hdpo") for part in oracle(name).updates() for row in part.rows]
+    assert any(row.reward is None and row.route in ("rl", "both") for row in ungraded), "beside graded ones"
+    for name in ("cliff", "guard", "influence"):
+        assert len({row.strength for part in oracle(name).updates() for row in part.rows if row.components}) > 1
     assert all(
         part.norm > oracle("paired").settings["optim"]["max_grad_norm"] for part in oracle("paired").updates()[:1]
     )
+
+
+@pytest.mark.xfail(strict=True, reason="an update whose completions are all masked is left out without being counted")
+def test_an_update_of_masked_completions_counts_as_empty(tmp_path: Path) -> None:
+    """optim/empty_updates: updates of the step that were left out because no loss could move the weights."""
+    step = {"num_steps": 1, "problems": 2, "updates_per_batch": 2, "truncated": "mask"}
+    run = record(recipe("sampled", rollout=SAMPLING | {"max_new_tokens": 2}, step=step), tmp_path / "run")
+    assert not run.updates
+    assert run.metrics[1]["rollout/truncated"] == 4.0
+    assert run.metrics[1].get("optim/empty_updates") == 2.0
