@@ -31,7 +31,6 @@ from torch import Tensor
 
 from atesd.types import Config
 
-
 Scale = Literal["std", "std_trl", "none"]
 
 
