@@ -31,11 +31,11 @@ def summands(kind: str, beta: float, p: Array, q: Array) -> Array:
     return beta * plogp(p, m) + (1 - beta) * plogp(q, m)
 
 
-def restrict(p: Array, q: Array, top_k: int | None, tail: bool) -> tuple[Array, Array]:
-    """Teacher's K entries: renormalised, or with the rest as one more entry."""
+def restrict(p: Array, q: Array, top_k: int | None, tail: bool, ranked: Array | None = None) -> tuple[Array, Array]:
+    """The K entries largest in `ranked`, by default p: renormalised, or with the rest as one more entry."""
     if top_k is None:
         return p, q
-    ids = np.argsort(-p, -1)[:, :top_k]
+    ids = np.argsort(-(p if ranked is None else ranked), -1)[:, :top_k]
     p_k, q_k = np.take_along_axis(p, ids, -1), np.take_along_axis(q, ids, -1)
     if not tail:
         return p_k / p_k.sum(-1, keepdims=True), q_k / q_k.sum(-1, keepdims=True)
@@ -46,10 +46,18 @@ def restrict(p: Array, q: Array, top_k: int | None, tail: bool) -> tuple[Array, 
 
 
 def divergence(
-    p: Array, q: Array, kind: str, beta: float, top_k: int | None, tail: bool, clip: str, tau: float
+    p: Array,
+    q: Array,
+    kind: str,
+    beta: float,
+    top_k: int | None,
+    tail: bool,
+    clip: str,
+    tau: float,
+    ranked: Array | None = None,
 ) -> Array:
-    """Per-token loss, [N], of probabilities [N, V]."""
-    entries = summands(kind, beta, *restrict(p, q, top_k, tail))
+    """Per-token loss, [N], of probabilities [N, V]; `ranked` says whose top K entries count, by default p's."""
+    entries = summands(kind, beta, *restrict(p, q, top_k, tail, ranked))
     if clip == "pointwise":
         return np.minimum(entries, tau).sum(-1)
     return np.minimum(entries.sum(-1), tau) if clip == "token" else entries.sum(-1)

@@ -69,7 +69,11 @@ class LossConfig(Config):
     divergence: Divergence = ForwardKL()
     """How far the student is from the teacher at a token."""
     top_k: int | None = Field(None, ge=1)
-    """Restrict the divergence to the target's k most probable entries, both sides renormalised; None = all."""
+    """Restrict the divergence to the k most probable entries of `top_k_support`, both sides renormalised; None = all.
+    SDPO: 100 with a tail."""
+    top_k_support: Literal["target", "student"] = "target"
+    """Whose k most probable entries `top_k` keeps: the target's, or the student's (SDPO 2601.20802). The student's
+    move with its weights; no gradient goes through the choice."""
     tail: bool = False
     """With `top_k`: keep the rest of the vocabulary as one more entry instead of renormalising."""
     clip: Literal["none", "token", "pointwise"] = "none"
@@ -97,6 +101,8 @@ class LossConfig(Config):
             raise ValueError(f"clip={self.clip} with the sampled-token loss, which has no summands: set clip=none")
         if sampled and self.top_k is not None:
             raise ValueError(f"top_k={self.top_k} with the sampled-token loss, which looks at one token: drop top_k")
+        if self.top_k_support != "target" and self.top_k is None:
+            raise ValueError(f"top_k_support={self.top_k_support} without top_k: set top_k, or drop top_k_support")
         if self.tail and self.top_k is None:
             raise ValueError("tail=true without top_k: set top_k, or drop tail")
         if self.top_k == 1 and not self.tail:
@@ -183,6 +189,7 @@ def _scoring(
         summand=_summand(config.divergence),
         objective="sampled" if config.divergence.kind == "sampled" else full_or_top,
         top_k=config.top_k or 1,
+        support=config.top_k_support,
         tail=config.tail,
         tau=config.clip_tau if config.clip == "pointwise" else None,
         tile_tokens=config.tile_tokens,

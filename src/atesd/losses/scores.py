@@ -29,6 +29,8 @@ class Scoring:
     summand: Summand
     objective: Literal["full", "top_k", "sampled"]
     top_k: int
+    support: Literal["target", "student"]
+    """Whose `top_k` most probable entries."""
     tail: bool
     tau: float | None
     tile_tokens: int
@@ -103,7 +105,7 @@ def _score_rows(student: Role, scoring: Scoring, rows: slice, dtype: torch.dtype
         top1_agree=(norms.student.ids_nk[:, 0] == teacher.ids_nk[:, 0]).to(dtype),
         held_frac=objective.held_frac,
         held_mass=objective.held_mass,
-        target_top=sums.ids_nk[:, 0],
+        target_top=norms.target.ids_nk[:, 0],
         top_gradient=objective.top_gradient,
     )
 
@@ -119,21 +121,22 @@ class _Norms(NamedTuple):
 def _normalisers(tiles: RowTiles, scoring: Scoring, labels_n1: Tensor) -> _Norms:
     """First pass, and the target's own where it is more than the first view."""
     target = scoring.target
-    ks = [1] + [scoring.top_k if target.is_first_view else 1] + [1] * (len(scoring.views) - 1)
+    student_k, target_k = (scoring.top_k if scoring.support == side else 1 for side in ("student", "target"))
+    ks = [student_k] + [target_k if target.is_first_view else 1] + [1] * (len(scoring.views) - 1)
     student, *views = norms = [Normaliser(k, labels_n1) for k in ks]
     for start, logits in tiles:
         for norm, logits_nv in zip(norms, logits, strict=True):
             norm.add(logits_nv, start)
     if target.is_first_view:
         return _Norms(student, views, views[0])
-    mixed = Normaliser(scoring.top_k, labels_n1)
+    mixed = Normaliser(target_k, labels_n1)
     for start, (_, *view_logits) in tiles:
         mixed.add(target.log_target(log_tiles(view_logits, [norm.log for norm in views])), start)
     return _Norms(student, views, mixed)
 
 
 class _RowSums(NamedTuple):
-    """Second-pass results: sums, and the target's `top_k` most probable entries one by one."""
+    """Second-pass results: sums, and the entries of the support one by one: the target's or the student's `top_k`."""
 
     plain: PairSums
     """First view against student, unclipped unless it is the objective's pair too."""
@@ -142,6 +145,9 @@ class _RowSums(NamedTuple):
     ids_nk: Tensor
     log_p_nk: Tensor
     log_q_nk: Tensor
+    top_n1: Tensor
+    """The target's most probable entry, inside the support or not."""
+    top_log_q_n1: Tensor
     tail_p_n: Tensor
     """Probability outside those entries; 0 where no tail is asked for."""
     tail_q_n: Tensor
@@ -149,8 +155,10 @@ class _RowSums(NamedTuple):
 
 def _sum_rows(tiles: RowTiles, scoring: Scoring, norms: _Norms) -> _RowSums:
     """Second pass."""
-    ids_nk, log_p_nk = norms.target.ids_nk, norms.target.top_logprobs_nk
-    log_q_nk = torch.full_like(log_p_nk, torch.nan)
+    ids_nk = (norms.student if scoring.support == "student" else norms.target).ids_nk
+    top_n1 = norms.target.ids_nk[:, :1]
+    log_p_nk = log_q_nk = torch.full_like(ids_nk, torch.nan, dtype=norms.target.log.dtype)
+    top_log_q_n1 = log_q_nk[:, :1]
     tail_p_n = tail_q_n = torch.zeros_like(norms.target.log)
     is_plain, is_full = scoring.target.is_first_view, scoring.objective == "full"
     plain: PairSums | None = None
@@ -160,17 +168,20 @@ def _sum_rows(tiles: RowTiles, scoring: Scoring, norms: _Norms) -> _RowSums:
         log_views = log_tiles(view_logits, [norm.log for norm in norms.views])
         pair = Pair(log_views[0], log_views[0].exp(), log_q, log_q.exp())
         plain = _added(plain, pair_sums(scoring.summand, pair, scoring.tau if is_plain and is_full else None))
-        log_q_nk = pick(log_q, ids_nk, start, log_q_nk)
         if not is_plain:
             log_p = scoring.target.log_target(log_views) - norms.target.log[:, None]
             pair = Pair(log_p, log_p.exp(), pair.log_q, pair.q)
             if is_full:
                 mixed = _added(mixed, pair_sums(scoring.summand, pair, scoring.tau))
+        log_p_nk, log_q_nk = (
+            pick(tile, ids_nk, start, known) for tile, known in ((pair.log_p, log_p_nk), (log_q, log_q_nk))
+        )
+        top_log_q_n1 = pick(log_q, top_n1, start, top_log_q_n1)
         if scoring.tail:
             tail_p_n = tail_p_n + _outside(pair.p, ids_nk, start)
             tail_q_n = tail_q_n + _outside(pair.q, ids_nk, start)
     assert plain is not None
-    return _RowSums(plain, mixed or plain, ids_nk, log_p_nk, log_q_nk, tail_p_n, tail_q_n)
+    return _RowSums(plain, mixed or plain, ids_nk, log_p_nk, log_q_nk, top_n1, top_log_q_n1, tail_p_n, tail_q_n)
 
 
 def _added(sums: PairSums | None, more: PairSums) -> PairSums:
@@ -233,7 +244,11 @@ def _top_k_objective(scoring: Scoring, sums: _RowSums) -> _Objective:
         rest_n = gradient_nk[:, -1] / pair.q[:, -1]
         sparse_nk = gradient_nk[:, :-1] - pair.q[:, :-1] * rest_n[:, None]
     held_frac = support.held / log_p.shape[1]
-    return _Objective(_loss(support, scoring), -rest_n, sparse_nk, held_frac, support.held_mass, gradient_nk[:, 0])
+    is_top_nk = sums.ids_nk == sums.top_n1
+    inside_n = torch.where(is_top_nk, gradient_nk[:, : is_top_nk.shape[1]], 0).sum(-1)
+    outside_n = rest_n * sums.top_log_q_n1[:, 0].exp()
+    top_n = torch.where(is_top_nk.any(-1), inside_n, outside_n)
+    return _Objective(_loss(support, scoring), -rest_n, sparse_nk, held_frac, support.held_mass, top_n)
 
 
 def _loss(sums: PairSums, scoring: Scoring) -> Tensor:

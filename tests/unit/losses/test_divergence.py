@@ -191,9 +191,72 @@ def test_equals_the_dense_reference(
         assert 0 < streams.stats.clip_frac.mean() < 1
 
 
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
+@pytest.mark.parametrize(("top_k", "tail"), [(4, False), (4, True), (1, True), (V - 1, False), (V, False), (V, True)])
+@pytest.mark.parametrize("clip", ["none", "token", "pointwise"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_students_support_equals_the_dense_reference(
+    divergence: Divergence, top_k: int, tail: bool, clip: Any, mixed: bool
+) -> None:
+    student, teacher, labels = make()
+    beta = divergence.beta if isinstance(divergence, JSD) else 0.0
+    second = from_logits(torch.linspace(-1, 1, N * V).reshape(N, V).double().sin())
+    views = [teacher, second] if mixed else [teacher]
+    target: Any = Extrapolated() if mixed else Plain()
+    log_views = [logits_of(view, 1.2).detach().log_softmax(-1) for view in views]
+    p = target.log_target(log_views).log_softmax(-1).exp().numpy()
+    raw = logits_of(student).detach().numpy()
+    ranked = raw.copy()  # the choice stands still while logits are moved to take differences
+    unclipped = dense.divergence(
+        p, np.exp(dense.log_softmax(raw / 1.1)), divergence.kind, beta, top_k, tail, "none", 0.0, ranked
+    )
+    tau = float(unclipped.mean()) if clip == "token" else 0.05
+
+    def loss(logits: dense.Array) -> dense.Array:
+        q = np.exp(dense.log_softmax(logits / 1.1))
+        return dense.divergence(p, q, divergence.kind, beta, top_k, tail, clip, tau, ranked)
+
+    config = LossConfig(
+        divergence=divergence, top_k=top_k, top_k_support="student", tail=tail, clip=clip, clip_tau=tau, tile_tokens=3,
+        tile_vocab=4, temperature_student=1.1,
+    )  # fmt: skip
+    streams = token_streams(student, views, labels, config, target=target, temperature=1.2)
+    np.testing.assert_allclose(streams.divergence_N.detach().numpy(), loss(raw), rtol=1e-10, atol=1e-12)
+    upstream = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
+    gradient = torch.as_tensor(dense.numeric_gradient(loss, raw)) * upstream[:, None]
+    hidden, head, bias = torch.autograd.grad((streams.divergence_N * upstream).sum(), parameters(student))
+    torch.testing.assert_close(hidden, gradient @ student.head_VH.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(head, gradient.T @ student.hidden_NH.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-6, atol=1e-8)
+    top = gradient.numpy()[np.arange(N), p.argmax(-1)]
+    np.testing.assert_array_equal(streams.stats.reversed.numpy(), top > 1e-9)
+    ours = config.model_copy(update={"top_k_support": "target"})
+    theirs = token_streams(student, views, labels, ours, target=target, temperature=1.2)
+    if top_k < V - 1 and clip == "none":
+        assert ((streams.divergence_N - theirs.divergence_N).abs() > 1e-3).sum() >= N - 2, (
+            "another support, another loss"
+        )
+    for name in ("divergence", "student_max_prob", "top1_agree", "reverse_kl"):
+        assert torch.equal(getattr(streams.stats, name), getattr(theirs.stats, name))
+
+
+def test_the_students_support_by_hand() -> None:
+    """p = (.5, .3, .2), q = (.1, .3, .6): the student's two are entries 3 and 2: p there (.4, .6), q (2/3, 1/3)."""
+    config = LossConfig(top_k=2, top_k_support="student")
+    value, gradient, streams = one_token((0.5, 0.3, 0.2), (0.1, 0.3, 0.6), config)
+    assert value == pytest.approx(0.4 * np.log(0.4 / (2 / 3)) + 0.6 * np.log(0.6 / (1 / 3)), abs=1e-12)
+    assert gradient == pytest.approx([0.0, 1 / 3 - 0.6, 2 / 3 - 0.4], abs=1e-12)
+    assert streams.stats.reversed.item() == 0  # the target's top entry, 1, lies outside: nothing moves it
+    # With a tail that entry is the rest: forward KL over all three, gradient q - p.
+    value, gradient, _ = one_token((0.5, 0.3, 0.2), (0.1, 0.3, 0.6), config.model_copy(update={"tail": True}))
+    assert value == pytest.approx(0.5 * np.log(5) + 0.2 * np.log(1 / 3), abs=1e-12)
+    assert gradient == pytest.approx([-0.4, 0.0, 0.4], abs=1e-12)
+
+
 @pytest.mark.parametrize("config", [
     *(LossConfig(divergence=kind, clip=clip, clip_tau=0.05) for kind in KINDS for clip in ("none", "pointwise")),
     *(LossConfig(divergence=kind, top_k=4, tail=tail) for kind in KINDS for tail in (False, True)),
+    *(LossConfig(divergence=kind, top_k=3, top_k_support="student", tail=True) for kind in KINDS),
 ], ids=lambda c: f"{c.divergence.kind}-{c.clip}-{c.top_k}-{c.tail}")  # fmt: skip
 def test_gradcheck(config: LossConfig) -> None:
     student, teacher, labels = make(n=3, v=6)
@@ -209,7 +272,7 @@ def test_gradcheck(config: LossConfig) -> None:
 @pytest.mark.parametrize("config", [
     LossConfig(), LossConfig(divergence=JSD(), clip="pointwise"), LossConfig(top_k=9),
     LossConfig(divergence=ReverseKL(), top_k=5, tail=True), LossConfig(clip="token", clip_tau=0.4),
-    LossConfig(divergence=SampledToken()),
+    LossConfig(divergence=SampledToken()), LossConfig(divergence=JSD(), top_k=5, top_k_support="student", tail=True),
 ])  # fmt: skip
 def test_tile_sizes_change_nothing(config: LossConfig) -> None:
     def everything(tile_tokens: int, tile_vocab: int) -> list[Tensor]:
@@ -261,6 +324,7 @@ def test_views_get_no_gradient() -> None:
     *(LossConfig(divergence=kind) for kind in KINDS), LossConfig(clip="pointwise"),
     *(LossConfig(divergence=kind, top_k=3, tail=True) for kind in KINDS),
     LossConfig(clip="token"), LossConfig(divergence=SampledToken()), LossConfig(top_k=3),
+    LossConfig(top_k=3, top_k_support="student", tail=True),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_student_equal_to_its_teacher_has_neither_loss_nor_gradient(config: LossConfig, dtype: torch.dtype) -> None:
@@ -630,6 +694,7 @@ def test_top_k_beyond_the_vocabulary_is_refused() -> None:
     ({"top_k": 1}, "always 0"),
     ({"top_k": 0}, "greater than or equal to 1"),
     ({"tail": True}, "tail=true without top_k"),
+    ({"top_k_support": "student"}, "top_k_support=student without top_k"),
     ({"divergence": {"kind": "sampled"}, "clip": "token"}, "clip=token with the sampled-token"),
     ({"divergence": {"kind": "sampled"}, "top_k": 5}, "top_k=5 with the sampled-token"),
     ({"clip_tau": 0.0}, "greater than 0"),
