@@ -109,11 +109,7 @@ def test_the_multinomial_draw_goes_by_powers_of_entropy_and_divergence(
         assert counts[token] / 4000 == pytest.approx(weight / sum(weights), abs=0.025)  # 3 standard errors
 
 
-<<<<<<< HEAD
 # Draw weights h_norm (D / ln 2) = (1, .4, .3, .2, .1) up to ln 2; what is averaged is large where the weight is.
-=======
-# Draw weights h_norm (D / ln 2) in proportion to (1, .4, .3, .2, .1), and what is averaged, largest where they are.
->>>>>>> 6fda2407c9f2abbc7f74c4dbca9e30c411a64f0e
 DRAWN = stats_of([1.0, 0.8, 0.6, 0.4, 0.2], [0.0] * 5, divergence=[0.5, 0.25, 0.25, 0.25, 0.25])
 WEIGHTS = (1.0, 0.4, 0.3, 0.2, 0.1)
 VALUES = torch.tensor([2.0, 0.5, 1.0, 0.2, 0.3], dtype=torch.float64)

@@ -3,15 +3,9 @@
 arXiv 2604.26573 masks a suffix of the solution by the overlap of rollout and reference. Only this half of it is here:
 its interpolation of targets at tokens of mismatched entropy is left out, and its thresholds are not known to us. Ours:
 1. reveal up to the last segment that shares an n-gram of words and signs with the rollout, plus `extra` segments; one
-<<<<<<< HEAD
 that is shorter than n counts as a whole, and one without any letter or digit, such as `\\]` on a line alone, never:
 every rollout with a formula shares it; 2. the exposure bounds the share from above. Nothing is learned; the strong
 baseline, with `exposure = {kind = "fixed"}` at ratio 1.
-=======
-that is shorter than n counts as a whole, and one without any letter or digit, such as a closing bracket on a line of
-its own, never: every rollout with a formula shares it; 2. the exposure bounds the share from above. Nothing is learned;
-the strong baseline, with `exposure = {kind = "fixed"}` at ratio 1.
->>>>>>> 6fda2407c9f2abbc7f74c4dbca9e30c411a64f0e
 """
 
 from __future__ import annotations

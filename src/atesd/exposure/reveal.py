@@ -66,14 +66,9 @@ class Reveal:
 def split_segments(solution: str, unit: Unit = "auto") -> list[str]:
     """Cut a solution into segments whose concatenation is the solution, character by character.
 
-        Every segment has visible text and carries the white space that follows it. Sentences end at `.`, `!` or `?`
-        before white space, or at an empty line; not inside formulas, at decimals, list numbers or common abbreviations.
-    <<<<<<< HEAD
+    Every segment has visible text and carries the white space that follows it. Sentences end at `.`, `!` or `?`
+    before white space, or at an empty line; not inside formulas, at decimals, list numbers or common abbreviations.
         Lines end at a line feed, a carriage return, or both together (one end). UserError if the solution is empty.
-    =======
-        Lines end at a line feed, at a carriage return, or at both together, which are one end. UserError if the solution is
-        empty.
-    >>>>>>> 6fda2407c9f2abbc7f74c4dbca9e30c411a64f0e
     """
     if unit not in get_args(Unit):
         raise UserError(f"reveal unit {unit!r} is unknown; choose one of {', '.join(get_args(Unit))}")
