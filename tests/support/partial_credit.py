@@ -1,6 +1,7 @@
 """A reward with fractions and refusals, in TRL's signature.
 
-It is the share of a solution's lines that a completion begins with. Problems that start with 5 cannot be graded, nor completions with a 9 in their first line.
+It is the share of a solution's lines that a completion begins with. Problems that start with 5 cannot be graded, nor
+completions with a 9 in their first line.
 """
 
 from __future__ import annotations
