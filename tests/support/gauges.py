@@ -128,17 +128,16 @@ class Gauges:
             if points[0][name][2] >= self.settings["cliff"]["min_hits"]
         }
 
+    @property
+    def c(self) -> float:
+        """The importance clip behind lambda*."""
+        return self.settings["cliff"]["c"] or self.settings["loss"]["divergence"].get("importance_clip") or 5.0
+
     def lambda_star(self, step: int, ratio: float) -> float:
         """Return lambda* at a ratio by the latest measurement at or before so many steps."""
-        every = self.settings["cliff"]["every"]
-        grid, c = self.settings["cliff"]["grid"], self.settings["cliff"]["c"]
-        found = []
-        for values, b in self.curves(step - step % every).values():
-            x = read_off(ratio, grid, values)
-            if x > b:
-                p = 1 / (1 + math.exp(-x))
-                found.append(1 + math.log(1 + (c - 1) / p) / (x - b))
-        return min(found, default=math.inf)
+        every, grid = self.settings["cliff"]["every"], self.settings["cliff"]["grid"]
+        curves = self.curves(step - step % every).values()
+        return min((bound(read_off(ratio, grid, values), b, self.c) for values, b in curves), default=math.inf)
 
     # ---- credit -------------------------------------------------------------------------------------------------
 
@@ -210,6 +209,11 @@ class Gauges:
         moved = {name: weight.double() - rate * scale[name] * own[name] for name, weight in weights.items()}
         self._kept = [*getattr(self, "_kept", []), moved]  # the oracle knows weights by identity
         return self.nll(moved, self.run.probe)
+
+
+def bound(p: float, b: float, c: float) -> float:
+    """Return lambda* of two logits: 1 + log(1 + (c - 1) / p) / (logit p - logit b), infinite where p <= b."""
+    return 1 + math.log(1 + (c - 1) / sigmoid(p)) / (p - b) if p > b else math.inf
 
 
 def clamped(p: float) -> float:

@@ -46,7 +46,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "exposure": {
             "kind": "difficulty",
             "bins": 3,
-            "policy": {"kind": "beta", "hold": 1, "look_ahead": 1, "lambda_gt": 0.0},
+            "policy": {
+                "kind": "beta",
+                "hold": 1,
+                "look_ahead": 1,
+                "progress_metric": "probe_accuracy",
+                "gt_target": "answer",
+            },
         },
         "teacher": {"weights": "ema", "ema_decay": 0.5},
         "target": {"kind": "extrapolate", "lambda_x": 3.0, "guard": True},
@@ -74,6 +80,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "routing": {"kind": "both", "coef": 0.5},
         "rl": {"aggregate": "constant", "scale": "none", "importance_clip": None, "kl_coef": 0.2},
         "rollout": GROUPS,
+    },
+    # The exposure that lambda allows; the importance clip of the loss is what bounds it.
+    "closed_form": {
+        "exposure": {"kind": "closed_form", "hold": 1},
+        "target": {"kind": "extrapolate", "lambda_x": 1.1},
+        "loss": {"divergence": {"kind": "sampled", "importance_clip": 1.2}},
+        "cliff": {"contract": {"product": r"[*]\d=(\d)"}, "min_hits": 2, "every": 1},
+        "rollout": SAMPLING,
+        "step": {"num_steps": 2, "problems": 2},
+        "probe": {"sampling_k": 3},
     },
     # The cliff router over exposures that are drawn anew in every step.
     "cliff": {

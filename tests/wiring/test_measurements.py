@@ -12,7 +12,18 @@ from support.gauges import Gauges, mean, sigmoid
 from support.oracle import Oracle
 
 Oracles = Callable[[str], Oracle]
-MEASURING = ("schedules", "guard", "cliff", "influence", "influence_last", "paired", "beta", "beta_ema", "still")
+MEASURING = (
+    "schedules",
+    "guard",
+    "closed_form",
+    "cliff",
+    "influence",
+    "influence_last",
+    "paired",
+    "beta",
+    "beta_ema",
+    "still",
+)
 
 
 def measured(truth: Oracle) -> list[tuple[int, str, float]]:
@@ -58,7 +69,7 @@ def test_references_of_a_batch_are_scored_before_its_update(oracle: Oracles) -> 
         assert truth.run.metrics[step]["curriculum/reference_nll"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("beta", "hidden_only"), ("beta_ema", "solution")])
+@pytest.mark.parametrize(("name", "kind"), [("beta", "hidden_only"), ("beta_ema", "solution"), ("guard", "answer")])
 def test_a_grounded_term_is_what_the_teacher_finds_likely(name: str, kind: str, oracle: Oracles) -> None:
     truth = oracle(name)
     gauges = Gauges(truth)
@@ -93,7 +104,21 @@ def test_probe_kl_is_on_completions_of_the_start_under_full_exposure(oracle: Ora
         assert value == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["guard", "cliff", "influence"])
+def test_probe_accuracy_is_the_mean_reward_of_probe_completions(oracle: Oracles) -> None:
+    truth = oracle("guard")
+    problems = {truth.prompt(problem): problem for problem in truth.run.probe}
+    found = of_kind(truth, "probe_accuracy")
+    calls = truth.run.of(truth.run.probe)
+    assert [step for step, *_ in found] == [0, 1, 2, 3]
+    for (_, _, _, value), call in zip(found, calls, strict=True):
+        rewards = [
+            truth.reward(problems[prompt], turn.text, str(turn.stop) == "length")
+            for prompt, turn in zip(call.prompts, call.turns, strict=True)
+        ]
+        assert value == pytest.approx(mean([reward for reward in rewards if reward is not None]))
+
+
+@pytest.mark.parametrize("name", ["guard", "cliff", "influence", "closed_form"])
 def test_contract_positions_give_p_b_and_hits(name: str, oracle: Oracles) -> None:
     """p and b are those of mean logits, at the sampling temperature."""
     truth = oracle(name)
@@ -112,7 +137,7 @@ def test_contract_positions_give_p_b_and_hits(name: str, oracle: Oracles) -> Non
         assert numbers == pytest.approx(expected, rel=1e-3)  # in float32 logits near 1 carry an error of several %
 
 
-@pytest.mark.parametrize("name", ["guard", "cliff", "influence"])
+@pytest.mark.parametrize("name", ["guard", "cliff", "influence", "closed_form"])
 def test_lambda_star_is_the_least_over_classes_at_the_exposure_in_force(name: str, oracle: Oracles) -> None:
     truth = oracle(name)
     gauges = Gauges(truth)
@@ -157,7 +182,17 @@ def test_a_virtual_step_is_clipped_preconditioned_and_at_the_recipes_rate(oracle
 
 
 def test_no_measurement_is_left_unchecked(oracle: Oracles) -> None:
-    checked = {"probe_nll", "probe_kl", "gt_hidden_only", "gt_solution", "contract", "influence", "virtual_nll"}
+    checked = {
+        "probe_nll",
+        "probe_kl",
+        "probe_accuracy",
+        "gt_hidden_only",
+        "gt_solution",
+        "gt_answer",
+        "contract",
+        "influence",
+        "virtual_nll",
+    }
     found: set[Any] = set()
     for name in MEASURING:
         found |= {key.partition("@")[0] for _, key, _ in measured(oracle(name))}

@@ -181,6 +181,20 @@ def test_random_exposure_is_drawn_anew_in_every_window(oracle: Oracles) -> None:
     assert len(set.union(*drawn)) == truth.run.steps
 
 
+def test_the_closed_form_shows_the_most_that_keeps_lambda_safe(oracle: Oracles) -> None:
+    """By halving: lambda* does not rise with the ratio."""
+    truth = oracle("closed_form")
+    gauges = Gauges(truth)
+    wanted = truth.settings["target"]["lambda_x"]
+    for step in (1, 2):
+        low, high = 0.0, 1.0
+        assert gauges.lambda_star(step - 1, low) > wanted > gauges.lambda_star(step - 1, high)
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            low, high = (middle, high) if gauges.lambda_star(step - 1, middle) >= wanted else (low, middle)
+        assert ratios(truth, step) == pytest.approx([low] * len(truth.run.groups[step]), abs=1e-3)
+
+
 def bin_ratios(truth: Oracle, number: int, decay: float, boundaries: list[int]) -> list[float]:
     """Return a bin's exposure in each step before the last decision, undone from its moving average.
 
