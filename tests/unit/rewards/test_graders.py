@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -176,16 +175,6 @@ def test_kinds_build_their_graders() -> None:
     built = MathConfig(timeout_s=1.5).build(RunFacts())
     assert isinstance(built, MathReward)
     assert built._timeout_s == 1.5
-
-
-def test_a_reward_function_of_ones_own_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def short(prompts, completions, **columns):\n    return [float(len(c) < 4) for c in completions]\n"
-    )
-    own = PythonConfig(function=f"{path}:short").build(RunFacts())
-    assert own(prompts=["p", "p"], completions=["abc", "abcd"], answer=["1", "1"]) == [1.0, 0.0]
-    assert PythonConfig(function="atesd.rewards.exact:exact_reward").build(RunFacts()) is exact_reward
 
 
 @pytest.mark.parametrize(
