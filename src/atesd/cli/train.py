@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from atesd.cli.code import announce_code
 from atesd.cli.errors import fail
 from atesd.cli.progress import RunProgress, clock, make_console, metrics_table, silence_libraries
 from atesd.types import NonFiniteError, UserError
@@ -21,7 +22,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     if resume is not None:
         if recipe is not None or out is not None:
             raise UserError("--resume continues a run with its own recipe: give neither a recipe, overrides nor --out")
-        trainer = Trainer.resume(resume)
+        trainer = Trainer.resume(resume, before=lambda config: announce_code(config, console))
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
         config = load_config(recipe, overrides)

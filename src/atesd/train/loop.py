@@ -68,8 +68,12 @@ class Trainer:
         return cls(config, RunDir.create(out, config.model_dump(mode="json"), config.about()), parts, listener)
 
     @classmethod
-    def resume(cls, out: Path, *, listener: Listener | None = None) -> Trainer:
+    def resume(
+        cls, out: Path, *, listener: Listener | None = None, before: Callable[[RunConfig], None] | None = None
+    ) -> Trainer:
         """Continue a run from its newest whole checkpoint; from the beginning where it has none.
+
+        `before` sees the recipe before anything that it names is loaded or run.
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
         """
@@ -78,6 +82,8 @@ class Trainer:
             restore_interrupted(out / name)
         found = newest_whole(run)
         config = resumed_config(run, found[1]["config"] if found else None)
+        if before is not None:
+            before(config)
         trainer = cls(config, run, assemble(config), listener)
         if found:
             trainer._restore(*found)

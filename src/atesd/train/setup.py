@@ -105,7 +105,7 @@ def assemble(config: RunConfig) -> Parts:
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
     problems, dropped = _fitting(config, hints, train, model)
     facts = replace(facts, problem_ids=[problem.id for problem in problems])
-    _warn_about_segments(config, problems)
+    _warn(config, problems)
 
     teacher = Teacher(config.teacher, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
@@ -263,10 +263,10 @@ def _fitting(
     return fitting, overlong
 
 
-def _warn_about_segments(config: RunConfig, problems: Sequence[Problem]) -> None:
-    warning = config.reveal.warning([problem.solution for problem in problems])
-    if warning:
-        warnings.warn(warning, stacklevel=2)
+def _warn(config: RunConfig, problems: Sequence[Problem]) -> None:
+    for warning in (config.reveal.warning([problem.solution for problem in problems]), config.gate.warning()):
+        if warning:
+            warnings.warn(warning, stacklevel=2)
     unanswered = sum(problem.answer is None for problem in problems)
     if unanswered:
         warnings.warn(
