@@ -165,6 +165,8 @@ def test_a_tokenizer_that_marks_where_a_text_begins_is_refused() -> None:
     assert renderer.text_ids("<e>") == [words["\u2581<"], words["e"], words[">"]]
     assert "apart from its surroundings" in str(renderer.flaw("x<e>x"))
     assert renderer.student_ids(user("x")) == templated(tokenizer, user("x"))
+    with pytest.raises(UserError, match="apart from its surroundings"):
+        renderer.continuation_ids(user("x<e>x"))
 
 
 def test_tokens_by_which_a_template_delimits_turns_are_controls_though_not_special() -> None:
@@ -174,6 +176,13 @@ def test_tokens_by_which_a_template_delimits_turns_are_controls_though_not_speci
     assert renderer.controls("<think> <turn>") == ["<turn>"]
     assert "cannot be kept text" in str(renderer.flaw("<turn>"))
     assert renderer.student_ids(user("<think>")) == templated(tokenizer, user("<think>"))
+
+
+def test_the_token_that_opens_a_reply_is_a_control_too_but_not_what_follows_it() -> None:
+    template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
+    tokenizer = byte_tokenizer(template=template + "{% if add_generation_prompt %}<reply><think>{% endif %}")
+    tokenizer.add_tokens([AddedToken("<reply>"), AddedToken("<think>")])
+    assert Renderer(tokenizer).controls("<think><reply>") == ["<reply>"]
 
 
 def test_a_template_that_rewrites_the_spelling_is_refused() -> None:
