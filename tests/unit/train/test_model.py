@@ -274,7 +274,7 @@ def test_an_adapter_on_the_output_head_is_refused_as_nothing_would_read_it(folde
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj",))), 0)
-    with pytest.raises(UserError, match=r"names the output head, whose adapter would never be read.*remove it"):
+    with pytest.raises(UserError, match=r"names the output head lm_head, whose adapter would never be read.*remove it"):
         load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj", "lm_head"))), 0)
 
 
