@@ -192,6 +192,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
+    _refuse_adapters_on_the_head(model, config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -209,12 +210,18 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
             raise UserError(
                 f"LoRA does not fit this model ({first_line(error)}): name its layers in model.lora.targets"
             ) from error
-    if hasattr(cast("Any", model).get_output_embeddings(), "base_layer"):
-        raise UserError(
-            "model.lora.targets names the output head, whose adapter would never be read, as losses take the head's "
-            "own weights: remove it (usually lm_head)"
-        )
     return cast("nn.Module", adapted)
+
+
+def _refuse_adapters_on_the_head(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse an adapter that nothing would read. A target is a layer's name or the end of it, as in peft."""
+    output = cast("Any", model).get_output_embeddings()
+    for name, layer in model.named_modules():
+        if layer is output and any(f".{name}".endswith(f".{target}") for target in config.targets):
+            raise UserError(
+                f"model.lora.targets names the output head {name}, whose adapter would never be read, as losses take "
+                "the head's own weights: remove it"
+            )
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -279,3 +279,12 @@ def test_entries_of_probability_zero_are_no_breakage() -> None:
     model.lm_head.bias = torch.nn.Parameter(bias)
     turns = sampler_of(model).sample(PROMPTS, OPEN, seed=0)
     assert {token for turn in turns for token in turn.completion_ids} <= set(range(5))
+
+
+def test_one_prompt_without_a_distribution_among_others_is_enough() -> None:
+    """The last prompt alone holds token 13, whose embedding is broken."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[13, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"first model\.embed_tokens\.weight"):
+        sampler_of(model).sample([[5, 6], [12, 13]], GREEDY.model_copy(update={"max_new_tokens": 1}), seed=0)

@@ -247,6 +247,13 @@ def test_a_pickle_beside_safetensors_does_no_harm(folder: Path) -> None:
     load(ModelConfig(path=str(folder)), 0)
 
 
+def test_a_pickle_is_not_read_because_other_safetensors_lie_beside_it(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    torch.save({"model.norm.weight": torch.ones(32)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no causal language model could be loaded .*model\.safetensors"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
 @pytest.mark.parametrize(("template", "named"), [
     ("{% for m in messages %}", "TemplateSyntaxError"),
     ("{{ raise_exception('only tools') }}", "TemplateError: only tools"),
@@ -267,7 +274,7 @@ def test_an_adapter_on_the_output_head_is_refused_as_nothing_would_read_it(folde
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj",))), 0)
-    with pytest.raises(UserError, match=r"names the output head, whose adapter would never be read.*remove it"):
+    with pytest.raises(UserError, match=r"names the output head lm_head, whose adapter would never be read.*remove it"):
         load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj", "lm_head"))), 0)
 
 

@@ -1,0 +1,157 @@
+"""What a resumed run believes: whole checkpoints, its own recipe, one writer (docs/trust.md)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.recipe import build_config
+from atesd.runlog import RunDir
+from atesd.train.loop import Interrupted, Trainer
+from atesd.types import UserError
+
+from trust import BASE, EMA, outcome
+
+TREE = BASE | EMA | {"exposure": {"kind": "fixed", "ratio": 0.5}, "step": {"num_steps": 4, "problems": 2}}
+TREE |= {"save": {"every": 1, "keep": 2, "rollouts_every": 1}}
+
+
+def stopped(run: Path, tree: dict[str, Any], step: int = 3) -> None:
+    trainer = Trainer.start(build_config(tree), run)
+    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == step)
+    with pytest.raises(Interrupted):
+        trainer.train()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a whole run, and one that was stopped after step 3 of 4."""
+    folder = tmp_path_factory.mktemp("runs")
+    Trainer.start(build_config(TREE), folder / "whole").train()
+    stopped(folder / "cut", TREE)
+    return folder
+
+
+@pytest.fixture
+def cut(runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs / "cut", tmp_path / "cut"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "teacher.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    name: str, damage: Callable[[Path], Any], cut: Path, runs: Path
+) -> None:
+    damage(cut / "checkpoints" / "step_000003" / name)
+    with pytest.warns(UserWarning, match=f"passed over step_000003: {name} (is|has)"):
+        trainer = Trainer.resume(cut)
+    assert trainer.step == 2
+    trainer.train()
+    assert outcome(cut) == outcome(runs / "whole")
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(cut: Path) -> None:
+    for folder in (cut / "checkpoints").iterdir():
+        flip(folder / "teacher.safetensors")
+    with pytest.raises(UserError, match=r"no checkpoint of .* can be believed \(step_000003: .*; step_000002: .*\)"):
+        Trainer.resume(cut)
+
+
+def test_damaged_logs_are_told_and_logs_of_later_steps_forgotten(cut: Path, runs: Path) -> None:
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "torn')
+    (cut / "rollouts" / "step_of_mine.jsonl").write_text("mine")
+    Trainer.resume(cut).train()
+    (cut / "rollouts" / "step_of_mine.jsonl").unlink()
+    assert outcome(cut) == outcome(runs / "whole")
+
+
+def test_a_flipped_bit_in_the_log_is_not_carried_on(cut: Path) -> None:
+    flip(cut / "groups.jsonl")
+    with pytest.raises(UserError, match=r"no checkpoint .* groups\.jsonl is not what was written"):
+        Trainer.resume(cut)
+
+
+def edit(run: Path, **changes: Any) -> None:
+    config = json.loads((run / "config.json").read_text())
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_an_edited_recipe_is_refused_by_its_key(cut: Path) -> None:
+    edit(cut, optim__lr=0.5)
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.5, but this run began with 0\.001 .*: put it back"):
+        Trainer.resume(cut)
+    edit(cut, optim__lr=1e-3)
+    assert Trainer.resume(cut).step == 3, "other spacing is no other recipe"
+
+
+def test_a_run_may_be_made_longer_where_nothing_depends_on_its_length(runs: Path, tmp_path: Path) -> None:
+    finished = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    edit(finished, step__num_steps=5)
+    with pytest.warns(UserWarning, match="goes on to step 5 instead of 4"):
+        trainer = Trainer.resume(finished)
+    assert trainer.train()["step"] == 5
+    straight = tmp_path / "straight"
+    Trainer.start(build_config(TREE | {"step": {"num_steps": 5, "problems": 2}}), straight).train()
+    # The shorter run evaluated and kept a model at what was its end; the rest is the same.
+    assert outcome(finished)["weights"] == outcome(straight)["weights"]
+    assert json.loads((finished / "env.json").read_text())["lengthened"] == [{"from": 4, "to": 5}]
+    assert RunDir.open(finished).flaw("config.json", "env.json") is None
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"optim": {"lr": 1e-3, "schedule": "linear"}}, r'optim\.schedule = "linear" depends on the length of the run'),
+        ({"exposure": {"kind": "linear"}}, r'exposure\.kind = "linear" depends on the length of the run'),
+        ({"exposure": {"kind": "beta"}}, r'exposure\.kind = "beta" depends on the length of the run'),
+    ],
+)
+def test_a_run_that_depends_on_its_length_keeps_it(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    stopped(tmp_path / "run", TREE | section, step=1)
+    edit(tmp_path / "run", step__num_steps=9)
+    with pytest.raises(UserError, match=message):
+        Trainer.resume(tmp_path / "run")
+
+
+def test_a_run_is_not_made_shorter(cut: Path) -> None:
+    edit(cut, step__num_steps=3)
+    with pytest.raises(UserError, match=r"step\.num_steps is 3, but this run was to have 4 steps"):
+        Trainer.resume(cut)
+
+
+def test_two_processes_do_not_continue_one_run(cut: Path) -> None:
+    first = Trainer.resume(cut)
+    with pytest.raises(UserError, match=f"another process is writing {cut}"):
+        Trainer.resume(cut)
+    first.train()
+    assert Trainer.resume(cut).train()["step"] == 4
+
+
+def test_a_run_of_an_earlier_version_is_told_and_left_alone(cut: Path) -> None:
+    (cut / "about.json").unlink()
+    (cut / "manifest.json").unlink()
+    before = (cut / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"written by another version of atesd \(format 1, this one continues 2\)"):
+        Trainer.resume(cut)
+    assert (cut / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        Trainer.start(build_config(TREE | {"model": {"path": str(tmp_path / "nowhere")}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
