@@ -14,7 +14,7 @@ whatever multiplies the loss per token (it goes through the mean, not through GS
 each token's gradient its own w_t). Exact up to what is held constant: A, w, p_old, p_ref; a clipped term has none.
 
 Deviations: 1. `scale = "std"` divides by the std with ddof 0 plus 1e-6 (the GRPO paper names neither); TRL's ddof 1 and
-1e-4 are `scale = "std_trl"`. In a group of G the two differ by sqrt(G / (G - 1)), 7 % at G = 8, and by the eps where
+1e-4 are `scale = "std_trl"`. In a group of G TRL's are smaller by sqrt((G - 1) / G), 6 % at G = 8, and by its eps where
 rewards hardly differ; 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
 """
 
