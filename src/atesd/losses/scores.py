@@ -129,7 +129,7 @@ def _normalisers(tiles: RowTiles, scoring: Scoring, labels_n1: Tensor) -> _Norms
             norm.add(logits_nv, start)
     if target.is_first_view:
         return _Norms(student, views, views[0])
-    mixed = Normaliser(target_k, labels_n1)
+    mixed = Normaliser(1, labels_n1)
     for start, (_, *view_logits) in tiles:
         mixed.add(target.log_target(log_tiles(view_logits, [norm.log for norm in views])), start)
     return _Norms(student, views, mixed)
@@ -176,7 +176,7 @@ def _sum_rows(tiles: RowTiles, scoring: Scoring, norms: _Norms) -> _RowSums:
         log_p_nk, log_q_nk = (
             pick(tile, ids_nk, start, known) for tile, known in ((pair.log_p, log_p_nk), (log_q, log_q_nk))
         )
-        top_log_q_n1 = pick(pair.log_p, top_n1, start, top_log_q_n1)
+        top_log_q_n1 = pick(log_q, top_n1, start, top_log_q_n1)
         if scoring.tail:
             tail_p_n = tail_p_n + _outside(pair.p, ids_nk, start)
             tail_q_n = tail_q_n + _outside(pair.q, ids_nk, start)
