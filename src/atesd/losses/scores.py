@@ -129,7 +129,7 @@ def _normalisers(tiles: RowTiles, scoring: Scoring, labels_n1: Tensor) -> _Norms
             norm.add(logits_nv, start)
     if target.is_first_view:
         return _Norms(student, views, views[0])
-    mixed = Normaliser(1, labels_n1)
+    mixed = Normaliser(target_k, labels_n1)
     for start, (_, *view_logits) in tiles:
         mixed.add(target.log_target(log_tiles(view_logits, [norm.log for norm in views])), start)
     return _Norms(student, views, mixed)
