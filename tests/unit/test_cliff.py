@@ -240,7 +240,7 @@ def test_the_saturated_cases_lie_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strength", "b"), [(1.01, 0.5), (1.0 + 1e-9, 0.5), (1.25, 1 - 1e-15), (1e6, 0.999), (1e12, 0.5), (1e9, 1 - 1e-15)]
+    ("strength", "b"), [(1.01, 0.5), (1.0 + 1e-9, 0.5), (1.25, 1 - 1e-15), (1e6, 0.999), (1e12, 0.5), (1e12, 1 - 1e-9)]
 )
 def test_the_largest_p_lies_strictly_between_the_base_and_1(strength: float, b: float) -> None:
     p = largest_p(strength, b, 5)

@@ -68,7 +68,7 @@ def split_segments(solution: str, unit: Unit = "auto") -> list[str]:
 
     Every segment has visible text and carries the white space that follows it. Sentences end at `.`, `!` or `?`
     before white space, or at an empty line; not inside formulas, at decimals, list numbers or common abbreviations.
-        Lines end at a line feed, a carriage return, or both together (one end). UserError if the solution is empty.
+    Lines end at a line feed, a carriage return, or both together (one end). UserError if the solution is empty.
     """
     if unit not in get_args(Unit):
         raise UserError(f"reveal unit {unit!r} is unknown; choose one of {', '.join(get_args(Unit))}")

@@ -10,7 +10,7 @@ from atesd.evaluate.runner import Evaluation, evaluate
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
 from atesd.train.model import load, load_tokenizer, resolve, set_threads
-from atesd.train.setup import for_evaluation, make_renderer, sampling_side, shown_instead
+from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
@@ -40,10 +40,12 @@ def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
     """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0."""
     set_threads(config.threads)
     loaded, tokenizer = load(config.model.model_copy(update={"path": str(model), "lora": None}), 0)
-    driver, _, task = sampling_side(config, loaded, tokenizer)
+    driver, renderer, task = sampling_side(config, loaded, tokenizer)
+    problems = task.evaluation()[: config.eval.problems]
+    refuse_hostile(config, renderer, task, {"evaluation": problems})
     return evaluate(
         task.name,
-        task.evaluation()[: config.eval.problems],
+        problems,
         for_evaluation(driver, config),
         config.eval.sampling(config.rollout),
         seed=derive_seed(config.seed, "eval"),

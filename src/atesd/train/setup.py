@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
+from atesd.tasks.texts import fences, refuse_texts
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.hints import Hints, refuse_overlong
@@ -100,6 +101,8 @@ def assemble(config: RunConfig) -> Parts:
     model.to(accelerator.device)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
+    sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
+    refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
@@ -136,7 +139,7 @@ def assemble(config: RunConfig) -> Parts:
         seed=config.seed,
     )
     probe = Probe(
-        task.probe(),
+        sets["probe"],
         scorer=scorer,
         teacher=teacher,
         hints=hints,
@@ -164,7 +167,7 @@ def assemble(config: RunConfig) -> Parts:
         renderer=renderer,
         task=task,
         problems=problems,
-        eval_problems=task.evaluation()[: config.eval.problems],
+        eval_problems=sets["evaluation"],
         dropped=dropped,
         driver=driver,
         hints=hints,
@@ -241,6 +244,11 @@ def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: 
 def for_evaluation(driver: Driver, config: RunConfig) -> Driver:
     """Return the driver with the prompts of evaluation."""
     return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt))
+
+
+def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapping[str, Sequence[Problem]]) -> None:
+    """UserError naming the row whose text could be taken for the prompt's own: a control token, or a hint's fence."""
+    refuse_texts(task, sets, renderer.flaw, () if config.prompt.hint == "none" else fences(config.prompt.teacher))
 
 
 def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, Problem]:

@@ -87,7 +87,7 @@ def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float
     stats = concatenate([part.stats for part in parts])
     selection_N, gate_N = (torch.cat([getattr(part, name) for part in parts]) for name in ("selection_N", "gate_N"))
     return {
-        "gate/kept_frac": _mean(selection_N),
+        "gate/kept_frac": _mean((selection_N > 0).double()),
         "gate/mean": _mean(selection_N * gate_N),
         **gate.metrics(stats),
     }
