@@ -260,7 +260,7 @@ def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
     base = ["compare", str(recipe), *SMALL, "--jobs", "2", "--out", str(out)]
     assert run(monkeypatch, *base, "--arms", "half,full", "--seeds", "1") == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"start", "arms", "paired", "k", "seeds", "seconds"}
+    assert set(summary) == {"start", "arms", "paired", "leaders", "k", "seeds", "seconds"}
     assert set(summary["arms"]) == {"half", "full"}
     assert set(summary["paired"]["half-full"]) == {"difference", "low", "high"}
     assert (out / "report.html").stat().st_size > 100_000
