@@ -154,6 +154,8 @@ class Stepper:
         for part in parts:
             if part:
                 self._update(part, outcome)
+            else:
+                outcome.add("optim/empty_updates", 1)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
         if self._scorer.samples_as_scored:
             outcome.metrics |= logprob_gap(rows, outcome.rows)
