@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import cos, pi
@@ -66,9 +67,9 @@ class Moving(ExposureMethod):
         steps = self.steps or run.total_steps
         return Schedule(lambda step: self.start + (self.end - self.start) * self.share(share_done(step, steps)))
 
+    @abstractmethod
     def share(self, done: float) -> float:
         """Return the share of the way that is behind, where a share `done` of the updates is."""
-        raise NotImplementedError
 
     def _moving(self, shape: str) -> str:
         return f"a share moving from {_percent(self.start)} to {_percent(self.end)} ({shape})"

@@ -11,6 +11,7 @@ Where a group cannot be graded at all it cannot be reinforced: `rl` skips it, th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -34,9 +35,9 @@ class _Fixed(Stateless, RoutingMethod):
         """Return one route a group."""
         return [self.of(group) for group in groups]
 
+    @abstractmethod
     def of(self, group: Group) -> Route:
         """Return a group's route."""
-        raise NotImplementedError
 
 
 class Distil(_Fixed):
