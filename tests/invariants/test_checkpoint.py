@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.recipe import build_config
+from atesd.rollout.sampler import Weights
 from atesd.train import checkpoint
 from atesd.train.checkpoint import find_checkpoints, restore_interrupted
 from atesd.train.loop import Trainer
@@ -103,3 +104,25 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Trainer, tmp_path: P
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="written by another run"):
         checkpoint.load_weights(tmp_path, finished.parts.model)
+
+
+def test_the_best_model_is_that_of_the_highest_evaluation_and_the_result_says_so(finished: Trainer) -> None:
+    result = finished.run.result()
+    assert result is not None
+    scores = {row["step"]: row["eval/pico/avg@1"] for row in finished.run.metrics() if "eval/pico/avg@1" in row}
+    first_best = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert result["best"] == {"step": first_best, "score": max(scores.values())}
+
+
+def test_the_sampler_gets_the_weights_of_every_step_and_their_version(tmp_path: Path) -> None:
+    trainer = Trainer.start(build_config(TREE | {"step": {"num_steps": 2, "problems": 2}}), tmp_path / "run")
+    seen: list[tuple[int, bool, bool]] = []
+
+    def sync(weights: Weights) -> None:
+        own = dict(trainer.parts.model.named_parameters())
+        same = all(torch.equal(value, own[name]) for name, value in weights.tensors().items())
+        seen.append((weights.version, weights.is_adapter, same and len(weights.tensors()) == len(own)))
+
+    trainer.parts.driver.sampler.sync = sync  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [(1, False, True), (2, False, True)]

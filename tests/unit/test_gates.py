@@ -131,6 +131,7 @@ def test_a_surrogate_whose_gate_does_not_know_the_token_has_no_expected_gradient
     assert expected_gradient(gate, TEACHER).abs().max() < 1e-15
     assert expected_gradient(gate, TEACHER.flip(0)).abs().max() < 1e-15
     warning = gate.warning()
+    assert 'or gate.target = "divergence"' in (warning or ""), "the remedy can be copied into a recipe"
     assert warning is not None
     assert ("gate.beta = 0" if gate.beta == 0 else 'gate.score = "entropy"') in warning
     assert "expected gradient is 0" in warning

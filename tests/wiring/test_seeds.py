@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.recording import Recording, record
@@ -81,3 +83,16 @@ def test_evaluations_are_of_the_weights_of_their_step(runs: list[Recording]) -> 
     for step, call in enumerate(run.of(run.evaluation)):
         texts = [row["completion"] for row in run.evaluations[step]]
         assert texts == [turn.text for turn in call.turns]
+
+
+def test_the_streams_of_a_seed_stay_what_they_were(runs: list[Recording]) -> None:
+    """A seed's published numbers hang on these names: numpy's SeedSequence over (seed, CRC-32 of the name, step)."""
+
+    def stream(name: str, step: int = 0) -> int:
+        words = np.random.SeedSequence([5, zlib.crc32(name.encode()), step]).generate_state(1, np.uint64)
+        return int(words[0] >> np.uint64(1))
+
+    found = seeds(runs[0])
+    assert found["train"] == [stream("sample", step) for step in range(3)]
+    assert found["eval"] == [stream("eval", step) for step in range(4)]
+    assert found["probe"] == [stream("probe")] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -28,9 +29,9 @@ class Cut(Stateless, RevealMethod):
         """Warn of solutions that mostly make one segment."""
         return segmentation_warning(solutions, self.unit)
 
-    def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:  # noqa: ARG002
-        """Show that share of the segments, from the start."""
-        return self._shown(problem, ratio)
+    @abstractmethod
+    def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:
+        """Return what is visible."""
 
     def _shown(self, problem: Problem, ratio: float, order: Order = "prefix") -> Reveal:
         marker = self.hidden_marker

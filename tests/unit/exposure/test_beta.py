@@ -173,3 +173,14 @@ def test_state_survives_json_and_continues_bit_for_bit() -> None:
         losses = [update(each, [decision(0.6), decision(0.1)], [0.7, -0.7]) for each in (policy, copy)]
         assert losses[0] == losses[1]
     assert policy.state_dict() == copy.state_dict()
+
+
+def test_the_first_layer_starts_uniform_around_0_as_a_linear_layer_does() -> None:
+    """Uniform in +-1/sqrt(6): of 400 numbers the mean is 0 to 3 bound / sqrt(3 * 400), both ends are nearly reached."""
+    bound = 6**-0.5
+    tensors = BetaPolicy(6, 400, (3.0, 3.0), seed=4, learning_rate=0.1).tensors
+    for name in ("weight_UF", "bias_U"):
+        values = tensors[name].detach()
+        assert abs(float(values.mean())) < 3 * bound / (3 * 400) ** 0.5
+        assert -bound <= float(values.min()) < -0.95 * bound
+        assert 0.95 * bound < float(values.max()) <= bound

@@ -253,3 +253,13 @@ def test_difficulty_by_perplexity_cuts_at_quantiles_of_the_references() -> None:
 def test_sections_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TypeAdapter(ExposureSection).validate_python(fields)
+
+
+def test_influence_takes_no_credit_before_the_first_update() -> None:
+    """At step 0 nothing was distilled: numbers that another policy had measured are none of its business."""
+    made = TypeAdapter(ExposureSection).validate_python({"kind": "influence", "grid": [0.0, 1.0]}).build(RunFacts())
+    measured = {Measurement("influence", 0.0): -0.5, Measurement("influence", 1.0): 0.5}
+    assert made.wants(0) == []
+    made.observe(Observation(0, {}, measured))
+    assert made.metrics() == {}
+    assert made.state_dict()["credits"] is None
