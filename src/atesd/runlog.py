@@ -60,7 +60,7 @@ METRICS: dict[str, str] = {
     "loss/clip_frac": "share of vocabulary entries (pointwise) or tokens (token, importance weight of the sampled "
     "loss) that the clip holds",
     "loss/clipped_mass": "teacher probability on clipped entries, mean over tokens",
-    "loss/reversed_frac": "share of tokens whose top teacher entry is pushed down by the clipped gradient",
+    "loss/reversed_frac": "share of tokens whose top teacher entry the clip pushes down where the divergence pushes up",
     "divergence/mean": "unclipped divergence, mean over valid tokens, nats",
     "divergence/p99": "99th percentile of the unclipped divergence over valid tokens, nats",
     "mismatch/top1": "share of valid tokens where student and teacher have different argmax",

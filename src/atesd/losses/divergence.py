@@ -162,7 +162,7 @@ def token_streams(
         Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
         _scoring(views, labels_N, config, target, config.temperature_teacher or temperature),
     )
-    return _streams(scores, labels_N, config, target, old_logprob_N)
+    return _streams(scores, config, target, old_logprob_N)
 
 
 def _check(student: Scored, views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target) -> None:
@@ -211,12 +211,9 @@ def _summand(divergence: Divergence) -> summands.Summand:
             return summands.reverse_kl
 
 
-def _streams(
-    scores: Scores, labels_N: Tensor, config: LossConfig, target: Target, old_logprob_N: Tensor | None
-) -> TokenStreams:
+def _streams(scores: Scores, config: LossConfig, target: Target, old_logprob_N: Tensor | None) -> TokenStreams:
     """Finish what needs no vocabulary: the sampled-token loss, the token clip, the statistics."""
     loss, held, held_mass = scores.loss, scores.held_frac, scores.held_mass
-    is_reversed = scores.top_gradient > 0
     if config.divergence.kind == "sampled":
         now = scores.logprob.detach()
         old = now if old_logprob_N is None else old_logprob_N.to(now.dtype)
@@ -224,13 +221,10 @@ def _streams(
         ratio, limit = (now - old).exp(), config.divergence.importance_clip
         loss = -ratio.clamp(max=limit) * gap * scores.logprob
         held = (ratio > limit).to(now.dtype)
-        # The gradient -gap (onehot(label) - q) at the top entry has the sign of -gap on the label, of gap elsewhere.
-        is_reversed = torch.where(scores.target_top == labels_N, gap < 0, gap > 0)
     elif config.clip == "token":
         is_held = loss.detach() >= config.clip_tau
         loss = torch.where(is_held, config.clip_tau, loss)
         held = held_mass = is_held.to(held.dtype)
-        is_reversed = is_reversed & ~is_held
     stats = TokenStats(
         divergence=scores.divergence.float(),
         student_logprob=scores.logprob.detach().float(),
@@ -242,6 +236,6 @@ def _streams(
         clip_frac=held.float(),
         clipped_mass=held_mass.float(),
         reverse_kl=scores.reverse_kl.float(),
-        reversed=is_reversed.float(),
+        reversed=scores.is_reversed.float(),
     )
     return TokenStreams(loss, scores.logprob, stats)

@@ -65,10 +65,8 @@ class Scores(NamedTuple):
     top1_agree: Tensor
     held_frac: Tensor
     held_mass: Tensor
-    target_top: Tensor
-    """The target's most probable entry."""
-    top_gradient: Tensor
-    """The objective's gradient to the logit of that entry."""
+    is_reversed: Tensor
+    """Whether the clip turns round the gradient to the logit of the target's most probable entry: up becomes down."""
 
 
 def score(student: Role, scoring: Scoring) -> Scores:
@@ -105,8 +103,7 @@ def _score_rows(student: Role, scoring: Scoring, rows: slice, dtype: torch.dtype
         top1_agree=(norms.student.ids_nk[:, 0] == teacher.ids_nk[:, 0]).to(dtype),
         held_frac=objective.held_frac,
         held_mass=objective.held_mass,
-        target_top=norms.target.ids_nk[:, 0],
-        top_gradient=objective.top_gradient,
+        is_reversed=objective.is_reversed,
     )
 
 
@@ -147,7 +144,6 @@ class _RowSums(NamedTuple):
     log_q_nk: Tensor
     top_n1: Tensor
     """The target's most probable entry, inside the support or not."""
-    top_log_q_n1: Tensor
     tail_p_n: Tensor
     """Probability outside those entries; 0 where no tail is asked for."""
     tail_q_n: Tensor
@@ -158,7 +154,6 @@ def _sum_rows(tiles: RowTiles, scoring: Scoring, norms: _Norms) -> _RowSums:
     ids_nk = (norms.student if scoring.support == "student" else norms.target).ids_nk
     top_n1 = norms.target.ids_nk[:, :1]
     log_p_nk = log_q_nk = torch.full_like(ids_nk, torch.nan, dtype=norms.target.log.dtype)
-    top_log_q_n1 = log_q_nk[:, :1]
     tail_p_n = tail_q_n = torch.zeros_like(norms.target.log)
     is_plain, is_full = scoring.target.is_first_view, scoring.objective == "full"
     plain: PairSums | None = None
@@ -176,12 +171,11 @@ def _sum_rows(tiles: RowTiles, scoring: Scoring, norms: _Norms) -> _RowSums:
         log_p_nk, log_q_nk = (
             pick(tile, ids_nk, start, known) for tile, known in ((pair.log_p, log_p_nk), (log_q, log_q_nk))
         )
-        top_log_q_n1 = pick(log_q, top_n1, start, top_log_q_n1)
         if scoring.tail:
             tail_p_n = tail_p_n + _outside(pair.p, ids_nk, start)
             tail_q_n = tail_q_n + _outside(pair.q, ids_nk, start)
     assert plain is not None
-    return _RowSums(plain, mixed or plain, ids_nk, log_p_nk, log_q_nk, top_n1, top_log_q_n1, tail_p_n, tail_q_n)
+    return _RowSums(plain, mixed or plain, ids_nk, log_p_nk, log_q_nk, top_n1, tail_p_n, tail_q_n)
 
 
 def _added(sums: PairSums | None, more: PairSums) -> PairSums:
@@ -202,7 +196,7 @@ class _Objective(NamedTuple):
     sparse_nk: Tensor
     held_frac: Tensor
     held_mass: Tensor
-    top_gradient: Tensor
+    is_reversed: Tensor
 
 
 def _objective(scoring: Scoring, sums: _RowSums) -> _Objective:
@@ -213,15 +207,17 @@ def _objective(scoring: Scoring, sums: _RowSums) -> _Objective:
             return _top_k_objective(scoring, sums)
         case "sampled":
             zero_n = torch.zeros_like(sums.plain.loss)
-            return _Objective(zero_n, zero_n, sums.log_q_nk[:, :0], zero_n, zero_n, zero_n)
+            return _Objective(zero_n, zero_n, sums.log_q_nk[:, :0], zero_n, zero_n, zero_n > 0)
 
 
 def _full_objective(scoring: Scoring, sums: _RowSums) -> _Objective:
     full = sums.full
     top = Pair(sums.log_p_nk, sums.log_p_nk.exp(), sums.log_q_nk, sums.log_q_nk.exp())
     top_n = (clipped_slope(scoring.summand, top, scoring.tau) - top.q * full.slope[:, None])[:, 0]
+    plain_top_n = (clipped_slope(scoring.summand, top, None) - top.q * full.plain_slope[:, None])[:, 0]
+    is_reversed_n = _is_reversed(top_n, plain_top_n)
     held_frac = full.held / scoring.views[0].head_VH.shape[0]
-    return _Objective(_loss(full, scoring), full.slope, sums.log_q_nk[:, :0], held_frac, full.held_mass, top_n)
+    return _Objective(_loss(full, scoring), full.slope, sums.log_q_nk[:, :0], held_frac, full.held_mass, is_reversed_n)
 
 
 def _top_k_objective(scoring: Scoring, sums: _RowSums) -> _Objective:
@@ -239,16 +235,26 @@ def _top_k_objective(scoring: Scoring, sums: _RowSums) -> _Objective:
     pair = Pair(log_p, log_p.exp(), log_q, log_q.exp())
     support = pair_sums(scoring.summand, pair, scoring.tau)
     gradient_nk = clipped_slope(scoring.summand, pair, scoring.tau) - pair.q * support.slope[:, None]
+    plain_nk = clipped_slope(scoring.summand, pair, None) - pair.q * support.plain_slope[:, None]
     rest_n, sparse_nk = torch.zeros_like(support.loss), gradient_nk
     if scoring.tail:
         rest_n = gradient_nk[:, -1] / pair.q[:, -1]
         sparse_nk = gradient_nk[:, :-1] - pair.q[:, :-1] * rest_n[:, None]
+    is_reversed_n = _is_reversed(_at_top(gradient_nk, sums, scoring.tail), _at_top(plain_nk, sums, scoring.tail))
     held_frac = support.held / log_p.shape[1]
+    return _Objective(_loss(support, scoring), -rest_n, sparse_nk, held_frac, support.held_mass, is_reversed_n)
+
+
+def _at_top(gradient_nk: Tensor, sums: _RowSums, tail: bool) -> Tensor:
+    """Return the gradient at the target's top entry; outside the support the tail's sign is its own, without one 0."""
     is_top_nk = sums.ids_nk == sums.top_n1
     inside_n = torch.where(is_top_nk, gradient_nk[:, : is_top_nk.shape[1]], 0).sum(-1)
-    outside_n = rest_n * sums.top_log_q_n1[:, 0].exp()
-    top_n = torch.where(is_top_nk.any(-1), inside_n, outside_n)
-    return _Objective(_loss(support, scoring), -rest_n, sparse_nk, held_frac, support.held_mass, top_n)
+    outside_n = gradient_nk[:, -1] if tail else torch.zeros_like(inside_n)
+    return torch.where(is_top_nk.any(-1), inside_n, outside_n)
+
+
+def _is_reversed(gradient_n: Tensor, plain_n: Tensor) -> Tensor:
+    return (gradient_n > 0) & (plain_n < 0)
 
 
 def _loss(sums: PairSums, scoring: Scoring) -> Tensor:

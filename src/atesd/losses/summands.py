@@ -77,6 +77,8 @@ class PairSums(NamedTuple):
     """sum_i min(l_i, tau), or D without a clip."""
     slope: Tensor
     """sum_i u_i of the loss, shifted."""
+    plain_slope: Tensor
+    """sum_i u_i of D, shifted."""
     held: Tensor
     """Number of entries with l_i >= tau."""
     held_mass: Tensor
@@ -99,14 +101,16 @@ def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
     reverse = divergence
     if summand is not reverse_kl:
         reverse = (pair.q * (pair.log_q - pair.log_p) + pair.p - pair.q).sum(-1)
+    plain_slope = slope.sum(-1)
     if tau is None:
         none = torch.zeros_like(divergence)
-        return PairSums(divergence, divergence, slope.sum(-1), none, none, log_p_mean, log_q_mean, reverse)
+        return PairSums(divergence, divergence, plain_slope, plain_slope, none, none, log_p_mean, log_q_mean, reverse)
     held = value >= tau
     return PairSums(
         divergence=divergence,
         loss=value.clamp(max=tau).sum(-1),
         slope=torch.where(held, shift * pair.q, slope).sum(-1),
+        plain_slope=plain_slope,
         held=held.sum(-1).to(divergence.dtype),
         held_mass=(pair.p * held).sum(-1),
         log_p_mean=log_p_mean,

@@ -228,8 +228,15 @@ def test_the_students_support_equals_the_dense_reference(
     torch.testing.assert_close(hidden, gradient @ student.head_VH.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(head, gradient.T @ student.hidden_NH.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-6, atol=1e-8)
-    top = gradient.numpy()[np.arange(N), p.argmax(-1)]
-    np.testing.assert_array_equal(streams.stats.reversed.numpy(), top > 1e-9)
+    plain = dense.numeric_gradient(
+        lambda logits: dense.divergence(
+            p, np.exp(dense.log_softmax(logits / 1.1)), divergence.kind, beta, top_k, tail, "none", 0.0, ranked
+        ),
+        raw,
+    )
+    rows, tops = np.arange(N), p.argmax(-1)
+    turned = (gradient.numpy()[rows, tops] > 1e-9) & (plain[rows, tops] < -1e-9)
+    np.testing.assert_array_equal(streams.stats.reversed.numpy(), turned)
     ours = config.model_copy(update={"top_k_support": "target"})
     theirs = token_streams(student, views, labels, ours, target=target, temperature=1.2)
     if top_k < V - 1 and clip == "none":
@@ -510,12 +517,17 @@ def test_statistics(config: LossConfig) -> None:
         np.testing.assert_allclose(tensor.numpy(), value, rtol=1e-5, atol=1e-6, err_msg=name)
     assert 0 < stats.top1_agree.sum() < N
 
-    # reversed: the sign of the actual gradient at the teacher's top entry.
-    logits = logits_of(student).detach().requires_grad_()
-    direct = run(Scored(logits, torch.eye(V, dtype=torch.float64)), teacher, labels, tiled, temperature=1.2)
-    (gradient,) = torch.autograd.grad(direct.divergence_N.sum(), logits)
-    np.testing.assert_array_equal(stats.reversed.numpy(), gradient.numpy()[rows, p.argmax(-1)] > 0)
-    assert 0 < stats.reversed.sum() < N or config.clip == "token"  # no held token is reversed
+    # reversed: the actual gradient at the teacher's top entry points down, that of the unclipped divergence up.
+    tops = []
+    for clip in (config.clip, "none"):
+        logits = logits_of(student).detach().requires_grad_()
+        role = Scored(logits, torch.eye(V, dtype=torch.float64))
+        direct = run(role, teacher, labels, tiled.model_copy(update={"clip": clip}), temperature=1.2)
+        (gradient,) = torch.autograd.grad(direct.divergence_N.sum(), logits)
+        tops.append(gradient.numpy()[rows, p.argmax(-1)])
+    np.testing.assert_array_equal(stats.reversed.numpy(), (tops[0] > 0) & (tops[1] < 0))
+    assert (tops[0] > 0).any() or config.clip == "token", "entries pushed down without the clip's doing are not counted"
+    assert (0 < stats.reversed.sum() < N) == (config.clip == "pointwise")
 
     if config.clip == "pointwise":
         held = dense.summands(kind, 0.5, p, q) >= config.clip_tau
