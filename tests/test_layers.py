@@ -28,9 +28,10 @@ METHODS = {
     "rollout",
 }
 BELOW_CONFIG = METHODS | {"types", "seeds", "cliff", "facts", "evaluate", "kinds", "sections"}
-BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog", "seals"}
+BELOW_TRAIN = BELOW_CONFIG | {"config", "recipe", "runlog", "seals", "metrics"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
+    "metrics": set(),
     "seeds": set(),
     "cliff": {"types"},
     "facts": {"types", "seeds", "cliff"},

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from atesd.losses.policy import PolicyConfig
 from atesd.losses.target import AnchorMix, Extrapolate, Residual
+from atesd.metrics import is_timing
 from atesd.recipe import build_config
-from atesd.runlog import RunDir, is_timing
+from atesd.runlog import RunDir
 from atesd.train.batch import Row
 from atesd.train.loop import Trainer
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from atesd.metrics import METRICS, is_timing
 from atesd.recipe import build_config
 from atesd.routing.route import Route
-from atesd.runlog import METRICS, RunDir, is_timing
+from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
 from atesd.types import UserError
 

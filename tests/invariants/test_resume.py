@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from atesd.metrics import is_timing
 from atesd.recipe import build_config
-from atesd.runlog import RunDir, is_timing
+from atesd.runlog import RunDir
 from atesd.train import checkpoint
 from atesd.train.loop import Interrupted, Trainer
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from atesd.metrics import is_timing
 from atesd.recipe import load_config
 from atesd.report.html import write_report
-from atesd.runlog import RunDir, is_timing
+from atesd.runlog import RunDir
 from atesd.tasks.gym import GymConfig
 from atesd.train.inspect import evaluate_model
 from atesd.train.loop import Trainer

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -161,8 +162,11 @@ class Gauges:
 
     def gradient(self, step: int, ratio: float) -> Weights:
         """Return the gradient of the gated token mean with the teacher at a ratio, under the weights after a step."""
+        put(self.oracle.student, self.oracle.weights(self.done(step)))
+        return self._taken(self._gated(step, ratio))
+
+    def _gated(self, step: int, ratio: float) -> Tensor:
         oracle, done = self.oracle, self.done(step)
-        put(oracle.student, oracle.weights(done))
         total, count = [], 0
         for row in self.credited(step):
             shown = Row(**{**vars(row), "ratio": ratio, "components": ("distil",)})
@@ -170,18 +174,46 @@ class Gauges:
             assert stats.gate is not None
             total.append((stats.gate * values["distil"]).sum())
             count += len(row.completion)
-        return self._taken(torch.stack(total).sum() / count)
+        return torch.stack(total).sum() / count
 
     def probe_gradient(self, step: int) -> Weights:
         """Return the gradient of the probe's NLL under the weights after a step."""
+        put(self.oracle.student, self.oracle.weights(self.done(step)))
+        return self._taken(self._probe_nll())
+
+    def _probe_nll(self) -> Tensor:
         oracle = self.oracle
-        put(oracle.student, oracle.weights(self.done(step)))
         found = []
         for problem in self.run.probe:
             ids = self.ids(problem.solution)
             logs = oracle.logits(oracle.student, oracle.prompt(problem), ids).log_softmax(-1)
             found.append(logs.gather(1, torch.tensor(ids)[:, None])[:, 0])
-        return self._taken(-torch.cat(found).mean())
+        return -torch.cat(found).mean()
+
+    def influence_by_differences(self, step: int, ratio: float, size: float = 1e-3) -> float:
+        """Return `influence` with its inner products as central differences of the losses: <g, P d> from d = g's own.
+
+        Each product is the change of one loss along P times the other's gradient: <g_probe, P g_r> is the probe's
+        along P g_r, its square roots are each loss along its own.
+        """
+        scale, names = self.preconditioner(self.done(step)), self.names(self.settings["probe"]["credit_parameters"])
+        weights = self.oracle.weights(self.done(step))
+
+        def slope(loss: Callable[[], Tensor], along: Weights) -> float:
+            """Return the derivative of a loss along P times a gradient."""
+            way = {name: scale[name] * along[name] for name in names}
+            length = math.sqrt(sum(float(part.square().sum()) for part in way.values()))
+            ends = []
+            for sign in (1, -1):
+                moved = {name: weights[name].double() + sign * size / length * part for name, part in way.items()}
+                put(self.oracle.student, weights | moved)
+                with torch.no_grad():
+                    ends.append(float(loss()))
+            return (ends[0] - ends[1]) / (2 * size) * length
+
+        probe, own = self.probe_gradient(step), self.gradient(step, ratio)
+        distil = partial(self._gated, step, ratio)
+        return slope(self._probe_nll, own) / math.sqrt(slope(self._probe_nll, probe) * slope(distil, own))
 
     def _taken(self, loss: Tensor) -> Weights:
         named = [(name, weight) for name, weight in self.oracle.student.named_parameters() if weight.requires_grad]

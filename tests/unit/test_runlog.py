@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from atesd import runlog
-from atesd.runlog import METRICS, Phases, RunDir, dump_json, is_timing, read_jsonl, write_atomic
+from atesd.metrics import METRICS, is_timing
+from atesd.runlog import Phases, RunDir, dump_json, read_jsonl, write_atomic
 from atesd.types import UserError
 
 

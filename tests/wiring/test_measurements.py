@@ -170,6 +170,14 @@ def test_influence_is_the_cosine_under_adams_preconditioner(name: str, oracle: O
         assert value == pytest.approx(gauges.influence(step, ratio), abs=2e-4)
 
 
+@pytest.mark.parametrize("name", ["influence", "influence_last"])
+def test_influence_is_what_finite_differences_of_the_losses_say(name: str, oracle: Oracles) -> None:
+    truth = oracle(name)
+    gauges = Gauges(truth)
+    for step, ratio, _, value in of_kind(truth, "influence")[:3]:
+        assert value == pytest.approx(gauges.influence_by_differences(step, ratio), abs=2e-3)
+
+
 def test_a_virtual_step_is_clipped_preconditioned_and_at_the_recipes_rate(oracle: Oracles) -> None:
     truth = oracle("paired")
     gauges = Gauges(truth)

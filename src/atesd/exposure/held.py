@@ -61,5 +61,5 @@ class Held:
 
     def _count(self, observation: Observation) -> None:
         """Count an update, unless the step does not count in its window."""
-        if observation.step > 0 and step_counts(observation.stats):
+        if step_counts(observation.stats):
             self._clock.tick()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from atesd.evaluate.runner import EvalConfig, Evaluation, evaluate
+from atesd.metrics import METRICS
 from atesd.rewards.exact import exact_reward
 from atesd.rollout.sampler import SamplingConfig
-from atesd.runlog import METRICS
 from atesd.types import Problem, UserError
 
 from support.rollouts import fake_driver

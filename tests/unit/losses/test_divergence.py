@@ -103,6 +103,15 @@ class TestMethodExample:
         assert streams.stats.clipped_mass.item() == pytest.approx(0.5)
         assert streams.stats.divergence.item() == pytest.approx(0.020698, abs=1e-6)  # unclipped
 
+    def test_what_counts_as_reversed_is_told_by_the_whole_divergence(self) -> None:
+        # Reverse KL, p = (.05, .45, .5), q = (.4, .06, .54): l = (.8318, -.1209, .0416), D = .7524. At the third entry
+        # l - q D = -.3648 without a clip; with the first held at .05, its u is -q: .0416 - .54 (-.4 - .1209 + .0416)
+        # = .3004.
+        config = LossConfig(divergence=ReverseKL(), clip="pointwise")
+        _, gradient, streams = one_token((0.05, 0.45, 0.5), (0.4, 0.06, 0.54), config)
+        assert gradient[2] == pytest.approx(0.3004, abs=1e-4)
+        assert streams.stats.reversed.item() == 1
+
     def test_token_clip_below_tau_changes_nothing(self) -> None:
         clipped = one_token(self.p, self.q, LossConfig(clip="token"))
         plain = one_token(self.p, self.q, LossConfig())
