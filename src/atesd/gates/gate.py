@@ -22,6 +22,11 @@ class Gate(Protocol):
     Weights only scale (the loss is divided by the number of selected tokens), so that they can shrink the loss.
     """
 
+    @property
+    def reads_divergence(self) -> bool:
+        """Whether `values` is the divergence; else it is made of the sampled token's log-probability."""
+        ...
+
     def values(self, streams: TokenStreams) -> Tensor:
         """Return the loss per token that the weights multiply, [N], differentiable."""
         ...

@@ -1,12 +1,12 @@
 """Divergences between teacher and student per token, from hidden states: configuration and entry point.
 
 Shapes: N valid completion tokens, V vocabulary, H hidden, K top-k. `losses/summands.py` holds the formulas,
-`losses/scores.py` and `losses/gradient.py` the two tiled passes.
+`losses/scores.py` what is made of rows of logits, `losses/gradient.py` the way over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atesd.losses import summands
 from atesd.losses.gradient import scores_with_gradient
-from atesd.losses.scores import Scores, Scoring
+from atesd.losses.scores import Scores, Scoring, Wanted
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role
@@ -89,10 +89,9 @@ class LossConfig(Config):
     that always or never succeed get 0, ungradable ones 1/4."""
     aggregate: Literal["token", "sequence"] = "token"
     """Average over all tokens alike (token), or first over each completion (sequence)."""
-    tile_tokens: int = Field(1024, ge=1)
-    """Tokens of one tile of logits; memory is proportional to tile_tokens * tile_vocab."""
-    tile_vocab: int = Field(8192, ge=1)
-    """Vocabulary entries of one tile of logits."""
+    tile_logits: int | None = Field(None, ge=1)
+    """Logits of a role that exist at a time, as whole rows (at least one): more of them make larger products, and cost
+    4 bytes each. None = 2^24 (64 MiB) on a CPU, 2^27 (512 MiB) on a GPU."""
 
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> LossConfig:
@@ -108,6 +107,9 @@ class LossConfig(Config):
         if self.top_k == 1 and not self.tail:
             raise ValueError("top_k=1 renormalised is always 0: set tail=true, or a larger top_k")
         return self
+
+
+_ROOM, _ROOM_ON_GPU = 2**24, 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,25 @@ class TokenStreams:
     stats: TokenStats
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What will be asked of streams: where a caller knows it, gradients are made beside the scores, once.
+
+    A caller who is wrong about it waits longer for the same gradients (`losses/gradient.py`).
+    """
+
+    loss: bool = True
+    """Whether `divergence_N` will be derived."""
+    logprob: bool = False
+    """Whether `logprob_N` will."""
+    weights: Callable[[TokenStats, slice], Tensor] | None = None
+    """From the statistics of some tokens, and which they are: the weights, [n], that their `divergence_N` will have in
+    the loss, up to a factor common to all tokens; None: equal ones."""
+
+
+LOSS_ALONE = Use()
+
+
 def token_streams(
     student: Scored,
     views: Sequence[Scored],
@@ -141,6 +162,7 @@ def token_streams(
     target: Target,
     temperature: float,
     old_logprob_N: Tensor | None = None,
+    use: Use = LOSS_ALONE,
 ) -> TokenStreams:
     """Score N completion tokens; position t's hidden state predicts `labels_N[t]`.
 
@@ -151,23 +173,37 @@ def token_streams(
     `old_logprob_N` are the labels' log-probabilities under the weights that the step began with; None where they are
     the present ones. Only the sampled-token loss reads them.
 
-    `temperature` is the sampling temperature. Memory beyond inputs, gradients and per-token results is proportional to
-    tile_tokens * (tile_vocab + top_k), plus a vocabulary tile of a head that has to be widened. No gradient reaches the
-    views; second derivatives are not defined. Logits must be finite; a label outside the vocabulary gives NaN.
+    `temperature` is the sampling temperature. Memory beyond inputs, gradients and per-token results is some multiple of
+    `tile_logits`, whatever the vocabulary. No gradient reaches the views; second derivatives are not defined. Logits
+    must be finite; a label outside the vocabulary gives NaN.
+
+    `use` tells what will be made of the result: it saves time, and nothing else depends on it. Without views the labels
+    are scored alone.
 
     UserError if `top_k` exceeds the vocabulary.
     """
     _check(student, views, labels_N, config, target)
+    scoring = _scoring(views, labels_N, config, target, config.temperature_teacher or temperature)
+
+    def weights(scores: Scores, rows: slice) -> Tensor:
+        old_n = None if old_logprob_N is None else old_logprob_N[rows]
+        streams = _streams(scores, config, target, old_n)
+        weight_n = torch.ones_like(scores.loss) if use.weights is None else use.weights(streams.stats, rows)
+        return torch.where(streams.stats.clip_frac > 0, 0, weight_n) if config.clip == "token" else weight_n
+
+    is_sampled = config.divergence.kind == "sampled"
     scores = scores_with_gradient(
         Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
-        _scoring(views, labels_N, config, target, config.temperature_teacher or temperature),
+        scoring,
+        Wanted(use.loss and not is_sampled, use.logprob or (use.loss and is_sampled)),
+        weights,
     )
     return _streams(scores, config, target, old_logprob_N)
 
 
 def _check(student: Scored, views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target) -> None:
     vocabulary = student.head_VH.shape[0]
-    assert len(views) == len(target.views), f"the target reads {len(target.views)} views, not {len(views)}"
+    assert len(views) in (0, len(target.views)), f"the target reads {len(target.views)} views, not {len(views)}"
     for scored in (student, *views):
         assert scored.hidden_NH.shape[0] == labels_N.shape[0], "one hidden state per label"
         assert scored.hidden_NH.shape[1] == scored.head_VH.shape[1], "hidden size of states and head differ"
@@ -180,6 +216,7 @@ def _scoring(
     views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target, temperature: float
 ) -> Scoring:
     full_or_top: Literal["full", "top_k"] = "full" if config.top_k is None else "top_k"
+    room = _ROOM_ON_GPU if labels_N.is_cuda else _ROOM
     return Scoring(
         views=tuple(
             Role(view.hidden_NH.detach(), view.head_VH.detach(), _detached(view.bias_V), temperature) for view in views
@@ -187,13 +224,12 @@ def _scoring(
         labels_N=labels_N,
         target=target,
         summand=_summand(config.divergence),
-        objective="sampled" if config.divergence.kind == "sampled" else full_or_top,
+        objective="none" if config.divergence.kind == "sampled" or not views else full_or_top,
         top_k=config.top_k or 1,
         support=config.top_k_support,
         tail=config.tail,
         tau=config.clip_tau if config.clip == "pointwise" else None,
-        tile_tokens=config.tile_tokens,
-        tile_vocab=config.tile_vocab,
+        tile_logits=config.tile_logits or room,
     )
 
 
@@ -228,7 +264,7 @@ def _streams(scores: Scores, config: LossConfig, target: Target, old_logprob_N: 
     stats = TokenStats(
         divergence=scores.divergence.float(),
         student_logprob=scores.logprob.detach().float(),
-        teacher_logprob=scores.teacher_logprob.float(),
+        teacher_logprob=scores.view_logprobs_NW[:, 0].float(),
         student_entropy=scores.student_entropy.float(),
         teacher_entropy=scores.teacher_entropy.float(),
         student_max_prob=scores.student_max_prob.float(),

@@ -1,21 +1,36 @@
-"""Gradient pass: the student's gradients from recomputed tiles, and the autograd function around both passes.
+"""Gradients of the scores to the student's hidden states, head and bias, without keeping logits.
 
-Shapes: N tokens, n tokens of a tile, V vocabulary, v entries of a tile, H hidden, K support of a top-k divergence, W
-views.
+Shapes: N tokens, n tokens of a tile, V vocabulary, H hidden.
+
+What arrives from above is a weight per token, known only after all tokens are scored. So that logits need not be made a
+second time,
+
+- one tile that holds all tokens keeps its gradients to logits until the weights arrive;
+- where only hidden states train (LoRA, a frozen head), each token's own gradient is made beside its score, [N, H], and
+  weighed later;
+- where the head trains too, gradients are summed under the weights that are expected. If others arrive, up to one
+  factor for all tokens, the sums are thrown away, and everything is made again under those: an expectation can cost
+  time, never correctness.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atesd.losses.scores import Scores, Scoring, score
-from atesd.losses.summands import Pair, clipped_slope
-from atesd.losses.tiles import Role, compute_dtype, local_ids, log_tiles, logits_tile, product, product_dtype, slices
+from atesd.losses.scores import Scores, Scoring, Slopes, Wanted, joined, score
+from atesd.losses.tiles import Role, Sums, Tile, compute_dtype, slices
+
+Expected = Callable[[Scores, slice], Tensor]
+"""From the scores of some tokens, and which they are: the gradient that will arrive at `loss`, [n]."""
+
+SAME = 1e-6
+"""Largest relative difference between weights that count as equal: what float32 makes of them on another way."""
 
 
 class Upstream(NamedTuple):
@@ -24,144 +39,188 @@ class Upstream(NamedTuple):
     loss: Tensor | None
     logprob: Tensor | None
 
-
-class StudentGradients(NamedTuple):
-    """Gradients of hidden states, head and bias; None where not asked for."""
-
-    hidden_NH: Tensor | None
-    head_VH: Tensor | None
-    bias_V: Tensor | None
+    def at(self, rows: slice) -> Upstream:
+        """Return those of some tokens."""
+        return Upstream(*(None if weight_N is None else weight_N[rows] for weight_N in self))
 
 
-class Saved(NamedTuple):
-    """What the score pass leaves for the gradient pass; as in `Scores`."""
+def scores_with_gradient(student: Role, scoring: Scoring, wanted: Wanted, expected: Expected) -> Scores:
+    """Score all tokens; `loss` and `logprob` of the result are differentiable with respect to the student.
 
-    slope: Tensor
-    support_NK: Tensor
-    sparse_NK: Tensor
-    student_norm: Tensor
-    view_norms_NW: Tensor
-    target_norm: Tensor
+    `wanted` are the outputs that a gradient is expected to arrive at; it may arrive at others, and costs more then.
+    """
+    trains = torch.is_grad_enabled() and any(part.requires_grad for part in student[:3] if part is not None)
+    if not trains:
+        with torch.no_grad():
+            return Scores(*_Pass(student, scoring, (False, False, False)).scores())
+    return Scores(*TiledScores.apply(*student, scoring, wanted, expected))  # type: ignore[no-untyped-call]
 
 
 class TiledScores(torch.autograd.Function):
-    """`score` with gradients of `loss` and `logprob` to the student's hidden states, head and bias; none to views."""
+    """`score` over all tiles, with gradients of `loss` and `logprob`; none to views."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float, scoring: Scoring
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        bias_V: Tensor | None,
+        temperature: float,
+        scoring: Scoring,
+        wanted: Wanted,
+        expected: Expected,
     ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad[:3]
+        run = _Pass(Role(hidden_NH, head_VH, bias_V, temperature), scoring, needs)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            scores = score(Role(hidden_NH, head_VH, bias_V, temperature), scoring)
+            if len(run.tiles) == 1:
+                scores, ctx.found = run.kept(wanted)
+            elif not any(needs[1:]):
+                scores, ctx.found = run.by_token(wanted)
+            elif wanted == Wanted(loss=True, logprob=False):
+                scores, ctx.found = run.under(expected)
+            else:
+                scores, ctx.found = run.scores(), None
         ctx.scoring, ctx.temperature = scoring, temperature
-        ctx.save_for_backward(hidden_NH, head_VH, bias_V, *(getattr(scores, name) for name in Saved._fields))
+        ctx.save_for_backward(hidden_NH, head_VH, bias_V)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*scores[2:])
         return tuple(scores)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor | None, logprob_grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        hidden_NH, head_VH, bias_V, *saved = ctx.saved_tensors
-        student = Role(hidden_NH, head_VH, bias_V, ctx.temperature)
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            upstream = Upstream(loss_grad, logprob_grad)
-            gradients = student_gradients(student, ctx.scoring, Saved(*saved), upstream, ctx.needs_input_grad[:3])
-        return (*gradients, None, None)
+    def backward(ctx: Any, loss_N: Tensor | None, logprob_N: Tensor | None, *_: None) -> tuple[Any, ...]:
+        upstream = Upstream(loss_N, logprob_N)
+        if loss_N is None and logprob_N is None:
+            return (None,) * 7
+        found, ctx.found = ctx.found, None  # used up; a second pass over the same graph makes it again
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            gradients = found(upstream) if found is not None else None
+            if gradients is None:
+                scoring = ctx.scoring if loss_N is not None else replace(ctx.scoring, views=())
+                hidden_NH, head_VH, bias_V = ctx.saved_tensors
+                student = Role(hidden_NH, head_VH, bias_V, ctx.temperature)
+                run = _Pass(student, scoring, ctx.needs_input_grad[:3])
+                gradients = run.again(upstream)
+        return (*gradients, None, None, None, None)
 
 
-def scores_with_gradient(student: Role, scoring: Scoring) -> Scores:
-    """Score all tokens; `loss` and `logprob` of the result are differentiable with respect to the student."""
-    return Scores(*TiledScores.apply(*student, scoring))  # type: ignore[no-untyped-call]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Found = Callable[[Upstream], Gradients | None]
+"""From the weights that arrived: the gradients of hidden states, head and bias, or None where others were expected."""
 
 
-@dataclass(frozen=True)
-class _Coefficients:
-    """Gradient to tempered logits = entry * u - q * prob + label on the label's entry (+ sparse on the support)."""
-
-    entry_N: Tensor | None
-    prob_N: Tensor
-    label_N: Tensor | None
-    sparse_NK: Tensor | None
-
-
-def _coefficients(scoring: Scoring, saved: Saved, upstream: Upstream) -> _Coefficients:
-    prob_N = torch.zeros_like(saved.slope)
-    if upstream.logprob is not None:
-        prob_N = prob_N + upstream.logprob
-    if upstream.loss is None:
-        return _Coefficients(None, prob_N, upstream.logprob, None)
-    prob_N = prob_N + upstream.loss * saved.slope
-    if scoring.objective == "full":
-        return _Coefficients(upstream.loss, prob_N, upstream.logprob, None)
-    return _Coefficients(None, prob_N, upstream.logprob, saved.sparse_NK * upstream.loss[:, None])
-
-
-@dataclass(frozen=True)
-class _Backward:
-    """Everything that one tile's gradient depends on."""
+@dataclass
+class _Pass:
+    """One way over all tokens."""
 
     student: Role
     scoring: Scoring
-    saved: Saved
-    coefficients: _Coefficients
-    dtype: torch.dtype
+    needs: tuple[bool, bool, bool]
+
+    def __post_init__(self) -> None:
+        total, vocabulary = self.student.hidden_NH.shape[0], self.student.head_VH.shape[0]
+        size = max(1, self.scoring.tile_logits // vocabulary)
+        self.tiles = slices(total, size)
+        self._dtype = compute_dtype(self.student, self.scoring.views)
+        self._tile = Tile(self.student, self.scoring.views, min(size, total))
+
+    def scores(self) -> Scores:
+        """Score without any gradient."""
+        return joined([self._score(rows, Wanted(loss=False, logprob=False))[0] for rows in self.tiles])
+
+    def kept(self, wanted: Wanted) -> tuple[Scores, Found]:
+        """Score in one tile, and keep its slopes."""
+        (rows,) = self.tiles
+        scores, slopes = self._score(rows, wanted)
+
+        def found(upstream: Upstream) -> Gradients | None:
+            if _missing(upstream, wanted):
+                return None
+            sums = self._sums()
+            sums.add(slopes.weighed(*upstream), rows)
+            return self._gradients(sums)
+
+        return scores, found
+
+    def by_token(self, wanted: Wanted) -> tuple[Scores, Found]:
+        """Score, and give each token the gradient that it would have with weight 1."""
+        parts, own = [], [self._sums() if is_wanted else None for is_wanted in wanted]
+        for rows in self.tiles:
+            scores, slopes = self._score(rows, wanted)
+            parts.append(scores)
+            for sums, slope in zip(own, slopes, strict=True):
+                if sums is not None and slope is not None:
+                    sums.add(slope, rows)
+
+        def found(upstream: Upstream) -> Gradients | None:
+            if _missing(upstream, wanted):
+                return None
+            weighed = [
+                sums.hidden_NH.mul_(weight_N[:, None])
+                for sums, weight_N in zip(own, upstream, strict=True)
+                if sums is not None and sums.hidden_NH is not None and weight_N is not None
+            ]
+            return sum(weighed[1:], weighed[0]).to(self.student.hidden_NH.dtype), None, None
+
+        return joined(parts), found
+
+    def under(self, expected: Expected) -> tuple[Scores, Found]:
+        """Score, and sum gradients under the weights that are expected."""
+        parts, weights, sums = [], [], self._sums()
+        for rows in self.tiles:
+            scores, slopes = self._score(rows, Wanted(loss=True, logprob=False))
+            parts.append(scores)
+            weights.append(expected(scores, rows).to(self._dtype))
+            sums.add(slopes.weighed(weights[-1], None), rows)
+        expected_N = torch.cat(weights)
+
+        def found(upstream: Upstream) -> Gradients | None:
+            if upstream.loss is None or upstream.logprob is not None:
+                return None
+            factor = _factor(upstream.loss.to(self._dtype), expected_N)
+            if factor is None:
+                return None
+            for part in (sums.hidden_NH, sums.head_VH, sums.bias_V):
+                if part is not None and factor != 1:
+                    part.mul_(factor)
+            return self._gradients(sums)
+
+        return joined(parts), found
+
+    def again(self, upstream: Upstream) -> Gradients:
+        """Make all gradients under the weights that arrived."""
+        wanted, sums = Wanted(*(weight_N is not None for weight_N in upstream)), self._sums()
+        for rows in self.tiles:
+            slopes = self._score(rows, wanted)[1]
+            sums.add(slopes.weighed(*upstream.at(rows)), rows)
+        return self._gradients(sums)
+
+    def _score(self, rows: slice, wanted: Wanted) -> tuple[Scores, Slopes]:
+        return score(self._tile.logits(rows), self.scoring.labels_N[rows], self.scoring, wanted)
+
+    def _sums(self) -> Sums:
+        return Sums(self.student, self._dtype, self.needs)
+
+    def _gradients(self, sums: Sums) -> Gradients:
+        student = self.student
+        return (
+            None if sums.hidden_NH is None else sums.hidden_NH.to(student.hidden_NH.dtype),
+            None if sums.head_VH is None else sums.head_VH.to(student.head_VH.dtype),
+            None if sums.bias_V is None or student.bias_V is None else sums.bias_V.to(student.bias_V.dtype),
+        )
 
 
-def student_gradients(
-    student: Role, scoring: Scoring, saved: Saved, upstream: Upstream, needs: tuple[bool, bool, bool]
-) -> StudentGradients:
-    """Recompute the tiles and add up gradients.
-
-    The loop over the vocabulary is the outer one, so that the head's gradient is summed in the compute dtype a tile at
-    a time. The hidden states' is summed in an [N, H] buffer of that dtype.
-    """
-    dtype = compute_dtype(student, scoring.views)
-    operands = product_dtype(student, dtype)
-    backward = _Backward(student, scoring, saved, _coefficients(scoring, saved, upstream), dtype)
-    hidden_NH = torch.zeros_like(student.hidden_NH, dtype=dtype) if needs[0] else None
-    head_VH = torch.empty_like(student.head_VH) if needs[1] else None
-    bias_V = torch.empty_like(student.bias_V) if needs[2] and student.bias_V is not None else None
-    all_rows = slices(student.hidden_NH.shape[0], scoring.tile_tokens)
-    for columns in slices(student.head_VH.shape[0], scoring.tile_vocab):
-        head_sum = bias_sum = torch.zeros((), dtype=dtype, device=student.hidden_NH.device)
-        for rows in all_rows:
-            gradient_nv = _tile_gradient(backward, rows, columns)
-            if hidden_NH is not None:
-                hidden_NH[rows] += product(gradient_nv, student.head_VH[columns], operands, dtype)
-            if head_VH is not None:
-                head_sum = head_sum + product(gradient_nv.T, student.hidden_NH[rows], operands, dtype)
-            if bias_V is not None:
-                bias_sum = bias_sum + gradient_nv.sum(0)
-        if head_VH is not None:
-            head_VH[columns] = head_sum
-        if bias_V is not None:
-            bias_V[columns] = bias_sum
-    return StudentGradients(None if hidden_NH is None else hidden_NH.to(student.hidden_NH.dtype), head_VH, bias_V)
+def _missing(upstream: Upstream, wanted: Wanted) -> bool:
+    """Tell whether a gradient arrived that was not wanted."""
+    return any(weight_N is not None and not had for weight_N, had in zip(upstream, wanted, strict=True))
 
 
-def _tile_gradient(backward: _Backward, rows: slice, columns: slice) -> Tensor:
-    """Gradient to the student's logits before the division by its temperature, [n, v]."""
-    student, scoring, saved = backward.student, backward.scoring, backward.saved
-    coefficients = backward.coefficients
-    log_q = logits_tile(student, rows, columns, backward.dtype).sub_(saved.student_norm[rows, None])
-    q = log_q.exp()
-    gradient_nv = q * -coefficients.prob_N[rows, None]
-    if coefficients.entry_N is not None:
-        logits = [logits_tile(view, rows, columns, backward.dtype) for view in scoring.views]
-        log_p = scoring.target.log_target(log_tiles(logits, saved.view_norms_NW[rows].unbind(-1)))
-        if not scoring.target.is_first_view:
-            log_p = log_p - saved.target_norm[rows, None]
-        slope = clipped_slope(scoring.summand, Pair(log_p, log_p.exp(), log_q, q), scoring.tau)
-        gradient_nv.addcmul_(slope, coefficients.entry_N[rows, None])
-    if coefficients.label_N is not None:
-        _add_at(gradient_nv, scoring.labels_N[rows, None], columns.start, coefficients.label_N[rows, None])
-    if coefficients.sparse_NK is not None:
-        _add_at(gradient_nv, saved.support_NK[rows], columns.start, coefficients.sparse_NK[rows])
-    return gradient_nv if student.temperature == 1 else gradient_nv.div_(student.temperature)
-
-
-def _add_at(tile_nv: Tensor, ids_nk: Tensor, start: int, values_nk: Tensor) -> None:
-    """Add values at those ids of each row that lie in the tile."""
-    local_nk, inside_nk = local_ids(ids_nk, start, tile_nv.shape[1])
-    tile_nv.scatter_add_(1, local_nk, values_nk * inside_nk)
+def _factor(found_N: Tensor, expected_N: Tensor) -> float | None:
+    """Return by what number all weights differ from the expected ones; None where it is not one number."""
+    largest = int(expected_N.abs().argmax())
+    if not expected_N[largest]:
+        return None
+    factor = float(found_N[largest] / expected_N[largest])
+    gap = (found_N - factor * expected_N).abs().max()
+    return factor if bool(gap <= SAME * abs(factor) * expected_N[largest].abs()) else None

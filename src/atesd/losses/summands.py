@@ -1,6 +1,6 @@
 """Summands of the divergences between a teacher p and a student q = softmax(z), entry by entry, with their gradients.
 
-Shapes: n tokens, v entries (of a vocabulary tile or of a top-k support). Logs are natural, values in nats.
+Shapes: n tokens, v entries (of the vocabulary or of a top-k support). Logs are natural, values in nats.
 
 With l_i the summands, D = sum_i l_i, and u_i = q_i dD/dq_i, every divergence has dD/dz_j = u_j - q_j sum_i u_i. Adding
 a multiple of q_i to u_i changes nothing, as q sums to 1; `slope` is u_i shifted so that it vanishes at p = q.
@@ -21,10 +21,18 @@ MAX_GAP = 80.0
 class Pair(NamedTuple):
     """Teacher and student on the same entries, all [n, v]."""
 
-    log_p: Tensor
     p: Tensor
-    log_q: Tensor
     q: Tensor
+    gap: Tensor
+    """log p - log q."""
+    excess: Tensor
+    """q - p."""
+
+
+def pair(log_p: Tensor, log_q: Tensor, q: Tensor) -> Pair:
+    """Build a pair from log-probabilities, and the student's probabilities, which are at hand."""
+    p = log_p.exp()
+    return Pair(p, q, log_p - log_q, q - p)
 
 
 class Entries(NamedTuple):
@@ -44,12 +52,12 @@ Summand = Callable[[Pair], Entries]
 
 def forward_kl(pair: Pair) -> Entries:
     """Summands of KL(teacher || student): l = p log(p/q), u = -p."""
-    return Entries(pair.p * (pair.log_p - pair.log_q), pair.q - pair.p, 1.0)
+    return Entries(pair.p * pair.gap, pair.excess, 1.0)
 
 
 def reverse_kl(pair: Pair) -> Entries:
     """Summands of KL(student || teacher): l = q log(q/p), u = l + q."""
-    value = pair.q * (pair.log_q - pair.log_p)
+    value = -pair.q * pair.gap
     return Entries(value, value, -1.0)
 
 
@@ -60,7 +68,7 @@ def jsd(beta: float) -> Summand:
     """
 
     def summand(pair: Pair) -> Entries:
-        gap = (pair.log_q - pair.log_p).clamp(max=MAX_GAP)
+        gap = pair.gap.neg().clamp_(max=MAX_GAP)
         log_p_over_m = gap.expm1().mul_(1 - beta).log1p_().neg_()
         slope = gap.add_(log_p_over_m).mul_(pair.q).mul_(1 - beta)
         return Entries(log_p_over_m.mul_(pair.p).mul_(beta).add_(slope), slope, 0.0)
@@ -68,58 +76,55 @@ def jsd(beta: float) -> Summand:
     return summand
 
 
-class PairSums(NamedTuple):
-    """Sums over the entries of one pair, each [n]; those of several tiles add up."""
+class Summed(NamedTuple):
+    """A divergence, and what its gradient is made of: [n], but the slopes and `q` [n, v]."""
 
     divergence: Tensor
     """D, unclipped."""
     loss: Tensor
     """sum_i min(l_i, tau), or D without a clip."""
-    slope: Tensor
-    """sum_i u_i of the loss, shifted."""
-    plain_slope: Tensor
-    """sum_i u_i of D, shifted."""
     held: Tensor
-    """Number of entries with l_i >= tau."""
+    """Number of entries with l_i >= tau; 0 without a clip."""
     held_mass: Tensor
     """Teacher probability on them."""
-    log_p_mean: Tensor
-    """sum_i p_i log p_i."""
-    log_q_mean: Tensor
-    """sum_i q_i log q_i."""
-    reverse_kl: Tensor
-    """sum_i q_i log(q_i / p_i), the rounding of both normalisers cancelled as above."""
+    slope: Tensor
+    """u_i of the loss, shifted."""
+    plain_slope: Tensor
+    """u_i of D, shifted; `slope` itself without a clip."""
+    q: Tensor
+
+    def gradient(self) -> Tensor:
+        """Return dloss/dz = u - q sum u, [n, v]."""
+        return torch.addcmul(self.slope, self.q, self.slope.sum(-1, keepdim=True), value=-1)
+
+    def is_reversed(self, ids_n1: Tensor) -> Tensor:
+        """Tell whether the clip turns round the gradient to an entry, so that up becomes down; [n]."""
+        if self.slope is self.plain_slope:
+            return torch.zeros_like(self.loss, dtype=torch.bool)
+        q_n1 = self.q.gather(1, ids_n1)
+        clipped_n1, plain_n1 = (
+            slope.gather(1, ids_n1) - q_n1 * slope.sum(-1, keepdim=True) for slope in (self.slope, self.plain_slope)
+        )
+        return ((clipped_n1 > 0) & (plain_n1 < 0))[:, 0]
 
 
-def pair_sums(summand: Summand, pair: Pair, tau: float | None) -> PairSums:
-    """Sum one tile of a pair. `tau` makes the loss the pointwise clip (docs/clip.md): an entry acts while l_i < tau."""
+def summed(summand: Summand, pair: Pair, tau: float | None) -> Summed:
+    """Sum a pair. `tau` makes the loss the pointwise clip (docs/clip.md): an entry acts while l_i < tau."""
     value, slope, shift = summand(pair)
     divergence = value.sum(-1)
     if shift:
-        divergence += shift * (pair.q - pair.p).sum(-1)
-    log_p_mean, log_q_mean = (pair.p * pair.log_p).sum(-1), (pair.q * pair.log_q).sum(-1)
-    reverse = divergence
-    if summand is not reverse_kl:
-        reverse = (pair.q * (pair.log_q - pair.log_p) + pair.p - pair.q).sum(-1)
-    plain_slope = slope.sum(-1)
+        divergence += shift * pair.excess.sum(-1)
     if tau is None:
         none = torch.zeros_like(divergence)
-        return PairSums(divergence, divergence, plain_slope, plain_slope, none, none, log_p_mean, log_q_mean, reverse)
+        # Without a clip a divergence is never negative; only rounding can say otherwise.
+        return Summed(divergence, divergence.clamp(min=0), none, none, slope, slope, pair.q)
     held = value >= tau
-    return PairSums(
+    return Summed(
         divergence=divergence,
         loss=value.clamp(max=tau).sum(-1),
-        slope=torch.where(held, shift * pair.q, slope).sum(-1),
-        plain_slope=plain_slope,
         held=held.sum(-1).to(divergence.dtype),
         held_mass=(pair.p * held).sum(-1),
-        log_p_mean=log_p_mean,
-        log_q_mean=log_q_mean,
-        reverse_kl=reverse,
+        slope=torch.where(held, shift * pair.q, slope),
+        plain_slope=slope,
+        q=pair.q,
     )
-
-
-def clipped_slope(summand: Summand, pair: Pair, tau: float | None) -> Tensor:
-    """Return the shifted slopes u_i of the loss, [n, v]; before the shift that of a held entry is 0."""
-    value, slope, shift = summand(pair)
-    return slope if tau is None else torch.where(value >= tau, shift * pair.q, slope)

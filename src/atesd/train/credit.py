@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from atesd.gates.gate import Gate
-from atesd.losses.divergence import Scored
+from atesd.losses.divergence import Scored, Use
 from atesd.losses.target import Target
 from atesd.routing.route import Route
 from atesd.sections import OptimConfig
@@ -166,8 +166,13 @@ class Credit:
             ]
             with self._scorer.recording():
                 student = self._scorer.hidden(passages)
+                use = Use(
+                    self._gate.reads_divergence,
+                    not self._gate.reads_divergence,
+                    lambda stats, _: self._gate.weights(stats).detach(),
+                )
                 for index, (total, teacher) in enumerate(zip(totals, teachers, strict=True), start=1):
-                    streams = self._scorer.against(student, [teacher, *others], passages, target)
+                    streams = self._scorer.against(student, [teacher, *others], passages, target, use=use)
                     loss = (self._gate.weights(streams.stats).detach() * self._gate.values(streams)).sum() / count
                     _add(total, torch.autograd.grad(loss, weights, retain_graph=index < len(ratios), allow_unused=True))
         return totals

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from atesd.losses.divergence import LossConfig, Scored, TokenStreams, token_streams
+from atesd.losses.divergence import LOSS_ALONE, LossConfig, Scored, TokenStreams, Use, token_streams
 from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
 from atesd.train.model import decoder, head
@@ -34,6 +34,7 @@ class Student(nn.Module):
         target: Target,
         temperature: float,
         old_logprob_N: Tensor | None = None,
+        use: Use = LOSS_ALONE,
     ) -> TokenStreams:
         """Return the divergence and log-probability streams against the target made of the teacher views.
 
@@ -43,7 +44,14 @@ class Student(nn.Module):
         if not views:
             return label_streams(student, labels_N, self._loss, temperature)
         return token_streams(
-            student, views, labels_N, self._loss, target=target, temperature=temperature, old_logprob_N=old_logprob_N
+            student,
+            views,
+            labels_N,
+            self._loss,
+            target=target,
+            temperature=temperature,
+            old_logprob_N=old_logprob_N,
+            use=use,
         )
 
 
@@ -103,6 +111,7 @@ class Scorer:
         *,
         temperature: float | None = None,
         old_logprob_N: Tensor | None = None,
+        use: Use = LOSS_ALONE,
     ) -> TokenStreams:
         """Run the training forward pass. Without views `temperature` is the log-probabilities'; unset, the student's.
 
@@ -116,6 +125,7 @@ class Scorer:
             target or Plain(),
             default if temperature is None else temperature,
             old_logprob_N,
+            use,
         )
         return streams
 
@@ -137,12 +147,13 @@ class Scorer:
         target: Target,
         *,
         plain: bool = False,
+        use: Use = LOSS_ALONE,
     ) -> TokenStreams:
         """Return the streams of a student pass that serves several targets; `plain`: forward KL at temperature 1."""
         loss = _plain(self.loss) if plain else self.loss
         temperature = 1.0 if plain else self._temperature
         return token_streams(
-            student, views, labels(passages, self.device), loss, target=target, temperature=temperature
+            student, views, labels(passages, self.device), loss, target=target, temperature=temperature, use=use
         )
 
     def log_likelihood(self, passages: Sequence[Passage], temperature: float = 1.0) -> Tensor:
@@ -193,14 +204,21 @@ def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
 
 
 def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float) -> TokenStreams:
-    """Score labels without a teacher: the student itself stands in for the view."""
-    view = Scored(student.hidden_NH, student.head_VH.detach(), _detached(student.bias_V))
-    return token_streams(student, [view], labels_N, _plain(tiles), target=Plain(), temperature=temperature)
+    """Score labels without a teacher."""
+    return token_streams(
+        student,
+        [],
+        labels_N,
+        _plain(tiles),
+        target=Plain(),
+        temperature=temperature,
+        use=Use(loss=False, logprob=True),
+    )
 
 
 def _plain(tiles: LossConfig) -> LossConfig:
     """Return forward KL without clip or temperatures, in the same tiles."""
-    return LossConfig(tile_tokens=tiles.tile_tokens, tile_vocab=tiles.tile_vocab)
+    return LossConfig(tile_logits=tiles.tile_logits)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

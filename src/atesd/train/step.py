@@ -26,8 +26,9 @@ from torch import Tensor
 from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
-from atesd.losses.divergence import TokenStreams
+from atesd.losses.divergence import LOSS_ALONE, TokenStreams, Use
 from atesd.losses.policy import PolicyConfig, PolicyTokens, policy_values
+from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
@@ -188,7 +189,7 @@ class Stepper:
         self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor, counts: Mapping[str, float]
     ) -> MicroScores:
         """Run a micro-batch and weigh its tokens in every active component."""
-        streams = self._streams(batch)
+        streams = self._streams(batch, self._use(batch, active, selection_N))
         every_N = torch.ones_like(selection_N)
         scored = MicroScores(streams.stats, every_N, {})
         if "distil" in active:
@@ -219,6 +220,21 @@ class Stepper:
             weights_N = aggregate_weights(weights_N, selection_N, batch.numbering(values_N.device), aggregate)
         return Component(values_N, self._losses.coefs.get(name, 1.0) * weights_N, counts[name])
 
+    def _use(self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor) -> Use:
+        """Tell beforehand what will be asked of a micro-batch's streams: a gate sees one token at a time."""
+        is_heard = "distil" in active
+        of_label = any(name != "distil" for name in active)
+        if not (is_heard and self._gate.reads_divergence):
+            return Use(loss=False, logprob=of_label or is_heard)
+        weight_N = selection_N * batch.spread([row.weight for row in batch.rows], selection_N.device)
+        numbering_N = batch.numbering(weight_N.device)
+        weight_N = aggregate_weights(weight_N, selection_N, numbering_N, self._scorer.loss.aggregate)
+
+        def weights(stats: TokenStats, rows: slice) -> Tensor:
+            return weight_N[rows] * self._gate.weights(stats).detach()
+
+        return Use(logprob=of_label, weights=weights)
+
     def _move(self, taken: Sequence[MicroScores], outcome: StepOutcome) -> None:
         """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
         losses = _summed([scored.losses for scored in taken])
@@ -242,17 +258,17 @@ class Stepper:
         refuse_broken_weights(model)
         self._teachers.own.update()
 
-    def _streams(self, batch: MicroBatch) -> TokenStreams:
+    def _streams(self, batch: MicroBatch, use: Use = LOSS_ALONE) -> TokenStreams:
         """Run the teacher views, then the student, whose graph must not see the teacher's weights in place."""
         if not batch.distils:
             temperature = 1.0 if batch.components == ("nll",) else None
-            return self._scorer.streams(batch.passages, temperature=temperature)
+            return self._scorer.streams(batch.passages, temperature=temperature, use=use)
         views = [
             self._scorer.view([row.view(view) for row in batch.rows], self._teachers.of(view))
             for view in self._target.views
         ]
         old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old else None
-        return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=old_N)
+        return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=old_N, use=use)
 
     def _remember_old(self, batches: Sequence[MicroBatch]) -> None:
         """Score the completions under the weights that the step begins with, where several updates follow."""
