@@ -92,6 +92,8 @@ def test_a_target_that_overflows_is_named_by_what_stretches_it(target: Target, r
 class BrokenGate:
     """Weighs one token by NaN."""
 
+    reads_divergence = True
+
     def values(self, streams: Any) -> Tensor:
         return streams.divergence_N  # type: ignore[no-any-return]
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from atesd.losses import gradient
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.sections import LoraConfig
 from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.types import NonFiniteError
 
-from support.models import ragged_rows, tiny_model
+from support.models import VOCABULARY, ragged_rows, tiny_model
 from support.steppers import make_stepper
 
 
 class HalfGate:
     """Weighs every token by one half, micro-batch by micro-batch."""
+
+    reads_divergence = True
 
     def values(self, streams: TokenStreams) -> Tensor:
         return streams.divergence_N
@@ -152,3 +158,36 @@ def test_gradient_checkpointing_recomputes_activations_and_changes_no_number(lor
         calls.append(len(count))
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
     assert calls == [2, 3], "teacher and student forward; the student's once more in the backward pass"
+
+
+@pytest.mark.parametrize("sections", [
+    {},
+    {"loss": {"aggregate": "sequence"}},
+    {"loss": {"clip": "token", "clip_tau": 0.5}, "step": {"token_budget": 1}},
+    {"gate": {"kind": "sdar", "target": "divergence"}, "loss": {"aggregate": "sequence"}},
+    {"gate": {"kind": "sdar", "score": "entropy", "target": "divergence"}},
+    {"selection": {"kind": "tip", "ratio": 0.5}, "loss": {"aggregate": "sequence"}},
+])  # fmt: skip
+@pytest.mark.parametrize("weights", [(1.0,), (0.0, 0.25, 1.0)])
+def test_the_update_knows_its_weights_beforehand(
+    sections: dict[str, Any], weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained head whose weights were not expected would be gone over a second time: right, but slow."""
+    made: list[Any] = []
+    again = gradient._Pass.again
+
+    def counting(self: Any, upstream: Any) -> Any:
+        made.append(upstream)
+        return again(self, upstream)
+
+    monkeypatch.setattr(gradient._Pass, "again", counting)
+    rows = [replace(row, weight=weights[index % len(weights)]) for index, row in enumerate(ragged_rows(6))]
+    loss = sections.get("loss", {})
+    found = []
+    for tile in (None, VOCABULARY):
+        model = tiny_model()
+        stepper, _ = make_stepper(model, **(sections | {"loss": loss | {"tile_logits": tile}}))
+        found.append(stepper.optimize(rows).metrics)
+    assert not made
+    for key in ("loss/total", "optim/grad_norm"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-5)

@@ -22,7 +22,7 @@ NUMBERS = (
 WHOLE = (
     "seed", "threads", "step.num_steps", "step.problems", "step.token_budget", "rollout.max_new_tokens",
     "rollout.group_size", "rollout.top_k", "eval.k", "eval.every", "save.keep", "probe.max_tokens", "loss.top_k",
-    "optim.warmup_steps", "cliff.min_hits", "loss.tile_vocab",
+    "optim.warmup_steps", "cliff.min_hits", "loss.tile_logits",
 )  # fmt: skip
 WORDS = (
     "loss.clip", "teacher.weights", "optim.schedule", "step.overlong", "step.truncated", "rl.scale", "prompt.hint",

@@ -220,7 +220,7 @@ def _factor(found_N: Tensor, expected_N: Tensor) -> float | None:
     """Return by what number all weights differ from the expected ones; None where it is not one number."""
     largest = int(expected_N.abs().argmax())
     if not expected_N[largest]:
-        return None
+        return None if found_N.any() else 1.0
     factor = float(found_N[largest] / expected_N[largest])
     gap = (found_N - factor * expected_N).abs().max()
     return factor if bool(gap <= SAME * abs(factor) * expected_N[largest].abs()) else None

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from atesd.losses.summands import Summand, Summed, pair, summed
+from atesd.losses.summands import Summand, Summed, dot, pair, summed
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role, slices
 
@@ -131,9 +131,9 @@ def _score(logits: Sequence[Tensor], labels_r: Tensor, scoring: Scoring, wanted:
         logprob=at_label(log_q),
         view_logprobs_NW=torch.stack([at_label(log_view) for log_view in log_views], -1),
         divergence=plain.divergence.clamp(min=0),
-        reverse_kl=(-(q * teacher.gap).sum(-1) - teacher.excess.sum(-1)).clamp(min=0),
-        student_entropy=-(q * log_q).sum(-1),
-        teacher_entropy=-(teacher.p * log_views[0]).sum(-1),
+        reverse_kl=(-dot(q, teacher.gap) - teacher.surplus).clamp(min=0),
+        student_entropy=-dot(q, log_q),
+        teacher_entropy=-dot(teacher.p, log_views[0]),
         student_max_prob=student_top_r.exp(),
         top1_agree=(student_id_r == log_views[0].argmax(-1)).to(log_q.dtype),
         held_frac=objective.held_frac,
@@ -162,7 +162,7 @@ class _Objective(NamedTuple):
 def _nothing(plain: Summed) -> _Objective:
     """Nothing to optimise but the label's log-probability."""
     none_r = torch.zeros_like(plain.loss)
-    return _Objective(none_r, none_r, none_r, none_r > 0, lambda: torch.zeros_like(plain.q))
+    return _Objective(none_r, none_r, none_r, none_r > 0, lambda: torch.zeros_like(plain.pair.q))
 
 
 def _full(target: Summed, log_p: Tensor) -> _Objective:
@@ -196,7 +196,7 @@ def _top_k(scoring: Scoring, log_p: Tensor, log_q: Tensor, q: Tensor) -> _Object
         gradient_rk = support.gradient()
         if not scoring.tail:
             return torch.zeros_like(q).scatter_(1, ids_rk, gradient_rk)
-        rest_r1 = gradient_rk[:, k:] / support.q[:, k:]
+        rest_r1 = gradient_rk[:, k:] / support.pair.q[:, k:]
         return (q * rest_r1).scatter_(1, ids_rk, gradient_rk[:, :k])
 
     # Where the target's top entry lies outside the support, the tail's sign is its own; without a tail nothing moves.

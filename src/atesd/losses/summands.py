@@ -19,7 +19,7 @@ MAX_GAP = 80.0
 
 
 class Pair(NamedTuple):
-    """Teacher and student on the same entries, all [n, v]."""
+    """Teacher and student on the same entries, all [n, v] but `surplus`."""
 
     p: Tensor
     q: Tensor
@@ -27,22 +27,33 @@ class Pair(NamedTuple):
     """log p - log q."""
     excess: Tensor
     """q - p."""
+    surplus: Tensor
+    """sum_i (q_i - p_i), [n]: 0 but for the rounding of both normalisers."""
 
 
 def pair(log_p: Tensor, log_q: Tensor, q: Tensor) -> Pair:
     """Build a pair from log-probabilities, and the student's probabilities, which are at hand."""
     p = log_p.exp()
-    return Pair(p, q, log_p - log_q, q - p)
+    excess = q - p
+    return Pair(p, q, log_p - log_q, excess, excess.sum(-1))
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return sum_i left_i right_i of each row, [n]; without a product [n, v] where that is the slower way."""
+    return (left * right).sum(-1) if left.is_cuda else torch.einsum("nv,nv->n", left, right)
 
 
 class Entries(NamedTuple):
     """Summands of one divergence: `value` l_i, `slope` u_i + shift q_i, `shift` one of 1, -1, 0.
 
-    `shift * sum(q - p)` is zero but for rounding; added to the sum of values it cancels, to first order, the rounding
-    of both normalisers, which would otherwise make small divergences negative.
+    `shift * surplus` is zero but for rounding; added to the sum of values it cancels, to first order, the rounding of
+    both normalisers, which would otherwise make small divergences negative.
     """
 
-    value: Tensor
+    value: Callable[[], Tensor]
+    """Returns l_i, [n, v]."""
+    total: Tensor
+    """sum_i l_i, [n]."""
     slope: Tensor
     shift: float
 
@@ -52,13 +63,13 @@ Summand = Callable[[Pair], Entries]
 
 def forward_kl(pair: Pair) -> Entries:
     """Summands of KL(teacher || student): l = p log(p/q), u = -p."""
-    return Entries(pair.p * pair.gap, pair.excess, 1.0)
+    return Entries(lambda: pair.p * pair.gap, dot(pair.p, pair.gap), pair.excess, 1.0)
 
 
 def reverse_kl(pair: Pair) -> Entries:
     """Summands of KL(student || teacher): l = q log(q/p), u = l + q."""
-    value = -pair.q * pair.gap
-    return Entries(value, value, -1.0)
+    value = (pair.q * pair.gap).neg_()
+    return Entries(lambda: value, value.sum(-1), value, -1.0)
 
 
 def jsd(beta: float) -> Summand:
@@ -71,13 +82,14 @@ def jsd(beta: float) -> Summand:
         gap = pair.gap.neg().clamp_(max=MAX_GAP)
         log_p_over_m = gap.expm1().mul_(1 - beta).log1p_().neg_()
         slope = gap.add_(log_p_over_m).mul_(pair.q).mul_(1 - beta)
-        return Entries(log_p_over_m.mul_(pair.p).mul_(beta).add_(slope), slope, 0.0)
+        value = log_p_over_m.mul_(pair.p).mul_(beta).add_(slope)
+        return Entries(lambda: value, value.sum(-1), slope, 0.0)
 
     return summand
 
 
 class Summed(NamedTuple):
-    """A divergence, and what its gradient is made of: [n], but the slopes and `q` [n, v]."""
+    """A divergence, and what its gradient is made of: [n], but the slopes [n, v]."""
 
     divergence: Tensor
     """D, unclipped."""
@@ -91,17 +103,19 @@ class Summed(NamedTuple):
     """u_i of the loss, shifted."""
     plain_slope: Tensor
     """u_i of D, shifted; `slope` itself without a clip."""
-    q: Tensor
+    pair: Pair
 
     def gradient(self) -> Tensor:
         """Return dloss/dz = u - q sum u, [n, v]."""
-        return torch.addcmul(self.slope, self.q, self.slope.sum(-1, keepdim=True), value=-1)
+        if self.slope is self.pair.excess:
+            return self.slope  # whose sum is 0
+        return torch.addcmul(self.slope, self.pair.q, self.slope.sum(-1, keepdim=True), value=-1)
 
     def is_reversed(self, ids_n1: Tensor) -> Tensor:
         """Tell whether the clip turns round the gradient to an entry, so that up becomes down; [n]."""
         if self.slope is self.plain_slope:
             return torch.zeros_like(self.loss, dtype=torch.bool)
-        q_n1 = self.q.gather(1, ids_n1)
+        q_n1 = self.pair.q.gather(1, ids_n1)
         clipped_n1, plain_n1 = (
             slope.gather(1, ids_n1) - q_n1 * slope.sum(-1, keepdim=True) for slope in (self.slope, self.plain_slope)
         )
@@ -110,21 +124,20 @@ class Summed(NamedTuple):
 
 def summed(summand: Summand, pair: Pair, tau: float | None) -> Summed:
     """Sum a pair. `tau` makes the loss the pointwise clip (docs/clip.md): an entry acts while l_i < tau."""
-    value, slope, shift = summand(pair)
-    divergence = value.sum(-1)
-    if shift:
-        divergence += shift * pair.excess.sum(-1)
+    entries = summand(pair)
+    divergence = entries.total + entries.shift * pair.surplus
     if tau is None:
         none = torch.zeros_like(divergence)
         # Without a clip a divergence is never negative; only rounding can say otherwise.
-        return Summed(divergence, divergence.clamp(min=0), none, none, slope, slope, pair.q)
+        return Summed(divergence, divergence.clamp(min=0), none, none, entries.slope, entries.slope, pair)
+    value = entries.value()
     held = value >= tau
     return Summed(
         divergence=divergence,
         loss=value.clamp(max=tau).sum(-1),
         held=held.sum(-1).to(divergence.dtype),
         held_mass=(pair.p * held).sum(-1),
-        slope=torch.where(held, shift * pair.q, slope),
-        plain_slope=slope,
-        q=pair.q,
+        slope=torch.where(held, entries.shift * pair.q, entries.slope),
+        plain_slope=entries.slope,
+        pair=pair,
     )

@@ -680,22 +680,87 @@ def test_no_tensor_exceeds_a_tile(config: LossConfig) -> None:
     assert record.largest == 2 * vocabulary, record.shape
 
 
-def test_an_unused_divergence_costs_no_teacher_tiles() -> None:
+class Products(TorchDispatchMode):
+    """Counts products with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func.__name__ in ("mm.default", "mm.out", "addmm_.default")
+        return func(*args, **(kwargs or {}))
+
+
+EQUAL, FALLING = torch.full((N,), 0.25, dtype=torch.float64), torch.linspace(2, 1, N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("trains", "tile", "use", "loss", "logprob", "forward", "backward"), [
+    # One tile: logits of both roles, then the gradient of each trained part, whatever arrives.
+    ("both", None, Use(), FALLING, None, 2, 2),
+    ("hidden", None, Use(), FALLING, None, 2, 1),
+    # A frozen head: gradients beside the scores, weighed later, whatever arrives.
+    ("hidden", V, Use(), FALLING, None, 3, 0),
+    ("hidden", V, Use(logprob=True), FALLING, EQUAL, 4, 0),
+    ("hidden", V, Use(loss=False, logprob=True), None, FALLING, 3, 0),
+    ("hidden", V, Use(), None, FALLING, 3, 2),  # not what was said: the student's logits again, no teacher's
+    # A trained head: summed under the weights that were expected; made again under others.
+    ("both", V, Use(), EQUAL, None, 4, 0),
+    ("both", V, Use(weights=lambda _, rows: 3 * FALLING[rows]), FALLING, None, 4, 0),
+    ("both", V, Use(weights=lambda stats, _: stats.student_logprob), FALLING, None, 4, 4),
+    ("both", V, Use(), FALLING, None, 4, 4),
+    ("both", V, Use(), EQUAL, EQUAL, 4, 4),
+    ("both", V, Use(logprob=True), EQUAL, EQUAL, 2, 4),
+    ("both", V, Use(loss=False, logprob=True), None, EQUAL, 2, 3),
+    ("none", V, Use(), None, None, 2, 0),
+])  # fmt: skip
+def test_products_with_the_head(
+    trains: str, tile: int | None, use: Use, loss: Tensor | None, logprob: Tensor | None, forward: int, backward: int
+) -> None:
+    student, teacher, labels = make(bias=False)
+    student = Scored(student.hidden_NH.detach(), student.head_VH.detach())
+    trained = {"both": [student.hidden_NH, student.head_VH], "hidden": [student.hidden_NH], "none": []}[trains]
+    for tensor in trained:
+        tensor.requires_grad_()
+    config = LossConfig(tile_logits=tile)
+    tiles = N if tile else 1
+    with Products() as products:
+        streams = token_streams(student, [teacher], labels, config, target=Plain(), temperature=1.0, use=use)
+    assert products.count == forward * tiles
+    if not trained:
+        assert not streams.divergence_N.requires_grad
+        return
+    pairs = ((streams.divergence_N, loss), (streams.logprob_N, logprob))
+    total = torch.stack([(values * weights).sum() for values, weights in pairs if weights is not None]).sum()
+    with Products() as products:
+        torch.autograd.grad(total, trained, retain_graph=True)
+    assert products.count == backward * tiles
+    with Products() as products:
+        torch.autograd.grad(total, trained)  # what was kept is used up
+    assert products.count >= 2 * tiles
+
+
+def test_labels_without_a_teacher_cost_no_logits_of_one() -> None:
+    student, _, labels = make()
+    with Products() as products:
+        streams = token_streams(student, [], labels, LossConfig(), target=Plain(), temperature=1.0)
+    assert products.count == 1
+    torch.testing.assert_close(streams.logprob_N, logits_of(student).log_softmax(-1).gather(1, labels[:, None])[:, 0])
+    assert streams.divergence_N.tolist() == streams.stats.reverse_kl.tolist() == [0.0] * N
+    assert torch.equal(streams.stats.teacher_logprob, streams.stats.student_logprob)
+
+
+@pytest.mark.parametrize("clip_tau", [1.0, 3.0])
+def test_tokens_that_the_clip_holds_are_expected_to_weigh_nothing(clip_tau: float) -> None:
     student, teacher, labels = make()
-    student = Scored(student.hidden_NH, student.head_VH.detach())
-    streams = run(student, teacher, labels, LossConfig())
-    calls: list[str] = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            calls.extend([func.__name__] if "mm" in func.__name__ else [])
-            return func(*args, **(kwargs or {}))
-
-    with Products():
-        torch.autograd.grad(streams.logprob_N.sum(), student.hidden_NH)
-    assert calls == ["mm.out", "addmm_.default"]  # the student's logits, and their gradient to its hidden states
+    config = LossConfig(clip="token", clip_tau=clip_tau, tile_logits=V)
+    streams = run(student, teacher, labels, config)
+    assert 0 < streams.stats.clip_frac.sum() < N
+    with Products() as products:
+        torch.autograd.grad(streams.divergence_N.sum(), parameters(student))
+    assert products.count == 0
 
 
 def test_no_token_at_all() -> None:
