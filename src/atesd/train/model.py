@@ -7,18 +7,21 @@ import os
 import warnings
 from importlib import resources, util
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # two seconds, which only loading a model is worth
 
 # Config attributes that make a model's logits more than `hidden @ head.T + bias`.
 _LOGIT_TRANSFORMS = (
