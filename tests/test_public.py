@@ -26,7 +26,18 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
-HEAVY = {"atesd.types", "torch", "transformers", "numpy", "scipy", "plotly", "sympy", "peft", "accelerate", "math_verify"}
+HEAVY = {
+    "atesd.types",
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "plotly",
+    "sympy",
+    "peft",
+    "accelerate",
+    "math_verify",
+}
 
 
 def loaded(code: str, modules: set[str]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atesd.cli.jobs import Job, Runner
+from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
 from atesd.runlog import dump_json, write_atomic
 from atesd.types import UserError
@@ -49,14 +50,23 @@ def run_compare(
     out: Path | None,
 ) -> None:
     """Run what is missing of every arm and seed, then summarise. SystemExit 130 when stopped, 1 when a run failed."""
-    plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
-    folder = out or Path("runs") / f"{recipe.stem}-compare"
+    with prepared() as nursery:  # which loads while the recipe is read
+        plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
+        run_plan(plan, out or Path("runs") / f"{recipe.stem}-compare", jobs, nursery)
+
+
+def run_plan(plan: Plan, folder: Path, jobs: int, nursery: Nursery | None) -> None:
+    """Run a plan; `jobs` runs at a time, 0 for as many as the machine has room for."""
+    from atesd.train.model import has_accelerator
+
+    on_accelerator = has_accelerator()
     console = make_console()
     with locked(folder) as lock:
         header = plan.write(folder)
-        console.print(f"{len(plan.arms)} arms x {seeds} seeds in {folder}")
+        console.print(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds in {folder}")
         todo = plan.jobs(folder)
-        runner = Runner(todo, min(jobs or len(os.sched_getaffinity(0)), len(todo)), lock, console)
+        at_once = jobs or (1 if on_accelerator else room(max(plan.threads.values())))
+        runner = Runner(todo, min(at_once, len(todo)), lock, console, None if on_accelerator else nursery)
         begin = monotonic()
         try:
             runner.run()
@@ -74,6 +84,24 @@ def run_compare(
         raise SystemExit(1)
 
 
+@contextmanager
+def prepared() -> Iterator[Nursery | None]:
+    """Give a process that runs can be forked from, where that is possible."""
+    if sys.platform != "linux":
+        yield None
+        return
+    nursery = Nursery()
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+def room(threads: int) -> int:
+    """Return how many runs of so many threads have cores of their own, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be run: every arm with every seed."""
@@ -83,6 +111,8 @@ class Plan:
     overrides: tuple[str, ...]
     arms: Mapping[str, tuple[str, ...]]
     num_steps: Mapping[str, int]
+    threads: Mapping[str, int]
+    """Threads of a run: the recipe's, or 1 where it leaves them open, so that no number depends on what runs beside."""
     seeds: range
     config: RunConfig
 
@@ -91,7 +121,8 @@ class Plan:
         return [self._job(folder / arm / f"seed_{seed}", arm, seed) for seed in self.seeds for arm in self.arms]
 
     def _job(self, path: Path, arm: str, seed: int) -> Job:
-        train = (str(self.recipe), *self.overrides, *self.arms[arm], f"seed={seed}", "--out", str(path))
+        own = (f"threads={self.threads[arm]}", f"seed={seed}")
+        train = (str(self.recipe), *self.overrides, *self.arms[arm], *own, "--out", str(path))
         return Job(arm, seed, path, train, self.num_steps[arm])
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -127,14 +158,17 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
     known = BUILT_IN_ARMS | config.arms
     chosen: dict[str, tuple[str, ...]] = {}
     num_steps: dict[str, int] = {}
+    threads: dict[str, int] = {}
     for arm in (name.strip() for name in arms):
         if arm not in known:
             raise UserError(f"unknown arm {arm!r}: the recipe and the built-in arms are {', '.join(known)}")
         if not re.fullmatch(r"\w[\w.+-]*", arm):
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
         chosen[arm] = known[arm]
-        num_steps[arm] = with_overrides(config, known[arm]).step.num_steps
-    return Plan(recipe, recipe.read_text(encoding="utf-8"), tuple(overrides), chosen, num_steps, seeds, config)
+        armed = with_overrides(config, known[arm])
+        num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
+    text = recipe.read_text(encoding="utf-8")
+    return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config)
 
 
 def read_before(path: Path) -> dict[str, Any]:

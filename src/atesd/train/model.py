@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from importlib import resources, util
+from importlib import import_module, resources, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,6 +127,17 @@ def set_threads(count: int) -> None:
         )
     if count:
         torch.set_num_threads(count)
+
+
+def has_accelerator() -> bool:
+    """Tell whether runs use a GPU or its like."""
+    return torch.accelerator.is_available()
+
+
+def preload() -> None:
+    """Import what loading a model and sampling from it would import, and no more: no thread starts, no file is read."""
+    for name in ("modeling_utils", "generation.utils"):
+        import_module(f"transformers.{name}")
 
 
 def disable_progress_bars() -> None:
