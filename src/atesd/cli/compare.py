@@ -63,8 +63,10 @@ def run_plan(plan: Plan, folder: Path, jobs: int, nursery: Nursery | None) -> No
     console = make_console()
     with locked(folder) as lock:
         header = plan.write(folder)
+        chosen = decide_once(plan, header, console)
+        write_atomic(folder / "compare.json", dump_json(header))
         console.print(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds in {folder}")
-        todo = plan.jobs(folder)
+        todo = plan.jobs(folder, chosen)
         at_once = jobs or (1 if on_accelerator else room(max(plan.threads.values())))
         runner = Runner(todo, min(at_once, len(todo)), lock, console, None if on_accelerator else nursery)
         begin = monotonic()
@@ -97,6 +99,18 @@ def prepared() -> Iterator[Nursery | None]:
         nursery.close()
 
 
+def decide_once(plan: Plan, header: dict[str, Any], console: Console) -> str | None:
+    """Return what `model.dtype = "auto"` means in all runs of the comparison, of earlier calls, too; None if unused.
+
+    Decided run by run, it could make two arms differ by more than their overrides.
+    """
+    if plan.automatic and header["auto_dtype"] is None:
+        from atesd.train.model import decide_dtype
+
+        header["auto_dtype"] = decide_dtype(next(iter(plan.automatic.values())), console.print).model.dtype
+    return header["auto_dtype"] if plan.automatic else None
+
+
 def room(threads: int) -> int:
     """Return how many runs of so many threads have cores of their own, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // threads)
@@ -115,13 +129,19 @@ class Plan:
     """Threads of a run: the recipe's, or 1 where it leaves them open, so that no number depends on what runs beside."""
     seeds: range
     config: RunConfig
+    automatic: Mapping[str, RunConfig]
+    """Recipes of arms that train adapters in the precision that suits the machine; all weights train in float32."""
 
-    def jobs(self, folder: Path) -> list[Job]:
-        """Return the runs, all arms of a seed before the next seed."""
-        return [self._job(folder / arm / f"seed_{seed}", arm, seed) for seed in self.seeds for arm in self.arms]
+    def jobs(self, folder: Path, auto_dtype: str | None = None) -> list[Job]:
+        """Return the runs, all arms of a seed before the next seed; `auto_dtype` is what automatic arms take."""
+        return [
+            self._job(folder / arm / f"seed_{seed}", arm, seed, auto_dtype) for seed in self.seeds for arm in self.arms
+        ]
 
-    def _job(self, path: Path, arm: str, seed: int) -> Job:
-        own = (f"threads={self.threads[arm]}", f"seed={seed}")
+    def _job(self, path: Path, arm: str, seed: int, auto_dtype: str | None) -> Job:
+        own: tuple[str, ...] = (f"threads={self.threads[arm]}", f"seed={seed}")
+        if auto_dtype is not None and arm in self.automatic:
+            own += (f"model.dtype={auto_dtype}",)
         train = (str(self.recipe), *self.overrides, *self.arms[arm], *own, "--out", str(path))
         return Job(arm, seed, path, train, self.num_steps[arm])
 
@@ -143,6 +163,7 @@ class Plan:
             "k": self.config.eval.k,
             "task": self.config.task.kind,
             "seconds": before.get("seconds", 0.0),
+            "auto_dtype": before.get("auto_dtype"),
         }
         write_atomic(path, dump_json(header))
         return header
@@ -159,6 +180,7 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
     chosen: dict[str, tuple[str, ...]] = {}
     num_steps: dict[str, int] = {}
     threads: dict[str, int] = {}
+    automatic: dict[str, RunConfig] = {}
     for arm in (name.strip() for name in arms):
         if arm not in known:
             raise UserError(f"unknown arm {arm!r}: the recipe and the built-in arms are {', '.join(known)}")
@@ -167,8 +189,10 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
         chosen[arm] = known[arm]
         armed = with_overrides(config, known[arm])
         num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
+        if armed.model.dtype == "auto" and armed.model.lora is not None:
+            automatic[arm] = armed
     text = recipe.read_text(encoding="utf-8")
-    return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config)
+    return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
 
 
 def read_before(path: Path) -> dict[str, Any]:
@@ -180,6 +204,8 @@ def read_before(path: Path) -> dict[str, Any]:
     if before:
         own = {"recipe_text": is_text, "overrides": list_of(is_text), "seconds": is_amount}
         refuse_damaged(path, before, COMPARISON | own)
+        kinds = {"auto_dtype": lambda value: value in (None, "float32", "bfloat16")}
+        refuse_damaged(path, {"auto_dtype": None, **before}, kinds)
     return before
 
 
