@@ -24,7 +24,6 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.optimize import brentq, isotonic_regression
 
 from atesd.types import Config, ContractPoint, Measurement, Observation, UserError
 
@@ -70,6 +69,8 @@ def _largest_logit(strength: float, b: float, c: float) -> float:
 
     if excess(high) >= 0.0:
         return inf
+    from scipy.optimize import brentq  # a third of a second, which most recipes never need
+
     nearest = low + 1e-9
     return nearest if excess(nearest) <= 0.0 else float(brentq(excess, nearest, high, xtol=1e-12, rtol=1e-14))
 
@@ -224,6 +225,8 @@ class CliffMeter:
 
 def contract_class(name: str, points: Mapping[float, ContractPoint]) -> ContractClass:
     """Fit points at rising ratios: isotonic, non-decreasing logit p; the mean logit b."""
+    from scipy.optimize import isotonic_regression
+
     fitted = isotonic_regression([logit(clamp(point.p)) for point in points.values()]).x
     base = float(np.mean([logit(clamp(point.b)) for point in points.values()]))
     return ContractClass(name, list(points), [float(value) for value in fitted], base)

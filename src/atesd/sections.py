@@ -28,8 +28,10 @@ class ModelConfig(Config):
 
     path: str = "pico"
     """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the loaded weights. Adapters are kept in float32 whatever this says."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision of the loaded weights; adapters are float32 whatever this says. `auto`: bfloat16 where it computes at
+    least 1.3 times as fast and adapters are trained, else float32; config.json says which, and a resumed run keeps it.
+    """
     lora: LoraConfig | None = None
     """Adapters; leave it out to train all weights."""
     gradient_checkpointing: bool = False

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from atesd.cli import jobs
 from atesd.cli.main import main
 from atesd.train import checkpoint
 from atesd.train.model import resolve
@@ -277,6 +278,25 @@ def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
     assert (out / "half" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns == stamp, "a finished run is not repeated"
     assert run(monkeypatch, *base, "--arms", "half", "--seeds", "1", "optim.lr=0.1") == 2
     assert "compares another recipe or other overrides" in capsys.readouterr().err
+
+
+def test_a_forked_run_is_bit_for_bit_what_train_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the grader that has processes of its own; the recipe leaves its threads open, and a run then has one."""
+
+    def spawn(*_: object) -> None:
+        pytest.fail("no run may start from nothing where it can be forked")
+
+    monkeypatch.setattr(jobs, "spawn", spawn)
+    words = [PICO, *SMALL, 'reward={kind="math"}']
+    compare = ["compare", *words, "threads=0", "--arms", "learned,half", "--seeds", "1", "--out", str(tmp_path / "cmp")]
+    assert run(monkeypatch, *compare) == 0
+    assert run(monkeypatch, "train", *words, 'exposure={kind="beta"}', "threads=1", "--out", str(tmp_path / "run")) == 0
+    forked = tmp_path / "cmp" / "learned" / "seed_0"
+    for name in ("config.json", "groups.jsonl", "eval/step_000002.jsonl", "rollouts/step_000002.jsonl"):
+        assert (forked / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    for name in ("final", "best", "checkpoints/step_000002"):
+        (weights,) = (tmp_path / "run" / name).glob("model*.safetensors")
+        assert (forked / name / weights.name).read_bytes() == weights.read_bytes(), name
 
 
 def test_a_stopped_compare_continues_with_the_same_command(

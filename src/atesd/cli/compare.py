@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atesd.cli.jobs import Job, Runner
+from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
 from atesd.runlog import dump_json, write_atomic
 from atesd.types import UserError
@@ -49,14 +50,25 @@ def run_compare(
     out: Path | None,
 ) -> None:
     """Run what is missing of every arm and seed, then summarise. SystemExit 130 when stopped, 1 when a run failed."""
-    plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
-    folder = out or Path("runs") / f"{recipe.stem}-compare"
+    with prepared() as nursery:  # which loads while the recipe is read
+        plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
+        run_plan(plan, out or Path("runs") / f"{recipe.stem}-compare", jobs, nursery)
+
+
+def run_plan(plan: Plan, folder: Path, jobs: int, nursery: Nursery | None) -> None:
+    """Run a plan; `jobs` runs at a time, 0 for as many as the machine has room for."""
+    from atesd.train.model import has_accelerator
+
+    on_accelerator = has_accelerator()
     console = make_console()
     with locked(folder) as lock:
         header = plan.write(folder)
-        console.print(f"{len(plan.arms)} arms x {seeds} seeds in {folder}")
-        todo = plan.jobs(folder)
-        runner = Runner(todo, min(jobs or len(os.sched_getaffinity(0)), len(todo)), lock, console)
+        chosen = decide_once(plan, header, console)
+        write_atomic(folder / "compare.json", dump_json(header))
+        console.print(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds in {folder}")
+        todo = plan.jobs(folder, chosen)
+        at_once = jobs or (1 if on_accelerator else room(max(plan.threads.values())))
+        runner = Runner(todo, min(at_once, len(todo)), lock, console, None if on_accelerator else nursery)
         begin = monotonic()
         try:
             runner.run()
@@ -74,6 +86,36 @@ def run_compare(
         raise SystemExit(1)
 
 
+@contextmanager
+def prepared() -> Iterator[Nursery | None]:
+    """Give a process that runs can be forked from, where that is possible."""
+    if sys.platform != "linux":
+        yield None
+        return
+    nursery = Nursery()
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+def decide_once(plan: Plan, header: dict[str, Any], console: Console) -> str | None:
+    """Return what `model.dtype = "auto"` means in all runs of the comparison, of earlier calls, too; None if unused.
+
+    Decided run by run, it could make two arms differ by more than their overrides.
+    """
+    if plan.automatic and header["auto_dtype"] is None:
+        from atesd.train.model import decide_dtype
+
+        header["auto_dtype"] = decide_dtype(next(iter(plan.automatic.values())), console.print).model.dtype
+    return header["auto_dtype"] if plan.automatic else None
+
+
+def room(threads: int) -> int:
+    """Return how many runs of so many threads have cores of their own, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be run: every arm with every seed."""
@@ -83,15 +125,24 @@ class Plan:
     overrides: tuple[str, ...]
     arms: Mapping[str, tuple[str, ...]]
     num_steps: Mapping[str, int]
+    threads: Mapping[str, int]
+    """Threads of a run: the recipe's, or 1 where it leaves them open, so that no number depends on what runs beside."""
     seeds: range
     config: RunConfig
+    automatic: Mapping[str, RunConfig]
+    """Recipes of arms that train adapters in the precision that suits the machine; all weights train in float32."""
 
-    def jobs(self, folder: Path) -> list[Job]:
-        """Return the runs, all arms of a seed before the next seed."""
-        return [self._job(folder / arm / f"seed_{seed}", arm, seed) for seed in self.seeds for arm in self.arms]
+    def jobs(self, folder: Path, auto_dtype: str | None = None) -> list[Job]:
+        """Return the runs, all arms of a seed before the next seed; `auto_dtype` is what automatic arms take."""
+        return [
+            self._job(folder / arm / f"seed_{seed}", arm, seed, auto_dtype) for seed in self.seeds for arm in self.arms
+        ]
 
-    def _job(self, path: Path, arm: str, seed: int) -> Job:
-        train = (str(self.recipe), *self.overrides, *self.arms[arm], f"seed={seed}", "--out", str(path))
+    def _job(self, path: Path, arm: str, seed: int, auto_dtype: str | None) -> Job:
+        own: tuple[str, ...] = (f"threads={self.threads[arm]}", f"seed={seed}")
+        if auto_dtype is not None and arm in self.automatic:
+            own += (f"model.dtype={auto_dtype}",)
+        train = (str(self.recipe), *self.overrides, *self.arms[arm], *own, "--out", str(path))
         return Job(arm, seed, path, train, self.num_steps[arm])
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -112,6 +163,7 @@ class Plan:
             "k": self.config.eval.k,
             "task": self.config.task.kind,
             "seconds": before.get("seconds", 0.0),
+            "auto_dtype": before.get("auto_dtype"),
         }
         write_atomic(path, dump_json(header))
         return header
@@ -127,14 +179,20 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
     known = BUILT_IN_ARMS | config.arms
     chosen: dict[str, tuple[str, ...]] = {}
     num_steps: dict[str, int] = {}
+    threads: dict[str, int] = {}
+    automatic: dict[str, RunConfig] = {}
     for arm in (name.strip() for name in arms):
         if arm not in known:
             raise UserError(f"unknown arm {arm!r}: the recipe and the built-in arms are {', '.join(known)}")
         if not re.fullmatch(r"\w[\w.+-]*", arm):
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
         chosen[arm] = known[arm]
-        num_steps[arm] = with_overrides(config, known[arm]).step.num_steps
-    return Plan(recipe, recipe.read_text(encoding="utf-8"), tuple(overrides), chosen, num_steps, seeds, config)
+        armed = with_overrides(config, known[arm])
+        num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
+        if armed.model.dtype == "auto" and armed.model.lora is not None:
+            automatic[arm] = armed
+    text = recipe.read_text(encoding="utf-8")
+    return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
 
 
 def read_before(path: Path) -> dict[str, Any]:
@@ -146,6 +204,8 @@ def read_before(path: Path) -> dict[str, Any]:
     if before:
         own = {"recipe_text": is_text, "overrides": list_of(is_text), "seconds": is_amount}
         refuse_damaged(path, before, COMPARISON | own)
+        kinds = {"auto_dtype": lambda value: value in (None, "float32", "bfloat16")}
+        refuse_damaged(path, {"auto_dtype": None, **before}, kinds)
     return before
 
 

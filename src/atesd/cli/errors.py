@@ -11,8 +11,6 @@ import re
 import sys
 from typing import NoReturn
 
-from atesd.types import UserError, one_line
-
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISPLACED = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -22,6 +20,8 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 def user_line(error: Exception) -> str | None:
     """Return the line for an error that the user can mend, or None for one that is ours."""
+    from atesd.types import UserError  # pydantic comes with it
+
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
         return str(error)
@@ -41,6 +41,8 @@ def user_line(error: Exception) -> str | None:
 def fail(message: str, code: int) -> NoReturn:
     """Print one line on stderr and exit; no line where the message is empty, because the help was printed instead."""
     if message:
+        from atesd.types import one_line
+
         print("error:", one_line(" ".join(message.split("\n"))), file=sys.stderr)
     sys.exit(code)
 

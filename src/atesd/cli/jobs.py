@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from atesd.cli.nursery import Nursery, Process, spawn
 from atesd.cli.progress import Pace, accuracy, clock, number
 
 _POLL_S = 0.5
@@ -65,7 +64,7 @@ class Job:
     train: tuple[str, ...]
     """The words behind `atesd train` that begin the run."""
     num_steps: int
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     failed: str = ""
     last: dict[str, Any] = field(default_factory=dict)
     evaluated: float | None = None
@@ -105,34 +104,31 @@ class Job:
             if self.process is not None:
                 self.pace.see(row["step"])
 
-    def launch(self, lock: int, *, one_thread: bool) -> None:
-        """Start or continue the run in a process of its own, which holds the comparison's lock while it lives."""
+    def launch(self, lock: int, nursery: Nursery | None = None) -> None:
+        """Start or continue the run in a process of its own, which holds the comparison's lock while it lives.
+
+        The nursery forks it, if there is one.
+        """
         words = ("--resume", str(self.path)) if (self.path / "config.json").is_file() else self.train
         if words is self.train:
             clear_stillborn(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {})
         with self.log.open("ab") as log:
-            # A session of its own: the terminal's Ctrl-C reaches only the comparison, which passes it on once.
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "atesd.cli.main", "train", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(lock,),
-                start_new_session=True,
-            )
+            forked = nursery.fork(words, log.fileno(), lock) if nursery is not None else None
+            self.process = forked or spawn(words, log.fileno(), lock)
 
 
 class Runner:
     """Keeps a number of runs going until all are done or the user stops them."""
 
-    def __init__(self, jobs: Sequence[Job], at_once: int, lock: int, console: Console) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], at_once: int, lock: int, console: Console, nursery: Nursery | None = None
+    ) -> None:
         self._jobs = jobs
         self._at_once = at_once
         self._lock = lock
         self._console = console
+        self._nursery = nursery
         self._running: list[Job] = []
         self._num_asked = self._num_passed_on = 0
         self._printed = self._begin = monotonic()
@@ -155,18 +151,23 @@ class Runner:
         waiting = [job for job in self._jobs if not job.is_done]
         with self._stoppable(), self._shown() as show:
             while self._running or (waiting and not self.was_stopped):
-                while waiting and len(self._running) < self._at_once and not self.was_stopped:
+                while waiting and len(self._running) < self._at_once and not self.was_stopped and self._can_start:
                     job = waiting.pop(0)
-                    job.launch(self._lock, one_thread=self._at_once > 1)
+                    job.launch(self._lock, self._nursery)
                     self._running.append(job)
                 sleep(_POLL_S)
                 self._pass_on()
                 for job in list(self._running):
                     job.refresh()
-                    if job.process is not None and job.process.poll() is not None:
+                    code = job.process.poll() if job.process is not None else None
+                    if code is not None:
                         self._running.remove(job)
-                        self._collect(job, job.process.returncode)
+                        self._collect(job, code)
                 show()
+
+    @property
+    def _can_start(self) -> bool:
+        return self._nursery is None or not self._nursery.is_loading
 
     def _collect(self, job: Job, code: int) -> None:
         """Say how a run ended."""

@@ -60,12 +60,14 @@ def compare(
     arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,random,learned",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
-    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 means one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 means one a core, and one on a GPU.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory of the comparison; default runs/RECIPE-compare.")] = None,
 ) -> None:
     """Run several arms side by side: same warm start, problem order and seeds.
 
     Example: `atesd compare recipes/pico.toml --arms full,half,learned --seeds 3`
+
+    A run has the recipe's number of threads, or one where it names none, so that no result depends on what runs beside.
 
     Arms are lists of overrides in the recipe's `[arms]` table; `none`, `quarter`, `half`, `three_quarters`, `full`,
     `random`, `learned` and `sft` are known without one. Writes a run directory and a log for each arm and seed, and at

@@ -26,7 +26,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
         config = load_config(recipe, overrides)
-        trainer = Trainer.start(config, out or Path("runs") / f"{recipe.stem}-{config.seed}")
+        trainer = Trainer.start(config, out or Path("runs") / f"{recipe.stem}-{config.seed}", say=console.print)
         console.print(f"run directory {trainer.run.path}")
     else:
         raise UserError("nothing to train: give a recipe, such as recipes/pico.toml, or --resume RUN_DIR")

@@ -9,7 +9,7 @@ from atesd.config import RunConfig
 from atesd.evaluate.runner import Evaluation, evaluate
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
-from atesd.train.model import load, load_tokenizer, resolve, set_threads
+from atesd.train.model import decide_dtype, load, load_tokenizer, resolve, set_threads
 from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
@@ -39,6 +39,7 @@ def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dic
 def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
     """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0."""
     set_threads(config.threads)
+    config = decide_dtype(config)
     loaded, tokenizer = load(config.model.model_copy(update={"path": str(model), "lora": None}), 0)
     driver, renderer, task = sampling_side(config, loaded, tokenizer)
     problems = task.evaluation()[: config.eval.problems]

@@ -25,6 +25,7 @@ from atesd.train.checkpoint import (
     save_model,
 )
 from atesd.train.measure import logged
+from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import newest_whole, open_for_resume, resumed_config
 from atesd.train.setup import Parts, assemble, for_evaluation
@@ -58,12 +59,21 @@ class Trainer:
         self._stop_asked = False
 
     @classmethod
-    def start(cls, config: RunConfig, out: Path, *, listener: Listener | None = None) -> Trainer:
+    def start(
+        cls,
+        config: RunConfig,
+        out: Path,
+        *,
+        listener: Listener | None = None,
+        say: Callable[[str], object] | None = None,
+    ) -> Trainer:
         """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit.
 
+        `say` gets a line about what the recipe leaves to the machine; config.json holds what came of it.
         The directory is made last, so that a start that fails leaves nothing behind.
         """
         RunDir.check_free(out)
+        config = decide_dtype(config, say)
         parts = assemble(config)
         return cls(config, RunDir.create(out, config.model_dump(mode="json"), config.about()), parts, listener)
 

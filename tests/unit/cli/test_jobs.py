@@ -67,7 +67,7 @@ def test_launch_continues_a_run_that_exists_and_starts_any_other(
     if has_config:
         (path / "config.json").touch()
     monkeypatch.setattr(subprocess, "Popen", FakeProcess)
-    Job("half", 0, path, ("a.toml", "--out", str(path)), num_steps=1).launch(7, one_thread=True)
+    Job("half", 0, path, ("a.toml", "--out", str(path)), num_steps=1).launch(7)
     words = ["--resume", str(path)] if has_config else ["a.toml", "--out", str(path)]
     assert seen["command"] == [sys.executable, "-m", "atesd.cli.main", "train", *words]
     assert seen["env"]["OMP_NUM_THREADS"] == "1"
