@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atesd.cliff import CliffConfig
+from atesd.losses import gradient
 from atesd.losses.target import Plain
 from atesd.recipe import build_config
 from atesd.routing.route import Route
@@ -209,3 +210,12 @@ def test_contract_probabilities_are_at_the_temperature_of_the_views() -> None:
         Measurement("contract", 0.5),
     )
     assert warm["contract@0.5/equals/p"] < cold["contract@0.5/equals/p"]
+
+
+@pytest.mark.parametrize("target", ["divergence", "surrogate"])
+def test_credit_goes_over_a_frozen_head_once(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = assembled(
+        gate={"kind": "sdar", "target": target}, loss={"tile_logits": 1}, model={"path": "pico", "lora": {}}
+    )
+    monkeypatch.setattr(gradient._Pass, "again", lambda *_: pytest.fail("the streams that are derived were not said"))
+    assert all(taken(parts, *(Measurement("influence", ratio) for ratio in RATIOS)).values())

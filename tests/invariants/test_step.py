@@ -12,6 +12,7 @@ from torch import Tensor
 from atesd.losses import gradient
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
+from atesd.recipe import build_config
 from atesd.sections import LoraConfig
 from atesd.train.model import _with_lora, enable_checkpointing
 from atesd.types import NonFiniteError
@@ -160,6 +161,33 @@ def test_gradient_checkpointing_recomputes_activations_and_changes_no_number(lor
     assert calls == [2, 3], "teacher and student forward; the student's once more in the backward pass"
 
 
+def made_again(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect what arrives at passes that could not use what they had."""
+    made: list[Any] = []
+    again = gradient._Pass.again
+
+    def counting(self: Any, upstream: Any) -> Any:
+        made.append(upstream)
+        return again(self, upstream)
+
+    monkeypatch.setattr(gradient._Pass, "again", counting)
+    return made
+
+
+@pytest.mark.parametrize("components", [("distil",), ("nll",), ("distil", "nll")])
+@pytest.mark.parametrize("gate", [{"kind": "none"}, {"kind": "sdar"}, {"kind": "sdar", "target": "divergence"}])
+def test_a_frozen_head_is_gone_over_once(
+    components: tuple[str, ...], gate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_again(monkeypatch)
+    model = tiny_model(tied=False)
+    model.lm_head.requires_grad_(False)
+    config = build_config({"gate": gate, "loss": {"tile_logits": VOCABULARY}})
+    stepper, _ = make_stepper(model, config.gate, loss={"tile_logits": VOCABULARY})
+    assert stepper.optimize(ragged_rows(4, components=components)).metrics["optim/grad_norm"] > 0
+    assert not made
+
+
 @pytest.mark.parametrize("sections", [
     {},
     {"loss": {"aggregate": "sequence"}},
@@ -173,14 +201,7 @@ def test_the_update_knows_its_weights_beforehand(
     sections: dict[str, Any], weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trained head whose weights were not expected would be gone over a second time: right, but slow."""
-    made: list[Any] = []
-    again = gradient._Pass.again
-
-    def counting(self: Any, upstream: Any) -> Any:
-        made.append(upstream)
-        return again(self, upstream)
-
-    monkeypatch.setattr(gradient._Pass, "again", counting)
+    made = made_again(monkeypatch)
     rows = [replace(row, weight=weights[index % len(weights)]) for index, row in enumerate(ragged_rows(6))]
     loss = sections.get("loss", {})
     found = []
