@@ -45,16 +45,15 @@ def decoding(model: Any, sampling: SamplingConfig, *, eos_ids: Collection[int], 
         rows = list(range(len(prompts)))  # the prompt of each row
         is_open = [True] * len(prompts)
         logits_BV, cache = decoder.read(prompts, sampling.max_new_tokens)
-        for uniform_B in uniform_TB:
-            places = torch.tensor(rows, device=uniform_B.device)
-            tokens_B, logprobs_B = _pick(model, logits_BV, sampling, uniform_B[places])
+        for place, uniform_B in enumerate(uniform_TB):
+            tokens_B, logprobs_B = _pick(model, logits_BV, sampling, uniform_B[rows])
             for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
                 if is_open[row]:
                     completions[row][0].append(token)
                     completions[row][1].append(logprob)
                     is_open[row] = token not in eos_ids
             going = [slot for slot, row in enumerate(rows) if is_open[row]]
-            if not going or len(completions[rows[going[0]]][0]) == sampling.max_new_tokens:
+            if not going or place + 1 == sampling.max_new_tokens:
                 break
             if len(going) <= _STILL_GOING * len(rows):
                 slots = torch.tensor(going, device=tokens_B.device)

@@ -30,6 +30,8 @@ def _objections(model: Any, length: int) -> Iterator[str]:
     config, body = model.config, model.model
     if config._attn_implementation not in _SAME_MATHS:
         yield f"its attention is {config._attn_implementation!r}"
+    if vars(config).get("_heterogeneity_spec") is not None:
+        yield "its layers are of several shapes"
     if body.rotary_emb.rope_type not in _FIXED_ROPE:
         yield f"its rotary embedding is of type {body.rotary_emb.rope_type!r}"
     window = getattr(config, "sliding_window", None)
