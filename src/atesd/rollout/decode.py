@@ -132,6 +132,5 @@ def _invert(weights_BC: Tensor, uniform_B1: Tensor) -> Tensor:
     """Return the first index [B, 1] whose cumulative weight exceeds `uniform` of the whole: never one of weight 0."""
     cumulative_BC = weights_BC.cumsum(-1)
     whole_B1 = cumulative_BC[:, -1:]
-    # Rounding may carry uniform * whole up to the whole.
-    bound_B1 = torch.minimum(uniform_B1 * whole_B1, whole_B1.nextafter(torch.zeros_like(whole_B1)))
-    return torch.searchsorted(cumulative_BC, bound_B1, right=True)
+    # torch.rand stays 2**-24 below 1, so that the product rounds to less than the whole.
+    return torch.searchsorted(cumulative_BC, uniform_B1 * whole_B1, right=True)

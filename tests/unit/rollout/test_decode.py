@@ -253,6 +253,30 @@ def test_the_ends_of_the_uniform_range_draw_tokens_that_have_weight() -> None:
     assert draw(weights_BV, SamplingConfig(top_p=1.0, top_k=0), uniform_B1)[:, 0].tolist() == [1, 3]
 
 
+def test_whatever_the_sum_of_weights_the_largest_uniform_number_stays_inside() -> None:
+    weights_BV = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
+    weights_BV[:, 3] = 0.0
+    largest_B1 = torch.full((20_000, 1), 1.0 - 2**-24)
+    assert draw(weights_BV, SamplingConfig(top_p=1.0, top_k=0), largest_B1).unique().tolist() == [2]
+
+
+def test_all_tokens_as_probable_as_the_last_of_top_k_stay_however_many() -> None:
+    uniform_N1 = ((torch.arange(3000) + 0.5) / 3000)[:, None]
+    found = draw(torch.ones(3000, 300), SamplingConfig(top_k=5, top_p=1.0), uniform_N1)[:, 0].bincount(minlength=300)
+    assert found.tolist() == [10] * 300
+
+
+def test_nothing_is_sampled_behind_an_end_token() -> None:
+    model, seen = family_model("qwen2 with biases"), set()
+    with torch.no_grad(), decode.decoding(model, CUT, eos_ids=ENDS, seed=0) as complete:
+        for ids, logprobs in complete(PROMPTS * 6):
+            assert len(ids) == len(logprobs)
+            assert not set(ids[:-1]) & set(ENDS)
+            assert ids[-1] in ENDS or len(ids) == CUT.max_new_tokens
+            seen.add(ids[-1])
+    assert len(seen & set(ENDS)) > 1
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (1.1, 0.95, 20), (0.8, 0.7, 0), (1.5, 1.0, 4)]
 )
