@@ -165,16 +165,28 @@ class Gauges:
         put(self.oracle.student, self.oracle.weights(self.done(step)))
         return self._taken(self._gated(step, ratio))
 
-    def _gated(self, step: int, ratio: float) -> Tensor:
+    def _gated(self, step: int, ratio: float, gates: list[Tensor] | None = None) -> Tensor:
+        """Return the gated token mean under the weights in place; with gates that do not follow them, if given."""
         oracle, done = self.oracle, self.done(step)
         total, count = [], 0
-        for row in self.credited(step):
+        for place, row in enumerate(self.credited(step)):
             shown = Row(**{**vars(row), "ratio": ratio, "components": ("distil",)})
             values, stats = oracle.token_losses(shown, oracle.teacher(done), None)
             assert stats.gate is not None
-            total.append((stats.gate * values["distil"]).sum())
+            gate = stats.gate if gates is None else gates[place]
+            total.append((gate * values["distil"]).sum())
             count += len(row.completion)
         return torch.stack(total).sum() / count
+
+    def _gates(self, step: int, ratio: float) -> list[Tensor]:
+        """Return the gate of every credited completion under the weights in place: a constant to the gradient."""
+        found = []
+        for row in self.credited(step):
+            shown = Row(**{**vars(row), "ratio": ratio, "components": ("distil",)})
+            _, stats = self.oracle.token_losses(shown, self.oracle.teacher(self.done(step)), None)
+            assert stats.gate is not None
+            found.append(stats.gate.detach())
+        return found
 
     def probe_gradient(self, step: int) -> Weights:
         """Return the gradient of the probe's NLL under the weights after a step."""
@@ -212,7 +224,8 @@ class Gauges:
             return (ends[0] - ends[1]) / (2 * size) * length
 
         probe, own = self.probe_gradient(step), self.gradient(step, ratio)
-        distil = partial(self._gated, step, ratio)
+        put(self.oracle.student, weights)
+        distil = partial(self._gated, step, ratio, self._gates(step, ratio))
         return slope(self._probe_nll, own) / math.sqrt(slope(self._probe_nll, probe) * slope(distil, own))
 
     def _taken(self, loss: Tensor) -> Weights:

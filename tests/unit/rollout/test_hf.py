@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
+from atesd.rollout.decode import Decoder
 from atesd.rollout.hf import HFSampler
 from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.types import NonFiniteError, StopReason, Turn, UserError
@@ -22,10 +23,18 @@ OPEN = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=16)
 CUT = SamplingConfig(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=16)
 NARROW = SamplingConfig(temperature=1.1, top_p=0.6, top_k=4, max_new_tokens=16)
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=16)
+PATH = {"always_generate": False}
+
+
+@pytest.fixture(params=["our loop", "generate"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on both paths."""
+    monkeypatch.setitem(PATH, "always_generate", request.param == "generate")
+    return str(request.param)
 
 
 def sampler_of(model: torch.nn.Module, eos_ids: Sequence[int] = (EOS,), pad_id: int = PAD) -> HFSampler:
-    return HFSampler(model, eos_ids=eos_ids, pad_id=pad_id, decode=lambda ids: " ".join(map(str, ids)))
+    return HFSampler(model, eos_ids=eos_ids, pad_id=pad_id, decode=lambda ids: " ".join(map(str, ids)), **PATH)
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -195,13 +204,22 @@ def test_a_prompt_without_tokens_is_refused() -> None:
     assert sampler_of(tiny_model()).sample([], OPEN, seed=0) == []
 
 
-def test_a_small_token_budget_cuts_the_request_but_not_the_order() -> None:
+def test_a_small_token_budget_cuts_the_request_but_not_the_order(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, so that the draws do not depend on the cut. 7 + 16 positions: a budget of 23 is one prompt a call."""
     model = tiny_model()
     whole = sampler_of(model).sample(PROMPTS, GREEDY, seed=0)
     calls = []
-    generate = model.generate
-    model.generate = lambda **inputs: calls.append(inputs["input_ids"].shape) or generate(**inputs)
+    if path == "generate":
+        generate = model.generate
+        model.generate = lambda **inputs: calls.append(inputs["input_ids"].shape) or generate(**inputs)
+    else:
+        read = Decoder.read
+        monkeypatch.setattr("atesd.rollout.hf.distance", lambda *_: 0.0)
+        monkeypatch.setattr(
+            Decoder,
+            "read",
+            lambda self, asked, room: calls.append((len(asked), max(map(len, asked)))) or read(self, asked, room),
+        )
     cut = sampler_of(model).sample(PROMPTS, GREEDY.model_copy(update={"batch_tokens": 23}), seed=0)
     # Longest first: 7 + 16 = 23, then 5 + 16 = 21, 3 + 16 = 19, 2 + 16 = 18 and 1 + 16 = 17, alone each.
     assert [tuple(shape) for shape in calls] == [(1, 7), (1, 5), (1, 3), (1, 2), (1, 1)]

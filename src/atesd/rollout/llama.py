@@ -1,0 +1,232 @@
+"""The Llama family read one position at a time, on the weights of transformers' own module.
+
+B rows, U different prompts, L prompt positions, P positions of one pass (L or 1), H hidden size, Q query heads, K heads
+of keys and values, G query heads that share one of these, D head size, S columns of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+_Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_PRECISE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A low-rank addition to a linear layer: scale * up @ down, with down [r, in] and up [out, r]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def adapters_of(layer: Any) -> list[Adapter]:
+    """Return the adapters that a layer applies as it stands; none where they are switched off."""
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return []
+    return [
+        Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
+
+
+class Cache:
+    """Keys and values of every layer, [B, K, S, D]: prompts from column 0, completions from the longest's end.
+
+    So a shorter prompt leaves a gap of columns, which `mask` hides; keys carry their true positions. A pass over
+    prompts is then plainly causal, and every row writes the same column.
+    """
+
+    def __init__(self, lengths: Tensor, shape: tuple[int, int, int, int], num_layers: int, dtype: torch.dtype) -> None:
+        self.keys = [torch.empty(shape, dtype=dtype, device=lengths.device) for _ in range(num_layers)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.positions_B = lengths
+        """The position of each row's next token."""
+        self.filled = int(lengths.max())
+        """Columns in use."""
+        columns_S = torch.arange(shape[2], device=lengths.device)
+        hidden_BS = (columns_S >= lengths[:, None]) & (columns_S < self.filled)
+        self.mask_B11S = (
+            torch.zeros(hidden_BS.shape, dtype=dtype, device=lengths.device)
+            .masked_fill_(hidden_BS, -torch.inf)[:, None, None]
+            .contiguous()
+            if bool(hidden_BS.any())
+            else None
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, in place."""
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                kept = tensor[: len(rows)]
+                kept[:, :, : self.filled] = tensor[:, :, : self.filled].index_select(0, rows)
+                tensors[layer] = kept
+        self.positions_B = self.positions_B[rows]
+        if self.mask_B11S is not None:
+            self.mask_B11S = self.mask_B11S[rows]
+
+
+class Decoder:
+    """A model's weights as they stand at one moment, adapters included.
+
+    Weights stay where they are: a fused copy of projections gained nothing on a CPU. Adapters are merged into copies of
+    their layers in float32 and float64; in half precision, where a merge would round them away, they are applied apart.
+    """
+
+    def __init__(self, model: Any) -> None:
+        body, config = model.model, model.config
+        self._embedding_VH = body.embed_tokens.weight
+        self._layers = [_Layer(layer) for layer in body.layers[: config.num_hidden_layers]]
+        self._norm = _norm(body.norm)
+        self._head = _projection(model.lm_head)
+        self._rotary = body.rotary_emb
+        self._cos_S1D = self._sin_S1D = torch.empty(0)
+
+    def read(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
+        """Return the logits [B, V] behind each prompt, and a cache with `room` columns for its completion.
+
+        Equal prompts are read once. A shorter one is filled up with its own last token, which nothing reads.
+        """
+        device = self._embedding_VH.device
+        place = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, place))
+        ids_UL = torch.tensor([[*prompt, *prompt[-1:] * (width - len(prompt))] for prompt in place], device=device)
+        rows_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+        lengths_U = torch.tensor(list(map(len, place)), device=device)
+        self._rotate_up_to(width + room)
+        shape = (len(prompts), self._layers[0].num_heads, width + room, self._layers[0].head_size)
+        cache = Cache(lengths_U[rows_B], shape, len(self._layers), self._embedding_VH.dtype)
+
+        def attend_in(layer: int) -> _Attend:
+            def attend(query_UQLD: Tensor, key_UKLD: Tensor, value_UKLD: Tensor) -> Tensor:
+                cache.keys[layer][:, :, :width] = key_UKLD[rows_B]
+                cache.values[layer][:, :, :width] = value_UKLD[rows_B]
+                is_grouped = query_UQLD.shape[1] != key_UKLD.shape[1]
+                return F.scaled_dot_product_attention(
+                    query_UQLD, key_UKLD, value_UKLD, is_causal=True, enable_gqa=is_grouped
+                )
+
+            return attend
+
+        hidden_ULH = self._pass(ids_UL, torch.arange(width, device=device)[None], attend_in)
+        last_UH = hidden_ULH[torch.arange(len(place), device=device), lengths_U - 1]
+        return self._head(self._norm(last_UH))[rows_B], cache
+
+    def step(self, tokens_B: Tensor, cache: Cache) -> Tensor:
+        """Return the logits [B, V] behind one more token a row, which joins the cache."""
+        column, end = cache.filled, cache.filled + 1
+        mask = None if cache.mask_B11S is None else cache.mask_B11S[..., :end]
+
+        def attend_in(layer: int) -> _Attend:
+            keys, values = cache.keys[layer], cache.values[layer]
+
+            def attend(query_BQ1D: Tensor, key_BK1D: Tensor, value_BK1D: Tensor) -> Tensor:
+                keys[:, :, column:end] = key_BK1D
+                values[:, :, column:end] = value_BK1D
+                # The query heads that share keys stand where several positions would, so that no key is repeated.
+                query_BKGD = query_BQ1D.reshape(len(keys), keys.shape[1], -1, keys.shape[3])
+                mixed = F.scaled_dot_product_attention(query_BKGD, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+                return mixed.reshape(query_BQ1D.shape)
+
+            return attend
+
+        hidden_B1H = self._pass(tokens_B[:, None], cache.positions_B[:, None], attend_in)
+        cache.positions_B = cache.positions_B + 1
+        cache.filled = end
+        return self._head(self._norm(hidden_B1H[:, 0]))
+
+    def _pass(self, ids_BP: Tensor, positions_BP: Tensor, attend_in: Callable[[int], _Attend]) -> Tensor:
+        """Return the last layer's output [B, P, H], before the final norm."""
+        hidden_BPH = F.embedding(ids_BP, self._embedding_VH)
+        turn = (self._cos_S1D[positions_BP], self._sin_S1D[positions_BP])
+        for index, layer in enumerate(self._layers):
+            hidden_BPH = layer(hidden_BPH, turn, attend_in(index))
+        return hidden_BPH
+
+    def _rotate_up_to(self, length: int) -> None:
+        """Tabulate cosines and sines, [S, 1, D], from the model's own module; the first half of the sines is negated.
+
+        transformers' rotate_half(x) * sin is then a roll of x by half a head times the table.
+        """
+        positions = torch.arange(length, device=self._embedding_VH.device)[None]
+        cos_1SD, sin_1SD = self._rotary(self._embedding_VH, positions)
+        half = sin_1SD.shape[-1] // 2
+        self._cos_S1D = cos_1SD[0][:, None]
+        self._sin_S1D = torch.cat((-sin_1SD[0, :, :half], sin_1SD[0, :, half:]), dim=-1)[:, None]
+
+
+class _Layer:
+    """One decoder layer."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self._query, self._key, self._value, self._out = (
+            _projection(getattr(attention, f"{name}_proj")) for name in "qkvo"
+        )
+        self._head_norm = _head_norm(attention) if hasattr(attention, "q_norm") else None
+        self._gate, self._up, self._down = (
+            _projection(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")
+        )
+        self._activation = mlp.act_fn
+        self.head_size: int = attention.head_dim
+        self.num_heads: int = attention.k_proj.out_features // attention.head_dim
+
+    def __call__(self, hidden_BPH: Tensor, turn: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
+        normed_BPH = self._norms[0](hidden_BPH)
+        query, key, value = (
+            projection(normed_BPH).view(*normed_BPH.shape[:2], -1, self.head_size)
+            for projection in (self._query, self._key, self._value)
+        )
+        both = torch.cat((query, key), dim=2)
+        if self._head_norm is not None:
+            both = self._head_norm(both)
+        query, key = torch.split(_rotated(both, turn), [query.shape[2], key.shape[2]], dim=2)
+        mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        hidden_BPH = hidden_BPH + self._out(mixed.transpose(1, 2).flatten(2))
+        normed_BPH = self._norms[1](hidden_BPH)
+        return hidden_BPH + self._down(self._activation(self._gate(normed_BPH)) * self._up(normed_BPH))
+
+
+def _rotated(heads_BPND: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = turn
+    return (heads_BPND * cos).addcmul_(heads_BPND.roll(heads_BPND.shape[-1] // 2, dims=-1), sin)
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    weight, eps = module.weight, module.variance_epsilon
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _head_norm(attention: Any) -> Callable[[Tensor], Tensor]:
+    """Return the norm of all heads, queries before keys, in one pass."""
+    size, eps = attention.head_dim, attention.q_norm.variance_epsilon
+    groups = [(attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)]
+    weight_ND = torch.cat([norm.weight.expand(layer.out_features // size, size) for norm, layer in groups])
+    return lambda heads_BPND: F.rms_norm(heads_BPND, (size,), None, eps) * weight_ND
+
+
+def _projection(layer: Any) -> Callable[[Tensor], Tensor]:
+    """Return a linear layer with its adapters as a function."""
+    plain: nn.Linear = getattr(layer, "base_layer", layer)
+    weight, bias, adapters = plain.weight, plain.bias, adapters_of(layer)
+    if adapters and weight.dtype in _PRECISE:
+        merged = weight + sum(adapter.scale * (adapter.up @ adapter.down).to(weight.dtype) for adapter in adapters)
+        return lambda x: F.linear(x, merged, bias)
+
+    def apply(x: Tensor) -> Tensor:
+        result = F.linear(x, weight, bias)
+        for adapter in adapters:
+            low = F.linear(x.to(adapter.down.dtype), adapter.down)
+            result = result + F.linear(low, adapter.up) * adapter.scale
+        return result.to(x.dtype)
+
+    return apply
