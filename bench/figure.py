@@ -32,7 +32,8 @@ def draw(lines: Sequence[Line]) -> str:
         kind, place = "one" if power == 0 else "grid", x(2.0**power)
         parts.append(f'<line class="{kind}" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP - 8}" y2="{bottom}"/>')
         parts.append(_text(place, bottom + 18, f"{2.0**power:g}", anchor="middle"))
-    parts += [_row(line, TOP + ROW * (index + 0.5), x(line.low), x(line.middle), x(line.high)) for index, line in enumerate(lines)]  # fmt: skip
+    for index, line in enumerate(lines):
+        parts.append(_row(line, TOP + ROW * (index + 0.5), x(line.low), x(line.middle), x(line.high)))
     height = bottom + 34
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '

@@ -24,7 +24,7 @@ import torch
 from bench.score import HEAD_SIZE, Case, load_pair, one_pass, own_arms, random_batch, write_model
 from bench.timing import interleaved, spread
 
-BODY = Case("body", 768, 8_192, 4, 128, layers=6, prompt=64, hint=128)
+BODY = Case("body", 768, 8_192, 2, 128, layers=6, prompt=64, hint=128)
 GROWING = Case("growing", 256, 49_152, 2, 64)
 SEQUENCES = (2, 4, 8, 16)
 SIDE = 1536  # of the square matrices whose product sets the rate
@@ -80,7 +80,7 @@ def fraction(folder: Path, *, quick: bool) -> dict[str, Any]:
     pair = load_pair(case, write_model(case, folder))
     arms = {name: one_pass(pair.student, loss) for name, loss in own_arms(pair, random_batch(case)).items()}
     products = {name: matmul(getattr(torch, name), side) for name in ("float32", "bfloat16")}
-    seconds = interleaved(products | arms, 3 if quick else 9)
+    seconds = interleaved(products | arms, 3 if quick else 7)
     rates = {name: [2 * side**3 / taken for taken in seconds[name]] for name in products}
     needed = operations(case)
     fractions = {

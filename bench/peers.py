@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from atesd.train.model import load_tokenizer, resolve
-
 from bench.score import PROJECTIONS, Batch, Loss, Pair, states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from atesd.train.model import disable_progress_bars
-
 from bench import machine, memory, phases, score, step
 from bench.figure import draw
 from bench.summary import lines, summarise

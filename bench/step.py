@@ -26,7 +26,6 @@ from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
 from atesd.train.model import resolve
 from atesd.types import Problem
-
 from bench.timing import Samples, ratio
 
 ROOT = Path(__file__).parents[1]
