@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.score import Case, Loss, Pair, all_arms, load_pair, one_pass, own_arms, random_batch, write_model
+from bench.timing import progress
 
 ARMS = ("atesd", "trl", "trl_tiles", "dense")
 CASES = (
@@ -76,4 +77,5 @@ def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
             for name in ARMS * (1 if quick else REPEATS):
                 samples[name].append(pool.apply(measure_one, (name, case, path, torch.get_num_threads())))
             found[case.name] = {"case": asdict(case), "mib": samples}
+            progress(f"memory {case.name}")
     return found

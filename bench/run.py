@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -46,7 +45,6 @@ def run(sections: list[str], out: Path, *, quick: bool) -> None:
         taken = perf_counter() - start
         raw = {"machine": machine.description(), "took_s": taken, "quick": quick, "results": found}
         (out / f"{name}.json").write_text(score.as_json(raw), encoding="utf-8")
-        print(f"{name}: {taken:.0f} s", file=sys.stderr, flush=True)
 
 
 def report(out: Path) -> None:

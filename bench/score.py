@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
-from bench.timing import interleaved, ratio
+from bench.timing import interleaved, progress, ratio
 
 HEAD_SIZE = 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -236,7 +236,11 @@ def measure(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Return every case's results by name."""
     rounds = 3 if quick else 7
-    return {case.name: measure(case, folder, rounds) for case in (QUICK_CASES if quick else CASES)}
+    found = {}
+    for case in QUICK_CASES if quick else CASES:
+        found[case.name] = measure(case, folder, rounds)
+        progress(f"score {case.name}")
+    return found
 
 
 def as_json(result: Mapping[str, Any]) -> str:

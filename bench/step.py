@@ -26,7 +26,7 @@ from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
 from atesd.train.model import resolve
 from atesd.types import Problem
-from bench.timing import Samples, ratio
+from bench.timing import Samples, progress, ratio
 
 ROOT = Path(__file__).parents[1]
 TASK_SIZE = 256
@@ -223,7 +223,10 @@ def measure(setting: Setting, folder: Path, rounds: int, warm_up: int = 2) -> di
 
 def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Return every setting's results by name; of the runs' metrics only the seconds by phase."""
-    found = {each.name: measure(each, folder, each.quick_rounds if quick else each.rounds) for each in SETTINGS}
+    found = {}
+    for each in SETTINGS:
+        found[each.name] = measure(each, folder, each.quick_rounds if quick else each.rounds)
+        progress(f"step {each.name}")
     for result in found.values():
         result["phases"] = {name: _times(rows) for name, rows in result["phases"].items()}
     return found

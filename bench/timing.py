@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
 
 Samples = dict[str, list[float]]
+
+_START = perf_counter()
 
 
 def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Samples:
@@ -31,3 +34,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     """Return the spread of slow / fast round by round: above 1 where the second is faster."""
     return spread([one / other for one, other in zip(slow, fast, strict=True)])
+
+
+def progress(what: str) -> None:
+    """Say on stderr what is done."""
+    print(f"{perf_counter() - _START:6.0f} s  {what}", file=sys.stderr, flush=True)
