@@ -76,7 +76,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     out = arguments.out or ROOT / ("runs/bench-quick" if arguments.quick else "bench/results")
     run(arguments.only, out, quick=arguments.quick)
-    report(out)
+    missing = [name for name in SECTIONS if not (out / f"{name}.json").is_file()]
+    if missing:
+        print(f"no summary yet: measure {', '.join(missing)} into {out}, too")
+    else:
+        report(out)
 
 
 if __name__ == "__main__":
