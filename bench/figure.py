@@ -48,7 +48,7 @@ def _row(line: Line, y: float, low: float, middle: float, high: float) -> str:
         + f'<line class="bar" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         + f'<circle class="dot" cx="{middle:.1f}" cy="{y:.1f}" r="5"/>'
         + _text(NUMBERS, y + 4, f"{line.middle:.2f}", "strong")
-        + _text(NUMBERS + 50, y + 4, f"{line.own:.3g} against {line.other:.3g} {line.unit}")
+        + _text(NUMBERS + 50, y + 4, f"{line.amount(line.own)} against {line.amount(line.other)}")
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from atesd.train.model import disable_progress_bars
 from bench.score import Case, Loss, Pair, all_arms, load_pair, one_pass, own_arms, random_batch, write_model
 from bench.timing import progress
 
@@ -55,6 +57,8 @@ def arm_of(name: str, case: Case, path: Path) -> tuple[Pair, Loss]:
 
 def measure_one(name: str, case: Case, path: Path, threads: int) -> float:
     """Measure one arm in the calling process, which must be a fresh one."""
+    disable_progress_bars()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     tiny = replace(case, sequences=1, tokens=8)
     pair, loss = arm_of(name, case, path)
@@ -78,4 +82,6 @@ def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
                 samples[name].append(pool.apply(measure_one, (name, case, path, torch.get_num_threads())))
             found[case.name] = {"case": asdict(case), "mib": samples}
             progress(f"memory {case.name}")
+        pool.close()
+        pool.join()
     return found

@@ -41,8 +41,12 @@ class Line:
     def __str__(self) -> str:
         return (
             f"{self.what:<34} {self.peer:<10} {self.middle:>6.2f} x  ({self.low:.2f} to {self.high:.2f})"
-            f"   atesd {self.own:.3g} {self.unit}, {self.peer} {self.other:.3g} {self.unit}"
+            f"   atesd {self.amount(self.own)}, {self.peer} {self.amount(self.other)}"
         )
+
+    def amount(self, value: float) -> str:
+        """Return a value with its unit."""
+        return f"{value:,.0f} MiB" if self.unit == "MiB" else f"{value:.3g} {self.unit}"
 
 
 def lines(raw: Mapping[str, Any]) -> list[Line]:
