@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check slow mutants product docs clean
+.PHONY: demo test check slow mutants product bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -35,8 +35,15 @@ mutants: $(STAMP)  ## most of an hour: the mutation score of the core, into test
 product: $(STAMP)  ## an hour: every sensible combination of all controls, two steps each
 	$(BIN)/pytest -m slow tests/invariants/test_composition.py
 
+BENCH := .venv-bench
+
+bench: ## at most 20 minutes: speed and memory beside TRL, into bench/results; an environment of its own
+	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet -c constraints.txt -e '.[dev,bench,smollm2]'
+	$(BENCH)/bin/python -m bench.run $(BENCH_ARGS)
+
 docs: $(STAMP)  ## rewrite docs/config.md from the models
 	$(BIN)/python docs/make_config.py
 
 clean:
-	rm -rf $(VENV) build mutants runs src/*.egg-info
+	rm -rf $(VENV) $(BENCH) build mutants runs src/*.egg-info
