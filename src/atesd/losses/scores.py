@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
-from atesd.losses.summands import Summand, Summed, dot, pair, summed
+from atesd.losses.summands import Summand, Summed, pair, summed
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role, slices
 
@@ -125,17 +126,17 @@ def _score(logits: Sequence[Tensor], labels_r: Tensor, scoring: Scoring, wanted:
         # A label outside the vocabulary is NaN and stops the run, instead of scoring some other token.
         return torch.where(is_label_r, log_p.gather(1, labels_r1)[:, 0], torch.nan)
 
-    student_top_r, student_id_r = log_q.max(-1)
+    student_top_r, teacher_top_r1 = log_q.amax(-1), log_views[0].argmax(-1, keepdim=True)  # an argmax costs an exp
     scores = Scores(
         loss=objective.loss,
         logprob=at_label(log_q),
         view_logprobs_NW=torch.stack([at_label(log_view) for log_view in log_views], -1),
         divergence=plain.divergence.clamp(min=0),
-        reverse_kl=(-dot(q, teacher.gap) - teacher.surplus).clamp(min=0),
-        student_entropy=-dot(q, log_q),
-        teacher_entropy=-dot(teacher.p, log_views[0]),
+        reverse_kl=(-vecdot(q, teacher.gap) - teacher.surplus).clamp(min=0),
+        student_entropy=-vecdot(q, log_q),
+        teacher_entropy=-vecdot(teacher.p, log_views[0]),
         student_max_prob=student_top_r.exp(),
-        top1_agree=(student_id_r == log_views[0].argmax(-1)).to(log_q.dtype),
+        top1_agree=(log_q.gather(1, teacher_top_r1)[:, 0] == student_top_r).to(log_q.dtype),
         held_frac=objective.held_frac,
         held_mass=objective.held_mass,
         is_reversed=objective.is_reversed,

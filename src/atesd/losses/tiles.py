@@ -52,28 +52,40 @@ class Tile:
     def __init__(self, student: Role, views: Sequence[Role], tokens: int) -> None:
         self._roles = (student, *views)
         self._dtype = compute_dtype(student, views)
-        vocabulary = student.head_VH.shape[0]
-        self._room = [
-            torch.empty(tokens, vocabulary, dtype=self._dtype, device=student.hidden_NH.device) for _ in self._roles
-        ]
+        size = (len(self._roles) * tokens, student.head_VH.shape[0])
+        self._room = torch.empty(size, dtype=self._dtype, device=student.hidden_NH.device)
+        heads = {
+            (role.head_VH.data_ptr(), role.head_VH.dtype, product_dtype(role, self._dtype)) for role in self._roles
+        }
+        self._shares_head = len(heads) == 1
 
     def logits(self, rows: slice) -> list[Tensor]:
         """Return the tempered logits of some tokens, [n, V] a role, the student's first; the caller may overwrite."""
-        found = []
-        for role, room in zip(self._roles, self._room, strict=True):
-            logits_nV = room[: rows.stop - rows.start]
-            operands = product_dtype(role, self._dtype)
-            hidden_nH = role.hidden_NH[rows].to(operands)
-            for columns in head_slices(role.head_VH, operands):
-                head_Hv = role.head_VH[columns].to(operands).T
-                if operands == self._dtype:
-                    torch.mm(hidden_nH, head_Hv, out=logits_nV[:, columns])
-                else:
-                    logits_nV[:, columns] = torch.mm(hidden_nH, head_Hv, out_dtype=self._dtype)
+        count = rows.stop - rows.start
+        found = list(self._room[: len(self._roles) * count].split_with_sizes([count] * len(self._roles)))
+        if self._shares_head:  # one product of twice as many rows is faster than two
+            self._multiply(self._roles, rows, self._room[: len(self._roles) * count])
+        else:
+            for role, logits_nV in zip(self._roles, found, strict=True):
+                self._multiply([role], rows, logits_nV)
+        for role, logits_nV in zip(self._roles, found, strict=True):
             if role.bias_V is not None:
                 logits_nV += role.bias_V
-            found.append(logits_nV if role.temperature == 1 else logits_nV.div_(role.temperature))
+            if role.temperature != 1:
+                logits_nV.div_(role.temperature)
         return found
+
+    def _multiply(self, roles: Sequence[Role], rows: slice, out: Tensor) -> None:
+        """Multiply the roles' hidden states, one behind the other, with the head of the first."""
+        head_VH = roles[0].head_VH
+        operands = product_dtype(roles[0], self._dtype)
+        hidden = torch.cat([role.hidden_NH[rows].to(operands) for role in roles])
+        for columns in head_slices(head_VH, operands):
+            head_Hv = head_VH[columns].to(operands).T
+            if operands == self._dtype:
+                torch.mm(hidden, head_Hv, out=out[:, columns])
+            else:
+                out[:, columns] = torch.mm(hidden, head_Hv, out_dtype=self._dtype)
 
 
 def head_slices(head_VH: Tensor, operands: torch.dtype) -> list[slice]:

@@ -677,7 +677,7 @@ def test_no_tensor_exceeds_a_tile(config: LossConfig) -> None:
     with LargestTensor(allowed=[(vocabulary, hidden), (vocabulary,)]) as record:  # gradients of head and bias
         streams = run(student, teacher, labels, tiled)
         (streams.divergence_N.sum() + streams.logprob_N.sum()).backward()
-    assert record.largest == 2 * vocabulary, record.shape
+    assert record.largest == 2 * 2 * vocabulary, record.shape  # two tokens, two roles
 
 
 class Products(TorchDispatchMode):
@@ -740,6 +740,26 @@ def test_products_with_the_head(
     with Products() as products:
         torch.autograd.grad(total, trained)  # what was kept is used up
     assert products.count >= 2 * tiles
+
+
+@pytest.mark.parametrize(
+    "config", [LossConfig(), LossConfig(divergence=JSD(), temperature_student=1.3, tile_logits=3 * V)]
+)
+def test_roles_of_one_head_share_a_product(config: LossConfig) -> None:
+    student, teacher, labels = make()
+    views = [Scored(teacher.hidden_NH, student.head_VH.detach(), teacher.bias_V)]
+    with Products() as products:
+        one = run(student, views[0], labels, config, temperature=0.8)
+    apart = run(
+        student, Scored(teacher.hidden_NH, student.head_VH.detach().clone(), teacher.bias_V), labels, config, 0.8
+    )
+    tiles = 3 if config.tile_logits else 1
+    assert products.count == tiles * (1 if tiles == 1 else 3)  # gradients of hidden states and head, in tiles at once
+    torch.testing.assert_close(one.divergence_N, apart.divergence_N)
+    gradients = [torch.autograd.grad(streams.divergence_N.sum(), parameters(student)) for streams in (one, apart)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(one.stats.teacher_entropy, apart.stats.teacher_entropy)
 
 
 def test_labels_without_a_teacher_cost_no_logits_of_one() -> None:
