@@ -70,7 +70,7 @@ class Tile:
                 self._multiply([role], rows, logits_nV)
         for role, logits_nV in zip(self._roles, found, strict=True):
             if role.bias_V is not None:
-                logits_nV += role.bias_V
+                logits_nV.add_(role.bias_V)
             if role.temperature != 1:
                 logits_nV.div_(role.temperature)
         return found

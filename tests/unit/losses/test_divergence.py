@@ -747,9 +747,9 @@ def test_products_with_the_head(
 )
 def test_roles_of_one_head_share_a_product(config: LossConfig) -> None:
     student, teacher, labels = make()
-    views = [Scored(teacher.hidden_NH, student.head_VH.detach(), teacher.bias_V)]
     with Products() as products:
-        one = run(student, views[0], labels, config, temperature=0.8)
+        view = Scored(teacher.hidden_NH, student.head_VH.detach(), teacher.bias_V)
+        one = run(student, view, labels, config, temperature=0.8)
     apart = run(
         student, Scored(teacher.hidden_NH, student.head_VH.detach().clone(), teacher.bias_V), labels, config, 0.8
     )
