@@ -22,7 +22,8 @@ KEYS = (
     "probe_share",
     "token_exponent",
 )
-"""Speed-ups and ratios are peer over atesd: above 1 atesd is the faster, or the smaller."""
+"""Speed-ups are the peer's seconds over atesd's: above 1 atesd is the faster. Memory ratios are atesd's MiB over the
+peer's: below 1 atesd is the smaller."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def summarise(raw: Mapping[str, Any]) -> dict[str, float]:
         "score_speedup_vs_trl_frozen_head": speedup(score["frozen_head"], "trl"),
         "score_vs_dense": speedup(score["full"], "dense"),
         "score_vs_trl_tiles": speedup(score["full"], "trl_tiles"),
-        "score_memory_ratio_vs_trl": mib["full"]["trl"] / mib["full"]["atesd"],
-        "score_memory_ratio_vs_trl_frozen_head": mib["frozen_head"]["trl"] / mib["frozen_head"]["atesd"],
+        "score_memory_ratio_vs_trl": mib["full"]["atesd"] / mib["full"]["trl"],
+        "score_memory_ratio_vs_trl_frozen_head": mib["frozen_head"]["atesd"] / mib["frozen_head"]["trl"],
         "step_speedup_vs_trl": speedup(step["pico"], "trl"),
         "smollm2_step_speedup_vs_trl": speedup(step["smollm2"], "trl"),
         "matmul_fraction": machine["matmul"]["fraction"]["atesd"]["median"],

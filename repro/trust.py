@@ -69,7 +69,9 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "metrics": [{key: value for key, value in row.items() if not is_timing(key)} for row in opened.metrics()],
         "groups": opened.groups(),
-        "rows": {path.name: path.read_bytes() for f in ("eval", "rollouts") for path in (run / f).glob("step_[0-9]*.jsonl")},
+        "rows": {
+            path.name: path.read_bytes() for f in ("eval", "rollouts") for path in (run / f).glob("step_[0-9]*.jsonl")
+        },
         "weights": tensors(run / "final"),
         "result": {key: value for key, value in (opened.result() or {}).items() if key != "seconds"},
     }
