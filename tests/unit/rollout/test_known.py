@@ -115,6 +115,8 @@ def test_other_architectures_and_adapters_go_to_generate() -> None:
     assert why_unknown(model, 16) == "its architecture is GPT2LMHeadModel"
     assert len(sampler_of(model).sample(PROMPTS, SAMPLING, seed=0)) == 3
     assert why_unknown(Derived(family_model("llama with yarn").config), 16) == "its architecture is Derived"
+    Derived.__name__ = "LlamaForCausalLM"
+    assert why_unknown(Derived(family_model("llama with yarn").config), 16) == "its architecture is LlamaForCausalLM"
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     tuned = get_peft_model(family_model("qwen3"), config).get_base_model()
     assert why_unknown(tuned, 16) == "layers.0.self_attn.k_proj is a Linear"
