@@ -124,6 +124,6 @@ EnvSection = Annotated[
 ]
 
 EngineSection = Annotated[
-    HFEngine,  # transformers' generate on the weights that train
+    HFEngine,  # in the training process, on the weights that train
     Field(discriminator="kind"),
 ]

@@ -186,16 +186,15 @@ def token_streams(
     scoring = _scoring(views, labels_N, config, target, config.temperature_teacher or temperature)
 
     def weights(scores: Scores, rows: slice) -> Tensor:
-        old_n = None if old_logprob_N is None else old_logprob_N[rows]
-        streams = _streams(scores, config, target, old_n)
+        streams = _streams(scores, config, target, None)
         weight_n = torch.ones_like(scores.loss) if use.weights is None else use.weights(streams.stats, rows)
         return torch.where(streams.stats.clip_frac > 0, 0, weight_n) if config.clip == "token" else weight_n
 
-    is_sampled = config.divergence.kind == "sampled"
+    is_sampled, has_loss = config.divergence.kind == "sampled", scoring.objective != "none"
     scores = scores_with_gradient(
         Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
         scoring,
-        Wanted(use.loss and not is_sampled, use.logprob or (use.loss and is_sampled)),
+        Wanted(use.loss and has_loss, use.logprob or (use.loss and is_sampled)),
         weights,
     )
     return _streams(scores, config, target, old_logprob_N)

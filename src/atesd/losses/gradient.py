@@ -84,7 +84,8 @@ class TiledScores(torch.autograd.Function):
         ctx.scoring, ctx.temperature = scoring, temperature
         ctx.save_for_backward(hidden_NH, head_VH, bias_V)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*scores[2:])
+        fixed = scores[2:] if scoring.objective != "none" else (scores.loss, *scores[2:])
+        ctx.mark_non_differentiable(*fixed)
         return tuple(scores)
 
     @staticmethod

@@ -18,8 +18,9 @@ from atesd.losses.summands import Summand, Summed, pair, summed
 from atesd.losses.target import Target
 from atesd.losses.tiles import Role, slices
 
-BLOCK = 2**18
-"""Logits of a role that a CPU works on together, so that some twenty passes over them find them in its caches."""
+BLOCK, BLOCK_ON_GPU = 2**18, 2**24
+"""Logits of a role that are worked on together: some twenty passes over them find them in a CPU's caches, and what they
+make, some eight tensors of this size, stays small on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Slopes(NamedTuple):
 def score(logits: Sequence[Tensor], labels_n: Tensor, scoring: Scoring, wanted: Wanted) -> tuple[Scores, Slopes]:
     """Score a tile of logits, [n, V] a role, the student's first; the slopes are written over them."""
     tokens, vocabulary = logits[0].shape
-    together = tokens if logits[0].is_cuda else max(torch.get_num_threads(), BLOCK // vocabulary)
+    block = BLOCK_ON_GPU if logits[0].is_cuda else BLOCK
+    together = max(torch.get_num_threads(), block // vocabulary)
     loss_nV = logits[0] if wanted.loss else None
     logprob_nV = logits[1 if wanted.loss else 0] if wanted.logprob else None
     parts = []
@@ -161,16 +163,14 @@ class _Objective(NamedTuple):
 
 
 def _nothing(plain: Summed) -> _Objective:
-    """Nothing to optimise but the label's log-probability."""
+    """Nothing to optimise but the label's log-probability: no gradient is ever asked for."""
     none_r = torch.zeros_like(plain.loss)
-    return _Objective(none_r, none_r, none_r, none_r > 0, lambda: torch.zeros_like(plain.pair.q))
+    return _Objective(none_r, none_r, none_r, none_r > 0, plain.gradient)
 
 
 def _full(target: Summed, log_p: Tensor) -> _Objective:
-    is_clipped = target.slope is not target.plain_slope
-    top_r1 = log_p.argmax(-1, keepdim=True) if is_clipped else torch.empty_like(target.held, dtype=torch.long)[:, None]
-    held_frac = target.held / log_p.shape[1]
-    return _Objective(target.loss, held_frac, target.held_mass, target.is_reversed(top_r1), target.gradient)
+    is_reversed = target.is_reversed(lambda: log_p.argmax(-1, keepdim=True))
+    return _Objective(target.loss, target.held / log_p.shape[1], target.held_mass, is_reversed, target.gradient)
 
 
 def _top_k(scoring: Scoring, log_p: Tensor, log_q: Tensor, q: Tensor) -> _Objective:
@@ -203,6 +203,9 @@ def _top_k(scoring: Scoring, log_p: Tensor, log_q: Tensor, q: Tensor) -> _Object
     # Where the target's top entry lies outside the support, the tail's sign is its own; without a tail nothing moves.
     is_top_rk = ids_rk == log_p.argmax(-1, keepdim=True)
     is_inside_r1 = is_top_rk.any(-1, keepdim=True)
-    place_r1 = torch.where(is_inside_r1, is_top_rk.int().argmax(-1, keepdim=True), log_p_rk.shape[1] - 1)
-    is_reversed = support.is_reversed(place_r1) & (is_inside_r1[:, 0] | scoring.tail)
+
+    def place() -> Tensor:
+        return torch.where(is_inside_r1, is_top_rk.int().argmax(-1, keepdim=True), log_p_rk.shape[1] - 1)
+
+    is_reversed = support.is_reversed(place) & (is_inside_r1[:, 0] | scoring.tail)
     return _Objective(support.loss, support.held / log_p_rk.shape[1], support.held_mass, is_reversed, gradient)

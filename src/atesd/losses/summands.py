@@ -107,10 +107,11 @@ class Summed(NamedTuple):
             return self.slope  # whose sum is 0
         return torch.addcmul(self.slope, self.pair.q, self.slope.sum(-1, keepdim=True), value=-1)
 
-    def is_reversed(self, ids_n1: Tensor) -> Tensor:
-        """Tell whether the clip turns round the gradient to an entry, so that up becomes down; [n]."""
+    def is_reversed(self, entry: Callable[[], Tensor]) -> Tensor:
+        """Tell whether the clip turns round the gradient to an entry [n, 1], so that up becomes down; [n]."""
         if self.slope is self.plain_slope:
             return torch.zeros_like(self.loss, dtype=torch.bool)
+        ids_n1 = entry()
         q_n1 = self.pair.q.gather(1, ids_n1)
         clipped_n1, plain_n1 = (
             slope.gather(1, ids_n1) - q_n1 * slope.sum(-1, keepdim=True) for slope in (self.slope, self.plain_slope)

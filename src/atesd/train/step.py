@@ -81,6 +81,10 @@ class MicroBatch:
         """Give every token its row's number."""
         return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
 
+    def weighed(self, selection_N: Tensor) -> Tensor:
+        """Return the selection times its rows' problem weights: what a token weighs before its gate."""
+        return selection_N * self.spread([row.weight for row in self.rows], selection_N.device)
+
 
 def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Add up the components of micro-batches."""
@@ -195,7 +199,7 @@ class Stepper:
         if "distil" in active:
             gate_N = self._gate.weights(streams.stats).detach()
             scored.heard = Listening(streams.stats, selection_N, gate_N)
-            scored.weight_N = selection_N * gate_N * batch.spread([row.weight for row in batch.rows], gate_N.device)
+            scored.weight_N = gate_N * batch.weighed(selection_N)
             values_N = self._gate.values(streams)
             scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
         if "rl" in active:
@@ -226,8 +230,8 @@ class Stepper:
         of_label = any(name != "distil" for name in active)
         if not (is_heard and self._gate.reads_divergence):
             return Use(loss=False, logprob=of_label or is_heard)
-        weight_N = selection_N * batch.spread([row.weight for row in batch.rows], selection_N.device)
-        numbering_N = batch.numbering(weight_N.device)
+        numbering_N = batch.numbering(selection_N.device)
+        weight_N = batch.weighed(selection_N)
         weight_N = aggregate_weights(weight_N, selection_N, numbering_N, self._scorer.loss.aggregate)
 
         def weights(stats: TokenStats, rows: slice) -> Tensor:

@@ -762,6 +762,19 @@ def test_roles_of_one_head_share_a_product(config: LossConfig) -> None:
     torch.testing.assert_close(one.stats.teacher_entropy, apart.stats.teacher_entropy)
 
 
+@pytest.mark.parametrize("use", [Use(), Use(logprob=True), Use(loss=False, logprob=True)])
+@pytest.mark.parametrize("tile", [None, V])
+def test_labels_alone_have_no_divergence_to_derive(use: Use, tile: int | None) -> None:
+    student, _, labels = make()
+    streams = token_streams(student, [], labels, LossConfig(tile_logits=tile), target=Plain(), temperature=1.0, use=use)
+    assert not streams.divergence_N.requires_grad
+    total = (streams.divergence_N + streams.logprob_N).sum()
+    dense_total = logits_of(student).log_softmax(-1).gather(1, labels[:, None]).sum()
+    found, expected = (torch.autograd.grad(value, parameters(student)) for value in (total, dense_total))
+    for tensor, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, reference)
+
+
 def test_labels_without_a_teacher_cost_no_logits_of_one() -> None:
     student, _, labels = make()
     with Products() as products:
