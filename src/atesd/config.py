@@ -44,7 +44,7 @@ from atesd.rollout.sampler import SamplingConfig
 from atesd.routing.fixed import Distil
 from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig
 from atesd.selection import SelectAll
-from atesd.strength import Constant, Guard, Strength
+from atesd.strength import Aligned, Constant, Guard, Strength
 from atesd.tasks.kinds import PicoConfig
 from atesd.types import Config
 
@@ -202,6 +202,8 @@ class RunConfig(Config):
         """Return what answers the lambda of each step: measured only where the target or the router caps it."""
         if self.target.capped or self.routing.reads_lambda:
             return Guard(run, always=self.target.capped)
+        if self.target.asks_rewards:
+            return Aligned(run)
         return Constant(run)
 
     def about(self) -> dict[str, Any]:
@@ -316,6 +318,12 @@ class RunConfig(Config):
         if self.target.capped and self.routing.reads_lambda:
             raise ValueError(
                 f'routing.kind = "{self.routing.kind}" caps lambda itself where it must: remove target.guard'
+            )
+        if self.target.asks_rewards and (self.routing.reads_lambda or self.exposure.reads_lambda):
+            name, method = ("routing", self.routing) if self.routing.reads_lambda else ("exposure", self.exposure)
+            raise ValueError(
+                f'{name}.kind = "{method.kind}" weighs how far the target is extrapolated, which target.aligned = true '
+                "moves: remove target.aligned"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from atesd.cliff import CliffConfig
@@ -19,6 +19,8 @@ class RunFacts:
     problems_per_step: int = 1
     problem_ids: Sequence[str] = ()
     """Of the training problems, in their order."""
+    levels: Mapping[str, str] = field(default_factory=dict)
+    """Level of each training problem by its id."""
     teacher_frozen: bool = True
     """Whether the teacher's answers depend on the hint alone for the whole run."""
     strength: float = 1.0

@@ -20,12 +20,14 @@ from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
+from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
 from atesd.gradients.rule import AllGradients
 from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rollout.hf import HFEngine
+from atesd.routing.aligned import Aligned
 from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
@@ -92,7 +94,8 @@ SelectionSection = Annotated[
 
 GateSection = Annotated[
     OpenGate  # every token listens fully
-    | SdarGate,  # a sigmoid of the gap or of the entropy: SDAR
+    | SdarGate  # a sigmoid of the gap or of the entropy: SDAR
+    | AlignedGate,  # where teacher and outcome agree
     Field(discriminator="kind"),
 ]
 
@@ -103,6 +106,7 @@ RoutingSection = Annotated[
     | Hdpo  # failed groups are distilled: HDPO
     | Retire  # both, until the mismatch stops shrinking: RetireOPD
     | Cliff  # distil while lambda is safe
+    | Aligned  # distil where that raises the reward
     | Supervised,  # cross-entropy on the references
     Field(discriminator="kind"),
 ]

@@ -2,7 +2,8 @@
 
     lambda_eff = min(lambda, 1 + kappa (lambda* - 1))        where the target or the step's router asks for the cap
 
-lambda* as in cliff.py (2605.08737); the cap is ours.
+lambda* as in cliff.py (2605.08737); the cap is ours. So is asking graded rollouts: then lambda_eff is lambda where a
+step to that target would raise the reward more than one to the teacher itself (alignment.py), else 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Protocol
 
+from atesd.alignment import CreditSum
 from atesd.cliff import CliffMeter
 from atesd.facts import RunFacts
 from atesd.types import Measurement, Observation, Policy, Stateless
@@ -33,6 +35,48 @@ class Constant(Stateless):
     def at(self, ratio: float, *, capped: bool) -> float:  # noqa: ARG002
         """Return the wanted lambda."""
         return self._wanted
+
+
+class Aligned:
+    """Reaches beyond the teacher while that has the higher credit; asks every `every` steps. Begins at 1."""
+
+    def __init__(self, run: RunFacts, *, every: int = 5, decay: float = 0.8) -> None:
+        self._candidates = (1.0, run.strength)
+        self._credits = CreditSum(len(self._candidates), decay)
+        self._every = every
+        self._fresh = False
+
+    def at(self, ratio: float, *, capped: bool) -> float:  # noqa: ARG002
+        """Return 1 or the wanted lambda."""
+        return self._candidates[self._credits.best()] if self._credits.known else 1.0
+
+    def wants(self, step: int) -> Sequence[Measurement]:
+        """Ask for both candidates' credits on the cadence."""
+        if not step or step % self._every:
+            return []
+        return [Measurement("reward_influence_lambda", strength) for strength in self._candidates]
+
+    def observe(self, observation: Observation) -> None:
+        """Add the credits up."""
+        tables = [observation.table(measurement) for measurement in self.wants(observation.step)]
+        self._fresh = bool(tables) and all(tables)
+        if self._fresh:
+            self._credits.add([list(table.values()) for table in tables])
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return what lambda gains over its error where it was asked for, and the lambda in force."""
+        if not self._fresh:
+            return {}
+        return {"target/lambda_credit": self._credits.gain(1, 0), "target/lambda": self.at(1.0, capped=False)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the credits."""
+        return {"credits": self._credits.state_dict(), "fresh": self._fresh}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._credits.load_state_dict(state["credits"])
+        self._fresh = state["fresh"]
 
 
 class Guard:

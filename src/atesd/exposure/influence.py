@@ -1,16 +1,16 @@
 """Influence credit: exposure by what each candidate ratio's gradient would do to the probe, to first order, no delay.
 
-    credit(alpha_k) = <g_probe, P g_k> / sqrt(<g_probe, P g_probe> <g_k, P g_k>)
+    credit(alpha_k) = s_k <g_probe, P g_k> / sqrt(<g_probe, P g_probe>),     s_k = min(1, max_grad_norm / ||g_k||)
 
 g_probe is the gradient of the student's hint-free probe NLL, g_k that of the distillation loss with the teacher at
-alpha_k on the completions of the latest step, P Adam's preconditioner: the update -eta P g_k lowers the probe NLL by
-eta <g_probe, P g_k> to first order. At every window boundary the credits enter moving averages c_k; the next ratio is
+alpha_k on the completions of the latest step, P Adam's preconditioner: the update -eta P s_k g_k lowers the probe NLL
+by eta s_k <g_probe, P g_k> to first order. At every window boundary the credits enter moving averages c_k; the next
+ratio is
 
     alpha = sum_k softmax(z_k / temperature) alpha_k,   z_k = (c_k - mean c) / std c.
 
-Ours. The cosine stands for the bare product because the gradient is clipped to a norm anyway, and
-standardising makes the temperature the same for every model. Measured by `train/credit.py` on
-`probe.credit_parameters`.
+Ours. Standardising makes the temperature the same for every model. Measured by `train/credit.py` on
+`probe.credit_parameters`. With `reference = "reward"` graded rollouts take the probe's place (exposure/aligned.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from atesd.alignment import Credits
+from atesd.exposure.aligned import AlignedController
 from atesd.exposure.controller import Controller
 from atesd.exposure.held import Held, HeldMethod, Ratio
 from atesd.exposure.window import is_idle
@@ -41,6 +43,11 @@ class Influence(HeldMethod):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.2
     """Softness of the choice between ratios; towards 0 it takes the best one. From .001 to 1000."""
 
+    reference: Literal["probe", "reward"] = "probe"
+    """What a step is asked for: a lower NLL of the probe's references, or the reward of earlier graded completions."""
+    by: Literal["none", "level"] = "none"
+    """Whether each level of problems has a ratio of its own; with `reference = "reward"`."""
+
     measured: ClassVar[bool] = True
     reads_length: ClassVar[bool] = False
 
@@ -54,9 +61,12 @@ class Influence(HeldMethod):
             raise ValueError("exposure.grid needs at least two ratios, rising, each once")
         return self
 
-    def build(self, run: RunFacts) -> Controller:  # noqa: ARG002
+    def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        return InfluenceController(self)
+        if self.reference == "probe":
+            return InfluenceController(self)
+        credits = Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels)
+        return AlignedController(self.grid, credits, start=self.start, hold=self.hold)
 
 
 class InfluenceController(Held):

@@ -1,10 +1,12 @@
 """Paired credit: the same completions under a little more and a little less exposure, compared on the probe.
 
-    credit(alpha) = [l(theta - eta P g-) - l(theta - eta P g+)] / (alpha+ - alpha-),   alpha+- = alpha +- delta
+    credit(alpha) = [l(step(g-)) - l(step(g+))] / (alpha+ - alpha-),   alpha+- = alpha +- delta
 
-l is the student's hint-free probe NLL, g+- the distillation gradients on the latest completions with the teacher at
-alpha+-, and both steps are virtual: the weights are put back. Positive: more exposure would help. At every window
-boundary alpha moves by rate * credit / (root mean square of the credits so far), at most by rate.
+l is the student's hint-free probe NLL, or minus the advantage-weighted log-likelihood of the graded completions of the
+steps before; g+- are the distillation gradients on the latest completions with the teacher at alpha+-; step(g) is where
+the optimizer's next step on g would lead, moments included. Both steps are virtual: the weights are put back. Positive:
+more exposure would help. At every window boundary alpha moves by rate * credit / (root mean square of the credits so
+far), at most by rate.
 
 Ours. Deviation: the real update is taken at alpha itself instead of with the mean of both gradients, so
 that the step stays blind to the method. Measured by `train/credit.py`.
@@ -34,6 +36,8 @@ class Paired(BoundedMethod):
     """How much more and less is compared."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Largest change of the ratio per window."""
+    reference: Literal["probe", "reward"] = "probe"
+    """What both steps are compared by: the NLL of the probe's references, or the reward of earlier completions."""
 
     measured: ClassVar[bool] = True
     reads_length: ClassVar[bool] = False
@@ -67,7 +71,8 @@ class PairedController(Held):
         """Ask for the effect of a step at either side of the ratio where the window may end."""
         if step == 0 or not self._clock.may_end:
             return []
-        return [Measurement("virtual_nll", ratio) for ratio in self._sides]
+        kind = "virtual_nll" if self._config.reference == "probe" else "virtual_reward"
+        return [Measurement(kind, ratio) for ratio in self._sides]
 
     def observe(self, observation: Observation) -> None:
         """Move the ratio where both sides were measured and the window has ended."""

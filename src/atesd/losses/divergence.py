@@ -272,5 +272,6 @@ def _streams(scores: Scores, config: LossConfig, target: Target, old_logprob_N: 
         clipped_mass=held_mass.float(),
         reverse_kl=scores.reverse_kl.float(),
         reversed=scores.is_reversed.float(),
+        advantage=torch.zeros_like(scores.logprob, dtype=torch.float32, requires_grad=False),
     )
     return TokenStreams(loss, scores.logprob, stats)

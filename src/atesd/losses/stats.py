@@ -34,3 +34,5 @@ class TokenStats:
     """KL(student || teacher), whatever divergence is configured."""
     reversed: Tensor
     """1 where the clipped derivative on the teacher's top entry is positive: descent pushes it down."""
+    advantage: Tensor
+    """The attempt's reward minus what was to be expected, the same for all its tokens; 0 where it is not known."""

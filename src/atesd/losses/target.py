@@ -66,6 +66,11 @@ class TargetMethod(Method):
         """Whether lambda is held, at every step, to the cap that lambda* sets: the field `guard`."""
         return False
 
+    @property
+    def asks_rewards(self) -> bool:
+        """Whether lambda is 1 unless graded rollouts speak for more: the field `aligned`."""
+        return False
+
 
 class _Unscaled(TargetMethod):
     """A target without a strength."""
@@ -107,9 +112,16 @@ class Extrapolate(TargetMethod):
     """lambda: 1 is the teacher, more goes beyond it. G-OPD's best is 1.25; 1.5 was unstable there."""
     guard: bool = False
     """Cap lambda at 1 + kappa (lambda* - 1), with lambda* measured as the section `cliff` says."""
+    aligned: bool = False
+    """Reach beyond the teacher only while that would raise the reward of graded rollouts (ours, alignment.py)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.aligned and (self.guard or self.lambda_x <= 1):
+            raise ValueError(
+                "target.aligned = true decides when the target reaches beyond the teacher: set target.lambda_x above "
+                "1, such as 1.25, and leave target.guard out"
+            )
         if self.guard and self.lambda_x <= 1:
             raise ValueError(
                 "target.guard = true caps how far the target is extrapolated, but here it is not: "
@@ -121,6 +133,11 @@ class Extrapolate(TargetMethod):
     def capped(self) -> bool:
         """By `guard`."""
         return self.guard
+
+    @property
+    def asks_rewards(self) -> bool:
+        """By `aligned`."""
+        return self.aligned
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -142,7 +159,12 @@ class Extrapolate(TargetMethod):
         if self.is_first_view:
             return ""
         where = "goes beyond the teacher" if self.lambda_x > 1 else "stays between the step-0 weights and the teacher"
-        return f"The target {where}: λ {self.lambda_x:g}" + (", capped by the measured λ*" if self.guard else "")
+        return f"The target {where}: λ {self.lambda_x:g}" + self._condition()
+
+    def _condition(self) -> str:
+        if self.aligned:
+            return ", while that would raise the reward of graded rollouts"
+        return ", capped by the measured λ*" if self.guard else ""
 
     def at(self, strength: float) -> Extrapolate:
         """Return the same target with another lambda."""

@@ -53,6 +53,8 @@ class Row:
     """Empty where the completion was not sampled (the supervised route)."""
     advantage: float = 0.0
     """Group-relative advantage of the row's attempt, for `rl`."""
+    outcome: float = 0.0
+    """The attempt's reward minus what was to be expected (train/outcomes.py); 0 where that is not known."""
     weight: float = 1.0
     """Weight of the problem in the distillation loss."""
 
@@ -101,6 +103,12 @@ def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device) -
 def labels(passages: Sequence[Passage], device: torch.device) -> Tensor:
     """Return the N labels in the order of the scored positions."""
     return torch.tensor([token for passage in passages for token in passage.completion]).to(device)
+
+
+def spread(values: Sequence[float], passages: Sequence[Passage], like: Tensor) -> Tensor:
+    """Give every scored token its passage's number, [N], on the device and of the type of another tensor."""
+    sizes = torch.tensor([len(passage.completion) for passage in passages])
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(like)
 
 
 def micro_batches(costs: Sequence[int], token_budget: int) -> Iterator[list[int]]:

@@ -1,76 +1,78 @@
-"""Credit of exposure ratios from gradients: what a step at each ratio would do to the probe.
+"""Credit of what the teacher's signal could be: what a step with it would do to the probe, or to the reward.
 
-    influence@r     <g_probe, P g_r> / sqrt(<g_probe, P g_probe> <g_r, P g_r>)
-    virtual_nll@r   probe NLL at theta - lr P g_r
+    influence@r                 s_r <g_probe, P g_r> / sqrt(<g_probe, P g_probe>)
+    virtual_nll@r               probe NLL after the optimizer's own next step on g_r
+    virtual_reward@r            -(1/tokens) sum A log p of earlier completions after that step
+    reward_influence@r          s_r <g_R, P g_r> by fold of g_R; ..._by_level: by level of the problems as well
+    reward_influence_lambda@l   the same of the target's lambda l, at the ratios in force
 
-g_probe is the gradient of the student's hint-free probe NLL, g_r that of the distillation loss on the completions of
-the latest step with the teacher at ratio r, as a mean over tokens: target and gate are included; selection, problem
+g_probe is the gradient of the student's hint-free probe NLL; g_R that of -(1/tokens) sum A log p over the graded
+completions of the steps before the latest one (train/outcomes.py); g_r that of the distillation loss on the completions
+of the latest step with the teacher at ratio r, as a mean over tokens: target and gate are included; selection, problem
 weights, `loss.aggregate` and the router's coefficient are not. P = 1 / (sqrt(v) + eps) is Adam's preconditioner, 1
-before the first update; lr is the recipe's, before its schedule. One student pass serves all ratios, and the teacher
-reads as many of them in one pass as the token budget holds. Weights come back bit for bit.
+before the first update; s_r = min(1, max_grad_norm / ||g_r||), over the credited weights, is what clipping leaves. The
+virtual step is AdamW's with its two moments, weight decay and present rate. Weights come back bit for bit.
+
+Where rewards are asked, all groups of the step are looked at, whatever their route: what would distillation do there?
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from atesd.gates.gate import Gate
-from atesd.losses.divergence import Scored, Use
 from atesd.losses.target import Target
 from atesd.routing.route import Route
 from atesd.sections import OptimConfig
-from atesd.train.batch import Passage, Row, micro_batches
-from atesd.train.rows import Rows
+from atesd.train.batch import Passage, spread
+from atesd.train.directions import Batch, Directions, Gradient
+from atesd.train.outcomes import Outcomes
 from atesd.train.scorer import Scorer
-from atesd.train.teacher import Teachers
 from atesd.types import Group, UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Latest:
-    """The distilled groups of the latest step, and the target that they were distilled to."""
-
-    groups: Sequence[Group]
-    target: Target
-
-
 class Credit:
-    """Takes gradients of the latest generation batch, on at most `problems` of its distilled groups."""
+    """Compares gradients on at most `problems` groups of the latest generation batch."""
 
     def __init__(
         self,
         *,
         scorer: Scorer,
-        teachers: Teachers,
-        rows: Rows,
-        gate: Gate,
+        directions: Directions,
+        outcomes: Outcomes,
         optimizer: Any,
         optim: OptimConfig,
         references: Sequence[Passage],
         parameters: Literal["last_layer", "all"],
         problems: int,
     ) -> None:
+        self.outcomes = outcomes
         self._scorer = scorer
-        self._teachers = teachers
-        self._rows = rows
-        self._gate = gate
+        self._directions = directions
         self._optimizer = optimizer
         self._optim = optim
         self._references = references
         self._parameters = parameters
         self._problems = problems
-        self._latest: Latest | None = None
+        self._distilled: Batch | None = None
+        self._every: Batch | None = None
 
-    def remember(self, groups: Sequence[Group], routes: Sequence[Route], target: Target) -> None:
-        """Keep the groups that were distilled for the measurements after the update."""
-        distilled = [group for group, route in zip(groups, routes, strict=True) if "distil" in route.components]
-        self._latest = Latest(distilled[: self._problems], target) if distilled else None
+    def remember(
+        self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], target: Target
+    ) -> None:
+        """Keep the step's groups for the measurements after the update, and how they were graded."""
+        self.outcomes.add(groups)
+        part = slice(self._problems)
+        chosen = [index for index, route in enumerate(routes) if "distil" in route.components][part]
+        self._every = Batch(groups[part], ratios[part], target)
+        self._distilled = None
+        if chosen:
+            self._distilled = Batch([groups[index] for index in chosen], [ratios[index] for index in chosen], target)
 
     def influence(self, ratios: Sequence[float]) -> list[float | None]:
         """Return the credit of each ratio; None before the first batch and where nothing was distilled."""
@@ -79,37 +81,113 @@ class Credit:
         if gradients is None:
             return [None] * len(ratios)
         scale = [self._preconditioner(weight) for weight in weights]
-        probe = self._probe_gradient(weights)
+        probe = self._directions.of_references(self._references, weights)
         norm = math.sqrt(_dot(probe, probe, scale))
-        found: list[float | None] = []
-        for gradient in gradients:
-            size = norm * math.sqrt(_dot(gradient, gradient, scale))
-            found.append(_dot(probe, gradient, scale) / size if size > 0 else 0.0)
-        return found
+        return [
+            self._clip(gradient) * _dot(probe, gradient, scale) / norm if norm > 0 else 0.0 for gradient in gradients
+        ]
 
-    def virtual(self, ratios: Sequence[float], measure: Callable[[], float]) -> list[float | None]:
-        """Return what `measure` gives after a virtual step at each ratio; None as above."""
+    def reward_influence(self, ratios: Sequence[float], *, by_level: bool) -> list[dict[str, float] | None]:
+        """Return each ratio's table of credits by level and fold, `LEVEL/FOLD`; None where nothing can be said."""
+        return self._rewarded([self._every.at(ratio) for ratio in ratios] if self._every else [], ratios, by_level)
+
+    def reward_influence_lambda(self, strengths: Sequence[float]) -> list[dict[str, float] | None]:
+        """Return the table of each lambda, as above, at the ratios in force."""
+        return self._rewarded([self._every.beyond(each) for each in strengths] if self._every else [], strengths, False)
+
+    def _rewarded(
+        self, candidates: Sequence[Batch], asked: Sequence[float], by_level: bool
+    ) -> list[dict[str, float] | None]:
+        weights = self._weights(self._parameters)
+        folds = self._directions.of_rewards(self.outcomes.earlier(), weights) if candidates else []
+        found = self._directions.of_distillation(candidates, weights, by_level=by_level) if folds else None
+        if found is None:
+            return [None] * len(asked)
+        scale = [self._preconditioner(weight) for weight in weights]
+        tables: list[dict[str, float] | None] = []
+        for levels in found:
+            clip = self._clip([sum(parts[1:], parts[0]) for parts in zip(*levels.values(), strict=True)])
+            tables.append(
+                {
+                    f"{level}/{number}": clip * _dot(fold, gradient, scale)
+                    for level, gradient in levels.items()
+                    for number, fold in enumerate(folds)
+                }
+            )
+        return tables
+
+    def virtual(self, ratios: Sequence[float], measure: Callable[[], float | None]) -> list[float | None]:
+        """Return what `measure` gives after a virtual step at each ratio; None as for influence."""
         weights = self._weights("all")
         gradients = self._distil_gradients(ratios, weights)
         if gradients is None:
             return [None] * len(ratios)
-        scale = [self._preconditioner(weight) for weight in weights]
-        limit = self._optim.max_grad_norm or math.inf
-        found: list[float | None] = []
+        found = []
         for gradient in gradients:
-            norm = math.sqrt(sum(float(part.double().square().sum()) for part in gradient))
-            rate = self._optim.lr * min(1.0, limit / norm if norm > 0 else 1.0)
-            before = [weight.detach().clone() for weight in weights]
-            try:
-                with torch.no_grad():
-                    for weight, part, factor in zip(weights, gradient, scale, strict=True):
-                        weight.sub_(rate * factor * part)
-                    found.append(measure())
-            finally:
-                with torch.no_grad():
-                    for weight, value in zip(weights, before, strict=True):
-                        weight.copy_(value)
+            with self._stepped(weights, gradient):
+                found.append(measure())
         return found
+
+    def virtual_reward(self, ratios: Sequence[float]) -> list[float | None]:
+        """Return -(1/tokens) sum A log p of earlier completions after a virtual step; None where every A is 0."""
+        return self.virtual(ratios, self._reward_loss)
+
+    def _reward_loss(self) -> float | None:
+        graded = [each for each in self.outcomes.earlier() if each.advantage]
+        if not graded:
+            return None
+        total = 0.0
+        passages = [each.passage for each in graded]
+        with torch.no_grad():
+            for members in self._scorer.batches(passages):
+                chosen = [passages[member] for member in members]
+                logprob_N = self._scorer.log_likelihood(chosen, self._scorer.student_temperature).double()
+                advantage_N = spread([graded[member].advantage for member in members], chosen, logprob_N)
+                total -= float((advantage_N * logprob_N).sum())
+        return total / sum(len(each.passage.completion) for each in self.outcomes.earlier())
+
+    def _distil_gradients(self, ratios: Sequence[float], weights: Sequence[nn.Parameter]) -> list[Gradient] | None:
+        """Return the gradient of the distillation loss at each ratio; None where no completion is distilled."""
+        if self._distilled is None:
+            return None
+        found = self._directions.of_distillation([self._distilled.at(ratio) for ratio in ratios], weights)
+        return None if found is None else [levels[""] for levels in found]
+
+    @contextmanager
+    def _stepped(self, weights: Sequence[nn.Parameter], gradient: Gradient) -> Iterator[None]:
+        """Put the weights where AdamW's next step on this gradient would, inside the block."""
+        before = [weight.detach().clone() for weight in weights]
+        clip, (rate, decay) = self._clip(gradient), (self._rate, self._optim.weight_decay)
+        try:
+            with torch.no_grad():
+                for weight, part in zip(weights, gradient, strict=True):
+                    move = self._adam(weight, clip * part)
+                    weight.mul_(1 - rate * decay).sub_(rate * move)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, before, strict=True):
+                    weight.copy_(value)
+
+    def _adam(self, weight: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Return Adam's direction for a gradient, from the moments so far."""
+        state, (first, second) = self._state(weight), self._optim.betas
+        count = float(state["step"]) + 1 if state else 1.0
+        mean = (state["exp_avg"] if state else torch.zeros_like(weight)).lerp(gradient, 1 - first)
+        square = (state["exp_avg_sq"] if state else torch.zeros_like(weight)) * second
+        square = square.addcmul(gradient, gradient, value=1 - second)
+        scale = (square / (1 - second**count)).sqrt() + self._optim.eps
+        return cast("Tensor", mean / (1 - first**count) / scale)
+
+    @property
+    def _rate(self) -> float:
+        """The optimizer's present learning rate."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _clip(self, gradient: Sequence[Tensor]) -> float:
+        """Return what gradient clipping leaves of a gradient of these weights."""
+        norm = math.sqrt(sum(float(part.double().square().sum()) for part in gradient))
+        return min(1.0, (self._optim.max_grad_norm or math.inf) / norm) if norm > 0 else 1.0
 
     def _weights(self, which: str) -> list[nn.Parameter]:
         """Return the trained weights, or those of the last decoder layer. UserError if its weights have other names."""
@@ -125,77 +203,17 @@ class Credit:
                 )
         return [weight for _, weight in named]
 
+    def _state(self, weight: nn.Parameter) -> dict[str, Any]:
+        """Return the optimizer's state of a weight; empty before the first update."""
+        return cast("dict[str, Any]", getattr(self._optimizer, "optimizer", self._optimizer).state.get(weight, {}))
+
     def _preconditioner(self, weight: nn.Parameter) -> Tensor:
         """Return 1 / (sqrt(v) + eps) with v bias-corrected, as the next update will use it but for its own gradient."""
-        state = getattr(self._optimizer, "optimizer", self._optimizer).state.get(weight, {})
+        state = self._state(weight)
         if not state:
             return torch.ones_like(weight)
         corrected = state["exp_avg_sq"] / (1 - self._optim.betas[1] ** float(state["step"]))
         return cast("Tensor", 1 / (corrected.sqrt() + self._optim.eps))
-
-    def _probe_gradient(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the gradient of the token-mean NLL of the probe's references."""
-        count = sum(len(passage.completion) for passage in self._references)
-        total = [torch.zeros_like(weight) for weight in weights]
-        with self._scorer.recording():
-            for members in self._scorer.batches(self._references):
-                logprob_N = self._scorer.log_likelihood([self._references[member] for member in members])
-                _add(total, torch.autograd.grad(-logprob_N.sum() / count, weights, allow_unused=True))
-        return total
-
-    def _distil_gradients(self, ratios: Sequence[float], weights: Sequence[nn.Parameter]) -> list[list[Tensor]] | None:
-        """Return the gradient of the distillation loss at each ratio; None where no completion is distilled."""
-        if self._latest is None:
-            return None
-        groups, target = self._latest.groups, self._latest.target
-        routes = [Route.DISTIL] * len(groups)
-        built = [self._rows.build(groups, routes, [ratio] * len(groups), target.views) for ratio in ratios]
-        by_row = [same for same in zip(*built, strict=True) if same[0].components]  # each row at every ratio
-        count = sum(len(same[0].completion) for same in by_row)
-        if not count:
-            return None
-        totals = [[torch.zeros_like(weight) for weight in weights] for _ in ratios]
-        costs = [max(row.cost for row in same) for same in by_row]
-        for members in micro_batches(costs, self._scorer.token_budget):
-            variants = list(zip(*(by_row[member] for member in members), strict=True))  # the rows at each ratio
-            passages = [row.student for row in variants[0]]
-            teachers = self._at_all_ratios(variants, max(costs[member] for member in members))
-            others = [
-                self._scorer.view([row.view(view) for row in variants[0]], self._teachers.of(view))
-                for view in target.views[1:]
-            ]
-            with self._scorer.recording():
-                student = self._scorer.hidden(passages)
-                use = Use(
-                    self._gate.reads_divergence,
-                    not self._gate.reads_divergence,
-                    lambda stats, _: self._gate.weights(stats).detach(),
-                )
-                for index, (total, teacher) in enumerate(zip(totals, teachers, strict=True), start=1):
-                    streams = self._scorer.against(student, [teacher, *others], passages, target, use=use)
-                    loss = (self._gate.weights(streams.stats).detach() * self._gate.values(streams)).sum() / count
-                    _add(total, torch.autograd.grad(loss, weights, retain_graph=index < len(ratios), allow_unused=True))
-        return totals
-
-    def _at_all_ratios(self, variants: Sequence[Sequence[Row]], cost: int) -> list[Scored]:
-        """Let the teacher read all ratios' prompts, as many at once as the token budget holds."""
-        together = max(1, self._scorer.token_budget // (len(variants[0]) * cost))
-        found = []
-        for start in range(0, len(variants), together):
-            part = variants[start : start + together]
-            whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
-            size = sum(len(row.completion) for row in part[0])
-            found += [
-                Scored(piece, whole.head_VH, whole.bias_V)
-                for piece in whole.hidden_NH.split_with_sizes([size] * len(part))
-            ]
-        return found
-
-
-def _add(total: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
-    for whole, part in zip(total, parts, strict=True):
-        if part is not None:
-            whole.add_(part)
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor], scale: Sequence[Tensor]) -> float:

@@ -137,7 +137,7 @@ class Trainer:
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
             rows = parts.rows.build(groups, routes, ratios, target.views)
-        parts.credit.remember(groups, routes, target)
+        parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
         with phase("update"):
             outcome = parts.stepper.optimize(rows, target)
@@ -230,6 +230,7 @@ class Trainer:
             "scheduler": parts.scheduler.state_dict()["last_epoch"],
             "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
             "probe": parts.probe.state_dict(),
+            "outcomes": parts.credit.outcomes.state_dict(),
         }
         save_checkpoint(
             self.run.checkpoints,
@@ -252,6 +253,7 @@ class Trainer:
         for name, policy in parts.policies.items():
             policy.load_state_dict(state["policies"][name])
         parts.probe.load_state_dict(state["probe"])
+        parts.credit.outcomes.load_state_dict(state["outcomes"])
         self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._latest_eval = state["latest_eval"]
         parts.driver.sampler.sync(parts.weights(self.step))

@@ -8,7 +8,8 @@ gt_answer@r           the same of the final answer alone
 gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
 contract@r            at positions of forced form in probe completions, by class: what the teacher at ratio r and
                       the base give to the teacher's modal token, and the number of positions
-influence@r           first-order credit of a ratio, virtual_nll@r its second (train/credit.py)
+influence@r           and virtual_nll@r, virtual_reward@r, reward_influence@r, reward_influence_by_level@r: credit of a
+                      ratio, reward_influence_lambda@l of a lambda (train/credit.py)
 reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
 """
 
@@ -42,6 +43,14 @@ class Measurer:
         likelihood = probe.teacher_log_likelihood
         self._table = {
             "influence": Taker(credit.influence, "credit"),
+            "reward_influence": Taker(
+                lambda ratios: credit.reward_influence(ratios, by_level=False), "credit", needs_probe=False
+            ),
+            "reward_influence_by_level": Taker(
+                lambda ratios: credit.reward_influence(ratios, by_level=True), "credit", needs_probe=False
+            ),
+            "reward_influence_lambda": Taker(credit.reward_influence_lambda, "credit", needs_probe=False),
+            "virtual_reward": Taker(credit.virtual_reward, "credit", needs_probe=False),
             "virtual_nll": Taker(lambda ratios: credit.virtual(ratios, probe.nll), "credit"),
             "reference_nll": Taker(_each(lambda _: probe.nll_of(training)), needs_probe=False),
             "probe_nll": Taker(_each(lambda _: probe.nll())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Literal
 
@@ -11,6 +12,7 @@ from atesd.losses.target import View
 from atesd.routing.route import Route
 from atesd.train.batch import Row
 from atesd.train.hints import Hints
+from atesd.train.outcomes import Outcomes
 from atesd.types import Group, NonFiniteError, Trajectory, Turn
 
 OWN_RATIO: dict[View, float] = {"full": 1.0, "answer": 0.0}
@@ -24,11 +26,13 @@ class Rows:
         self,
         hints: Hints,
         *,
+        outcomes: Outcomes,
         policy: PolicyConfig,
         prompt_weight: Literal["none", "paced"] = "none",
         mask_truncated: bool = False,
     ) -> None:
         self._hints = hints
+        self._outcomes = outcomes
         self._policy = policy
         self._paced = prompt_weight == "paced"
         self._mask_truncated = mask_truncated
@@ -40,8 +44,10 @@ class Rows:
         rows = []
         for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True)):
             advantages = self._advantages(group, route)
-            for attempt, advantage in zip(group.trajectories, advantages, strict=True):
-                rows += self._attempt_rows(index, group, attempt, route, ratio, views, advantage)
+            outcomes = self._outcomes.of(group)
+            for attempt, advantage, outcome in zip(group.trajectories, advantages, outcomes, strict=True):
+                built = self._attempt_rows(index, group, attempt, route, ratio, views, advantage)
+                rows += [replace(row, outcome=outcome or 0.0) for row in built]
         return rows
 
     def _attempt_rows(

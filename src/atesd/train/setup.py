@@ -29,10 +29,12 @@ from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
+from atesd.train.directions import Directions
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
+from atesd.train.outcomes import Outcomes
 from atesd.train.probe import Probe
 from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer, Student
@@ -107,7 +109,11 @@ def assemble(config: RunConfig) -> Parts:
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
     problems, dropped = _fitting(config, hints, train, model)
-    facts = replace(facts, problem_ids=[problem.id for problem in problems])
+    facts = replace(
+        facts,
+        problem_ids=[problem.id for problem in problems],
+        levels={problem.id: problem.level for problem in problems},
+    )
     _warn(config, problems)
 
     teacher = Teacher(config.teacher, model)
@@ -117,8 +123,10 @@ def assemble(config: RunConfig) -> Parts:
     student, optimizer = accelerator.prepare(Student(model, config.loss), build_optimizer(config.optim, model))
     scheduler = build_schedule(config.optim, optimizer, updates)
     scorer = make_scorer(config, model, renderer, student)
+    outcomes = Outcomes(config.probe.credit_steps)
     rows = Rows(
         hints,
+        outcomes=outcomes,
         policy=config.rl,
         prompt_weight=config.loss.prompt_weight,
         mask_truncated=config.step.truncated == "mask",
@@ -152,9 +160,8 @@ def assemble(config: RunConfig) -> Parts:
     contract = Contract(config.cliff, probe=probe, scorer=scorer, teachers=teachers, renderer=renderer)
     credit = Credit(
         scorer=scorer,
-        teachers=teachers,
-        rows=rows,
-        gate=config.gate,
+        directions=Directions(scorer=scorer, teachers=teachers, rows=rows, gate=config.gate),
+        outcomes=outcomes,
         optimizer=optimizer,
         optim=config.optim,
         references=probe.references,

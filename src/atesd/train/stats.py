@@ -75,6 +75,11 @@ def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> l
     ]
 
 
+def told(stats: TokenStats, outcome_N: Tensor) -> TokenStats:
+    """Return the statistics with what became of each token's attempt."""
+    return replace(stats, advantage=outcome_N.to(stats.student_logprob))
+
+
 def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
     """Join statistics of consecutive tokens."""
     return TokenStats(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(TokenStats)))

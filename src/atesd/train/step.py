@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,7 @@ from atesd.train.stats import (
     policy_metrics,
     split_rows,
     stream_metrics,
+    told,
 )
 from atesd.train.teacher import Teachers
 from atesd.types import NonFiniteError
@@ -80,6 +81,10 @@ class MicroBatch:
     def spread(self, values: Sequence[float], device: torch.device) -> Tensor:
         """Give every token its row's number."""
         return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
+
+    def outcomes(self, device: torch.device) -> Tensor:
+        """Give every token its attempt's outcome."""
+        return self.spread([row.outcome for row in self.rows], device)
 
     def weighed(self, selection_N: Tensor) -> Tensor:
         """Return the selection times its rows' problem weights: what a token weighs before its gate."""
@@ -194,6 +199,8 @@ class Stepper:
     ) -> MicroScores:
         """Run a micro-batch and weigh its tokens in every active component."""
         streams = self._streams(batch, self._use(batch, active, selection_N))
+        outcome_N = batch.outcomes(selection_N.device)
+        streams = replace(streams, stats=told(streams.stats, outcome_N))
         every_N = torch.ones_like(selection_N)
         scored = MicroScores(streams.stats, every_N, {})
         if "distil" in active:
@@ -234,8 +241,10 @@ class Stepper:
         weight_N = batch.weighed(selection_N)
         weight_N = aggregate_weights(weight_N, selection_N, numbering_N, self._scorer.loss.aggregate)
 
+        outcome_N = batch.outcomes(selection_N.device)
+
         def weights(stats: TokenStats, rows: slice) -> Tensor:
-            return weight_N[rows] * self._gate.weights(stats).detach()
+            return weight_N[rows] * self._gate.weights(told(stats, outcome_N[rows])).detach()
 
         return Use(logprob=of_label, weights=weights)
 
