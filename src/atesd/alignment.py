@@ -34,6 +34,17 @@ By = Literal["none", "level"]
 DRAWS = 4096
 
 
+def credit_at(ratio: float) -> Measurement:
+    """Name the measurement of one ratio's credit over all problems."""
+    return Measurement("reward_influence", ratio)
+
+
+def over_error(credits_J: Sequence[float]) -> float:
+    """Return the mean of a window's folds over its standard error; 0 where they do not differ."""
+    error = float(np.std(credits_J, ddof=1)) / len(credits_J) ** 0.5
+    return float(np.mean(credits_J)) / error if error > 0 else 0.0
+
+
 class CreditSum:
     """What all windows together say of the candidates."""
 

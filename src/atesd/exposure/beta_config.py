@@ -78,9 +78,10 @@ class BetaSettings(Config):
     probe_every: int = Field(default=1, ge=1)
     """E: steps between measurements within a look-ahead; must divide the look-ahead. Real models: the hold window."""
 
-    reward: Literal["immediate", "short_delay", "lookahead", "full"] = "full"
+    reward: Literal["immediate", "short_delay", "lookahead", "full", "aligned"] = "full"
     """The paper's ablation. `immediate`, `short_delay` and `lookahead` score progress alone over 1, H and L steps;
-    `full` scores it over L steps and adds the teacher-grounded term."""
+    `full` scores it over L steps and adds the teacher-grounded term. `aligned` (ours) scores the first step by its
+    credit from graded rollouts (alignment.py) over that credit's error."""
     progress_metric: Literal["probe_nll", "probe_kl", "probe_accuracy", "train_kd"] = "probe_nll"
     """What progress means: the student's hint-free NLL of reference solutions, its divergence from the fully informed
     frozen teacher, or its error rate, each on the probe set; or the training loss, which rewards falling exposure."""
@@ -106,8 +107,8 @@ class BetaSettings(Config):
     importance_clip: float | None = Field(default=None, gt=0.0)
     """Unset: no correction for decisions drawn before the last controller update. A number: weigh each by its
     probability now over that at the draw, at most this much."""
-    learning_rate: float | None = Field(default=None, gt=0.0)
-    """Adam's rate; unset, 0.01, or 0.03 in runs of fewer than 200 steps."""
+    learning_rate: float | None = Field(default=None, ge=0.0)
+    """Adam's rate; unset, 0.01, or 0.03 in runs of fewer than 200 steps. 0 never moves the policy: the prior alone."""
     ema_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay of the features' moving averages, per step (per measurement for the probe)."""
     entropy_target: float = -0.5
@@ -120,7 +121,7 @@ class BetaSettings(Config):
     @property
     def span(self) -> int:
         """Steps over which a decision is scored, after the reward variant."""
-        return {"immediate": 1, "short_delay": self.hold}.get(self.reward, self.look_ahead)
+        return {"immediate": 1, "aligned": 1, "short_delay": self.hold}.get(self.reward, self.look_ahead)
 
     @property
     def grounded_weight(self) -> float:
@@ -131,6 +132,11 @@ class BetaSettings(Config):
     def period(self) -> int:
         """Updates between two decisions."""
         return self.hold if self.clock == "pipelined" else self.hold + self.span
+
+    @property
+    def asks_rewards(self) -> bool:
+        """Tell whether graded rollouts score a decision instead of progress."""
+        return self.reward == "aligned"
 
     @property
     def scores_training_loss(self) -> bool:
@@ -156,7 +162,8 @@ class BetaSettings(Config):
 
     def rate(self, total_steps: int) -> float:
         """Return Adam's learning rate in a run of that length."""
-        return self.learning_rate or (0.03 if total_steps < 200 else 0.01)
+        short = 0.03 if total_steps < 200 else 0.01
+        return short if self.learning_rate is None else self.learning_rate
 
     def bounded(self, draw: float) -> float:
         """Return the exposure that a draw of the policy means."""

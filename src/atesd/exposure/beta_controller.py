@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from atesd.alignment import credit_at, over_error
 from atesd.exposure.beta import BetaPolicy, Draw
 from atesd.exposure.beta_config import BetaSettings
 from atesd.exposure.controller import Controller, ExposureMethod
@@ -102,6 +103,8 @@ class BetaController:
             wanted += [Measurement(config.gt_kind, ratio) for ratio in config.gt_grid]
         elif self._grounded and not self._frozen:
             wanted += [Measurement(config.gt_kind, ratio) for ratio in sorted({decision.ratio for decision in due})]
+        if config.asks_rewards:
+            wanted += [credit_at(decision.ratio) for decision in due]
         return wanted
 
     def observe(self, observation: Observation) -> None:
@@ -212,6 +215,11 @@ class BetaController:
             if grounded is None:
                 return False
             decision.grounded.append(grounded)
+        if due and self._config.asks_rewards:
+            credits = list(observation.table(credit_at(decision.ratio)).values())
+            if not credits:
+                return False
+            decision.credit = over_error(credits)
         return True
 
     def _tabulate(self, observation: Observation) -> None:
@@ -227,7 +235,8 @@ class BetaController:
     def _finish(self, decision: Decision) -> None:
         """Score a decision whose look-ahead is complete."""
         config = self._config
-        decision.lp = discounted_progress(decision.progress, config.gamma, config.rectify, config.stride)
+        progress = discounted_progress(decision.progress, config.gamma, config.rectify, config.stride)
+        decision.lp = decision.credit if config.asks_rewards else progress
         if self._grounded:
             grounded = self._grounded_term(decision)
             if grounded is None:

@@ -156,8 +156,9 @@ class HoldClock:
 class Decision:
     """One sampled exposure on its way to a reward.
 
-    `draw` is the policy's sample, which is scored; `ratio` is what the teacher saw. `progress` collects l at
-    start, start + stride, ...; `grounded` collects g from start + stride on. `lp` and `gt` are the finished terms.
+        `draw` is the policy's sample, which is scored; `ratio` is what the teacher saw. `progress` collects l at
+        start, start + stride, ...; `grounded` collects g from start + stride on. `credit` is what graded rollouts say, where
+    they are asked. `lp` and `gt` are the finished terms.
     """
 
     start: int
@@ -167,5 +168,6 @@ class Decision:
     logprob: float
     progress: list[float] = field(default_factory=list)
     grounded: list[float] = field(default_factory=list)
+    credit: float = 0.0
     lp: float = 0.0
     gt: float = 0.0
