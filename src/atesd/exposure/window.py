@@ -157,8 +157,8 @@ class Decision:
     """One sampled exposure on its way to a reward.
 
         `draw` is the policy's sample, which is scored; `ratio` is what the teacher saw. `progress` collects l at
-        start, start + stride, ...; `grounded` collects g from start + stride on. `credit` is what graded rollouts say, where
-    they are asked. `lp` and `gt` are the finished terms.
+        start, start + stride, ...; `grounded` collects g from start + stride on. `credit` is what graded rollouts say,
+    where they are asked. `lp` and `gt` are the finished terms.
     """
 
     start: int
