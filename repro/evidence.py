@@ -3,6 +3,7 @@
     python repro/evidence.py comparison RUNS NAME BASE    accuracy of every arm, paired differences to the arm BASE
     python repro/evidence.py cliff RUNS                   parse rate and clip against lambda, lambda* marked
     python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
+    python repro/evidence.py aligned RUNS                 `aligned` against the best fixed ratio, on every tier in RUNS
 
 Each writes docs/evidence/NAME.json and NAME.svg and prints a Markdown table.
 """
@@ -34,10 +35,11 @@ Panel = tuple[str, Mapping[str, Sequence[float]], float | None]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of the three."""
+    """Run one of them."""
     kind, folder, *rest = arguments
     OUT.mkdir(parents=True, exist_ok=True)
-    {"comparison": comparison, "cliff": cliff, "curriculum": curriculum}[kind](Path(folder), *rest)
+    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned}
+    kinds[kind](Path(folder), *rest)
 
 
 def comparison(folder: Path, name: str, base: str) -> None:
@@ -62,6 +64,44 @@ def comparison(folder: Path, name: str, base: str) -> None:
         )
     write_atomic(OUT / f"{name}.json", dump_json(found))
     write_figure(folder, OUT / f"{name}.svg")
+
+
+def aligned(folder: Path) -> None:
+    """Say on every tier how far `aligned` is from the best fixed ratio, and from `learned`, and what it costs.
+
+    A tier is a comparison that holds the three arms; its one arm of another name is the best fixed ratio, chosen on
+    other seeds. A deficit is the best fixed ratio's accuracy minus `aligned`'s: below 0 where that is ahead.
+    """
+    tiers: dict[str, Any] = {}
+    print("| tier | seeds | best fixed ratio | aligned | deficit | 95 % | minus learned | 95 % | time |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        study = load_comparison(place)
+        arms = {arm.name: arm for arm in study.arms}
+        (best,) = set(arms) - {"aligned", "learned"}
+        own, fixed = accuracy(finals(arms["aligned"])), accuracy(finals(arms[best]))
+        lost, gained = difference(arms[best], arms["aligned"]), difference(arms["aligned"], arms["learned"])
+        assert own and fixed and lost and gained, f"{place} has no complete pair of runs"
+        cost = seconds(arms["aligned"]) / seconds(arms[best])
+        tiers[place.name] = {
+            "seeds": len(study.seeds),
+            "best_fixed": fixed["average_at_k"],
+            "best_fixed_arm": best,
+            "aligned": own["average_at_k"],
+            "deficit": lost.difference,
+            "deficit_low": lost.low,
+            "deficit_high": lost.high,
+            "cost": cost,
+            "minus_learned": gained.difference,
+            "minus_learned_low": gained.low,
+            "minus_learned_high": gained.high,
+        }
+        print(
+            f"| {place.name} | {len(study.seeds)} | `{best}` {fixed['average_at_k']:.3f} | {own['average_at_k']:.3f} | "
+            f"{lost.difference:+.3f} | {lost.low:+.3f} to {lost.high:+.3f} | {gained.difference:+.3f} | "
+            f"{gained.low:+.3f} to {gained.high:+.3f} | {cost:.2f} |"
+        )
+    write_atomic(OUT / "aligned.json", dump_json({"tiers": tiers}))
 
 
 def route_shares(arm: Path) -> dict[str, float]:

@@ -102,7 +102,7 @@ class ProbeConfig(Config):
     """Weights whose gradients give influence credit: those of the last decoder layer are cheap."""
     credit_problems: Positive = 16
     """Distilled problems of the latest batch, at most, on which influence and paired credit are taken."""
-    credit_steps: Positive = 5
+    credit_steps: Positive = 3
     """Steps before the latest whose graded completions say what raises the reward."""
     log_references: bool = False
     """Log in every step the NLL that the student gives to the references of the step's problems, before the update."""

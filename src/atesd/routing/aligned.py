@@ -23,8 +23,8 @@ class Aligned(RoutingMethod):
     nothing."""
     uniform: Literal["distil", "skip"] = "skip"
     """What happens to a group that would be reinforced but has equal rewards."""
-    margin: Annotated[float, Field(ge=-10, le=10)] = 0.0
-    """Standard errors by which the best credit must be positive."""
+    margin: Annotated[float, Field(ge=-10, le=10)] = -2.0
+    """Standard errors above which the best credit must be. Below 0: distil unless that is shown to do harm."""
     grid: tuple[Ratio, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Candidate ratios; those of `exposure.kind = "influence"` cost nothing more."""
     by: Literal["none", "level"] = "level"

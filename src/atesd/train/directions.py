@@ -6,7 +6,8 @@ touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ class Directions:
     ) -> Gradient:
         """Return the gradient of -sum over passages of factor * log p(completion)."""
         total = [torch.zeros_like(weight) for weight in weights]
-        with self._scorer.recording():
+        with self._recording(weights):
             for members in self._scorer.batches(passages):
                 chosen = [passages[member] for member in members]
                 logprob_N = self._scorer.log_likelihood(chosen, temperature)
@@ -135,7 +136,7 @@ class Directions:
             passages = [row.student for row in variants[0]]
             teachers = self._teacher_views(variants, max(costs[member] for member in members))
             others = self._other_views(variants[0], targets)
-            with self._scorer.recording():
+            with self._recording(weights):
                 student = self._scorer.hidden(passages)
                 outcome_N = spread([row.outcome for row in variants[0]], passages, student.hidden_NH).float()
                 use = self._use(outcome_N)
@@ -147,6 +148,20 @@ class Directions:
                     keep = index < len(targets)
                     _add(total, torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True))
         return totals
+
+    @contextmanager
+    def _recording(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Record gradients for these weights alone: what stands below them needs no graph, a head no gradient."""
+        wanted = set(map(id, weights))
+        others = [each for each in self._scorer.model.parameters() if each.requires_grad and id(each) not in wanted]
+        try:
+            for weight in others:
+                weight.requires_grad_(False)
+            with self._scorer.recording():
+                yield
+        finally:
+            for weight in others:
+                weight.requires_grad_(True)
 
     def _use(self, outcome_N: Tensor) -> Use:
         """Tell beforehand what will be asked of the streams."""
