@@ -82,10 +82,12 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "batch",
+        "heads",
         "model",
         "optim",
         "teacher",
         "scorer",
+        "agree",
         "stats",
         "hints",
         "rows",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -185,10 +185,8 @@ class Credit:
             part = variants[start : start + together]
             whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
             size = sum(len(row.completion) for row in part[0])
-            found += [
-                Scored(piece, whole.head_VH, whole.bias_V)
-                for piece in whole.hidden_NH.split_with_sizes([size] * len(part))
-            ]
+            pieces = whole.hidden_NH.split_with_sizes([size] * len(part))
+            found += [replace(whole, hidden_NH=piece) for piece in pieces]
         return found
 
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
+from atesd.train.heads import output_layer
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
 
     from atesd.config import RunConfig
 
-# Config attributes that make a model's logits more than `hidden @ head.T + bias`.
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-)
 _DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 _WORTH_BFLOAT16 = 1.3
@@ -92,7 +84,7 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     """Return the model in training form and its tokenizer.
 
     `seed` fixes the random half of LoRA's initialisation. UserError if the folder lacks a model, tokenizer or chat
-    template, if its weights are pickled or not finite, or if the architecture's logits cannot be tiled.
+    template, or if its weights are pickled or not finite.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
     path = resolve(config.path)
@@ -122,7 +114,6 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
         raise UserError(
             f"the weights in {path!r} are not finite (first {name}): take an earlier checkpoint of the model"
         )
-    _refuse_logit_transforms(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
@@ -231,19 +222,6 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the output embedding [V, H] and its bias [V] or None."""
-    layer = cast("Any", model).get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """Return the part of the model that maps ids to final hidden states, adapters included."""
-    base = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
-    inner = cast("Any", base.model if hasattr(model, "peft_config") else base)
-    return cast("nn.Module", inner.get_decoder() if hasattr(inner, "get_decoder") else inner.model)
-
-
 def context_length(model: nn.Module) -> int | None:
     """Return the largest number of positions the model takes, or None where its config names none."""
     length = getattr(cast("Any", model).config.get_text_config(), "max_position_embeddings", None)
@@ -283,7 +261,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
 def _refuse_adapters_on_the_head(model: nn.Module, config: LoraConfig) -> None:
     """Refuse an adapter that nothing would read. A target is a layer's name or the end of it, as in peft."""
-    output = cast("Any", model).get_output_embeddings()
+    output = output_layer(model)
     for name, layer in model.named_modules():
         if layer is output and any(f".{name}".endswith(f".{target}") for target in config.targets):
             raise UserError(
@@ -301,13 +279,3 @@ def _refuse_pickles(folder: Path) -> None:
             "them, if you trust them, with transformers' from_pretrained(...).save_pretrained(...), which writes "
             "safetensors"
         )
-
-
-def _refuse_logit_transforms(model: Any) -> None:
-    for name in _LOGIT_TRANSFORMS:
-        value = getattr(model.config.get_text_config(), name, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(
-                f"{type(model).__name__} changes its logits by {name}={value}, which the tiled divergence does not "
-                "reproduce: use an architecture whose logits are hidden @ head.T (Qwen, Llama, SmolLM, Mistral)"
-            )

@@ -27,6 +27,7 @@ from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts
+from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.hints import Hints, refuse_overlong
@@ -117,6 +118,7 @@ def assemble(config: RunConfig) -> Parts:
     student, optimizer = accelerator.prepare(Student(model, config.loss), build_optimizer(config.optim, model))
     scheduler = build_schedule(config.optim, optimizer, updates)
     scorer = make_scorer(config, model, renderer, student)
+    refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
         hints,
         policy=config.rl,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atesd.sections import LoraConfig, ModelConfig
-from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve, set_threads
+from atesd.train.heads import head, output_layer
+from atesd.train.model import context_length, first_line, load, load_tokenizer, resolve, set_threads
 from atesd.types import UserError
 
 from support.folders import write_byte_model
@@ -37,38 +38,6 @@ def test_a_folder_becomes_the_model_that_was_saved_and_its_tokenizer(folder: Pat
     assert all(torch.equal(weight, saved.get_parameter(name)) for name, weight in model.named_parameters())
     assert {(weight.dtype, weight.requires_grad) for weight in model.parameters()} == {(torch.float32, True)}
     assert tokenizer.decode(tokenizer.encode("½ 数")) == "½ 数"
-
-
-TINY = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "bos_token_id": None}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-
-@pytest.mark.parametrize(("architecture", "settings", "named"), [
-    ("Gemma2", {}, "final_logit_softcapping=30.0"),  # its default
-    ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
-    ("Cohere", {"logit_scale": 0.25}, "logit_scale=0.25"),
-    ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
-     "lm_head_multiplier=0.5"),
-])  # fmt: skip
-def test_architectures_that_transform_their_logits_are_refused(
-    architecture: str, settings: dict[str, Any], named: str, folder: Path
-) -> None:
-    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
-    with pytest.raises(UserError, match=rf"{architecture}ForCausalLM changes its logits by {named}.*use an archit"):
-        load(ModelConfig(path=str(folder)), seed=0)
-
-
-@pytest.mark.parametrize(("architecture", "settings"), [
-    ("Gemma2", {"final_logit_softcapping": None}),
-    ("Granite", {"logits_scaling": 1}),
-    ("Cohere", {"logit_scale": 1.0}),
-])  # fmt: skip
-def test_a_transform_that_is_switched_off_is_none(architecture: str, settings: dict[str, Any], folder: Path) -> None:
-    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
-    model, _ = load(ModelConfig(path=str(folder)), seed=0)
-    assert type(model).__name__ == f"{architecture}ForCausalLM"
 
 
 def test_an_absent_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
@@ -137,11 +106,30 @@ def test_the_context_is_the_number_of_positions_or_unknown(folder: Path) -> None
 
 def test_the_head_of_a_model_with_and_without_a_bias() -> None:
     model = tiny_model()
-    weight, bias = head(model)
-    assert weight is model.lm_head.weight
-    assert bias is None
+    assert head(model)[0] is model.lm_head.weight
+    assert head(model)[1:] == (None, 1.0, None)
     model.set_output_embeddings(nn.Linear(32, 23))
     assert head(model)[1] is model.lm_head.bias
+
+
+def test_what_logits_go_through_is_read_of_the_config() -> None:
+    model = tiny_model()
+    model.config.logit_scale, model.config.lm_head_multiplier, model.config.logits_scaling = 0.5, 3.0, 4.0
+    model.config.final_logit_softcapping, model.config.unpadded_vocab_size = 30.0, 20
+    weight, bias, scale, cap = head(model)
+    assert torch.equal(weight, model.lm_head.weight[:20])
+    assert (bias, scale, cap) == (None, 0.5 * 3 / 4, 30.0)
+    model.set_output_embeddings(nn.Linear(32, 23))
+    assert torch.equal(head(model)[1], model.lm_head.bias[:20])
+
+
+def test_a_model_without_a_plain_head_is_refused() -> None:
+    for layer in (None, nn.Identity(), nn.Conv1d(2, 2, 2)):
+        model = tiny_model()
+        model.get_output_embeddings = lambda layer=layer: layer
+        assert output_layer(model) is layer
+        with pytest.raises(UserError, match="Qwen3ForCausalLM has no output head with a matrix of weights"):
+            head(model)
 
 
 def adapters(folder: Path, seed: int) -> dict[str, torch.Tensor]:
