@@ -92,6 +92,7 @@ ORDERS: dict[str, list[str]] = {
         "hints",
         "rows",
         "finite",
+        "gap",
         "step",
         "probe",
         "contract",

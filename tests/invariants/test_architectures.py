@@ -13,14 +13,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from atesd import sections
 from atesd.config import RunConfig
 from atesd.losses.divergence import LossConfig
 from atesd.losses.target import Plain
+from atesd.rollout.hf import HFEngine
 from atesd.train.agree import refuse_disagreement
 from atesd.train.batch import Passage, labels
-from atesd.train.heads import head
+from atesd.train.gap import GapRule
+from atesd.train.heads import beside_text, head, refuse_router_loss
+from atesd.train.loop import Trainer
+from atesd.train.model import _freeze_what_text_never_reaches, _with_lora
 from atesd.train.scorer import Scorer
 from atesd.train.setup import assemble
 from atesd.types import UserError
@@ -179,11 +185,71 @@ def test_settings_that_would_end_every_logit_are_refused_by_name(value: float) -
         head(family("cohere", logit_scale=value))
 
 
-def test_a_run_begins_with_the_comparison(tmp_path: Path) -> None:
+def test_a_run_begins_with_the_comparison_and_says_what_samples(tmp_path: Path) -> None:
     folder = write_byte_model(tmp_path / "model")
-    config = RunConfig.model_validate({"model": {"path": str(folder)}, "rollout": {"max_new_tokens": 8}})
-    assemble(config)
+    rollout = {"max_new_tokens": 8, "gap_warning": 0.125, "gap_limit": 0.5}
+    config = RunConfig.model_validate({"model": {"path": str(folder)}, "rollout": rollout})
+    said: list[str] = []
+    trainer = Trainer.start(config, tmp_path / "run", say=said.append)
+    assert trainer.parts.stepper._gap_rule == GapRule(0.125, 0.5)
+    assert said == ["completions are sampled by atesd's own loop"]
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["sampling"] == "atesd's own loop"
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"logit_scale": 0.5}))
     with pytest.raises(UserError, match="Qwen3ForCausalLM makes its logits in a way that losses do not reproduce"):
         assemble(config)
+
+
+def test_the_way_of_sampling_is_named_with_its_reason() -> None:
+    assert HFEngine().path(family("qwen3"), 16) == "atesd's own loop"
+    assert HFEngine(decode="generate").path(family("qwen3"), 16).startswith("transformers' generate, as rollout.eng")
+    slower = "transformers' generate, which is slower: its architecture is Gemma2ForCausalLM"
+    assert HFEngine().path(family("gemma2"), 16) == slower
+    adapted = get_peft_model(family("gemma2"), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert HFEngine().path(adapted, 16) == slower
+    assert "exceed its sliding window of 8" in HFEngine().path(family("mistral", sliding_window=8), 16)
+
+
+def test_a_mixture_with_a_loss_of_its_routers_is_refused_and_none_is_invented() -> None:
+    refuse_router_loss(family("qwen3-moe", router_aux_loss_coef=0.01))
+    refuse_router_loss(family("qwen3-moe", router_aux_loss_coef=0.0, output_router_logits=True))
+    with pytest.raises(
+        UserError, match=r"Qwen3MoeForCausalLM adds a loss .*\(router_aux_loss_coef = 0\.01\).* to false"
+    ):
+        refuse_router_loss(family("qwen3-moe", router_aux_loss_coef=0.01, output_router_logits=True))
+
+
+def multimodal() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.Gemma3Config(
+            text_config={**SIZES, "head_dim": 8, "bos_token_id": 1},
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_index=100,
+        )
+    ).eval()
+
+
+def test_a_multimodal_model_trains_its_text_part_alone_and_says_so() -> None:
+    model = multimodal()
+    with pytest.warns(
+        UserWarning, match=r"Gemma3ForConditionalGeneration reads more than text: .* \d\d,\d+ weights of"
+    ):
+        _freeze_what_text_never_reaches(model)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(("model.language", "lm_head"))}
+    scorer = scorer_of(model)
+    refuse_disagreement(scorer, PROMPTS)
+    found = gradients(scorer.streams(passages(0)).logprob_N.sum(), model)
+    assert all(bool(found[name].any()) for name in trained)
+    adapted = _with_lora(multimodal(), sections.LoraConfig(r=2), 0)
+    assert {name.split(".layers")[0] for name, weight in adapted.named_parameters() if weight.requires_grad} == {
+        "base_model.model.model.language_model"
+    }
+
+
+def test_a_model_of_text_alone_keeps_all_its_weights() -> None:
+    for name in ("qwen3", "gpt-j, a head with a bias", "falcon-h1"):
+        assert not beside_text(family(name))

@@ -63,6 +63,24 @@ def decoder(model: nn.Module) -> nn.Module:
     return cast("nn.Module", inner.get_decoder() if hasattr(inner, "get_decoder") else inner.model)
 
 
+def beside_text(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that text never reaches: what is neither in the decoder nor in the head, as a vision tower."""
+    reached = {id(weight) for part in (decoder(model), output_layer(model)) if part for weight in part.parameters()}
+    return [weight for weight in model.parameters() if id(weight) not in reached]
+
+
+def refuse_router_loss(model: nn.Module) -> None:
+    """UserError where a mixture of experts would add a loss of its routers to its training, which updates lack."""
+    config = cast("Any", model).config.get_text_config()
+    coefs = {name: value for name, value in vars(config).items() if name.startswith("router") and name.endswith("coef")}
+    added = [f"{name} = {value:g}" for name, value in coefs.items() if value]
+    if getattr(config, "output_router_logits", False) and added:
+        raise UserError(
+            f"{kind_of(model)} adds a loss of its routers to its training ({', '.join(added)}), which the losses here "
+            "leave out: set output_router_logits to false in the model's config.json to train without it"
+        )
+
+
 def _set(model: nn.Module, config: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     """Yield the named settings that have a value. UserError for one that is not positive."""
     for name in names:

@@ -75,7 +75,11 @@ class Trainer:
         RunDir.check_free(out)
         config = decide_dtype(config, say)
         parts = assemble(config)
-        return cls(config, RunDir.create(out, config.model_dump(mode="json"), config.about()), parts, listener)
+        path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
+        if say is not None and path:
+            say(f"completions are sampled by {path}")
+        run = RunDir.create(out, config.model_dump(mode="json"), config.about(), {"sampling": path})
+        return cls(config, run, parts, listener)
 
     @classmethod
     def resume(

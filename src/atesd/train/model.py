@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
-from atesd.train.heads import output_layer
+from atesd.train.heads import beside_text, kind_of, output_layer, refuse_router_loss
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
         raise UserError(
             f"the weights in {path!r} are not finite (first {name}): take an earlier checkpoint of the model"
         )
+    refuse_router_loss(model)
+    _freeze_what_text_never_reaches(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
@@ -234,6 +236,19 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
+def _freeze_what_text_never_reaches(model: nn.Module) -> None:
+    """Leave the other senses of a multimodal model as they are, and say so: no gradient could ever reach them."""
+    idle = beside_text(model)
+    for weight in idle:
+        weight.requires_grad_(False)
+    if idle:
+        warnings.warn(
+            f"{kind_of(model)} reads more than text: only its text part trains, and "
+            f"{sum(weight.numel() for weight in idle):,} weights of the rest stay as they are",
+            stacklevel=3,
+        )
+
+
 def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -249,6 +264,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
                     lora_alpha=cast("int", config.alpha),
                     lora_dropout=0.0,
                     target_modules=list(config.targets),
+                    exclude_modules=_linear_beside_text(model) or None,
                     task_type="CAUSAL_LM",
                 ),
             )
@@ -268,6 +284,12 @@ def _refuse_adapters_on_the_head(model: nn.Module, config: LoraConfig) -> None:
                 f"model.lora.targets names the output head {name}, whose adapter would never be read, as losses take "
                 "the head's own weights: remove it"
             )
+
+
+def _linear_beside_text(model: nn.Module) -> list[str]:
+    """Return the names of layers outside the text part, whose adapters would never train."""
+    idle = {id(weight) for weight in beside_text(model)}
+    return [name for name, layer in model.named_modules() if any(id(w) in idle for w in layer.parameters(False))]
 
 
 def _refuse_pickles(folder: Path) -> None:

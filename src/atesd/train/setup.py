@@ -30,6 +30,7 @@ from atesd.tasks.texts import fences, refuse_texts
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
+from atesd.train.gap import GapRule
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load, set_threads
@@ -139,6 +140,7 @@ def assemble(config: RunConfig) -> Parts:
         updates_per_batch=config.step.updates_per_batch,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
+        gap_rule=GapRule(config.rollout.gap_warning, config.rollout.gap_limit),
     )
     probe = Probe(
         sets["probe"],
