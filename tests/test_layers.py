@@ -82,6 +82,8 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "batch",
+        "hub",
+        "tokens",
         "heads",
         "model",
         "optim",

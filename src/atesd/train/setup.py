@@ -99,8 +99,9 @@ def assemble(config: RunConfig) -> Parts:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes were launched, one is supported: start atesd directly")
-    model, tokenizer = load(config.model, derive_seed(config.seed, "lora"))
-    model.to(accelerator.device)
+    model, tokenizer = load(config.model, derive_seed(config.seed, "lora"), config.prompt.chat_template)
+    if config.model.quantization is None:  # else it was loaded where it trains
+        model.to(accelerator.device)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
