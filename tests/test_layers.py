@@ -102,6 +102,7 @@ ORDERS: dict[str, list[str]] = {
         "measure",
         "record",
         "checkpoint",
+        "memory",
         "setup",
         "resume",
         "inspect",
