@@ -23,7 +23,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from atesd.train.model import load_tokenizer, resolve
+from atesd.train.model import resolve
+from atesd.train.tokens import load_tokenizer
 from bench.score import PROJECTIONS, Batch, Loss, Pair, states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

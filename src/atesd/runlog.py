@@ -2,7 +2,7 @@
 
     RUN/config.json             the resolved recipe
     RUN/about.json              what the run is, in words: format, exposure, controls, distils, reinforces
-    RUN/env.json                versions, device, commit
+    RUN/env.json                versions, device, commit, what samples
     RUN/metrics.jsonl           one object a step: {"step": n, KEY: number, ...}
     RUN/groups.jsonl            one object a group and step: problem, route, exposure, lambda, rewards
     RUN/rollouts/step_*.jsonl   sampled completions with the hint that the teacher saw and per-token streams
@@ -128,8 +128,17 @@ class RunDir:
             )
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> RunDir:
-        """Make the folder, take its lock, and write what the run is, sealed. UserError as `check_free`."""
+    def create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+        env: Mapping[str, Any] | None = None,
+    ) -> RunDir:
+        """Make the folder, take its lock, and write what the run is, sealed. UserError as `check_free`.
+
+        `env` joins the record of the environment.
+        """
         cls.check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
@@ -137,7 +146,7 @@ class RunDir:
         for folder in FOLDERS:
             shutil.rmtree(path / folder, ignore_errors=True)
             (path / folder).mkdir()
-        write_atomic(path / "env.json", dump_json(environment()))
+        write_atomic(path / "env.json", dump_json(environment() | dict(env or {})))
         write_atomic(path / "about.json", dump_json({"format": FORMAT, **(about or {})}))
         write_atomic(path / "config.json", dump_json(config))
         run.seal("env.json", "about.json", "config.json")

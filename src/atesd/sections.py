@@ -20,14 +20,18 @@ class LoraConfig(Config):
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 128
     """Scale: the update is multiplied by alpha / r. At most a million."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = _ALL_PROJECTIONS
-    """Names of the linear layers that get an adapter; the output head cannot be one."""
+    """Names of the linear layers that get an adapter, each of which the model must have; the output head cannot be one.
+    The default is OPSD's seven projections, as Qwen, Llama, Mistral, Gemma and SmolLM call them."""
 
 
 class ModelConfig(Config):
     """Which model learns."""
 
     path: str = "pico"
-    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id."""
+    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id. A folder of an
+    adapter stands for its base with that adapter."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; its main branch where unset."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision of the loaded weights; adapters are float32 whatever this says. `auto`: bfloat16 where it computes at
     least 1.3 times as fast and adapters are trained, else float32; config.json says which, and a resumed run keeps it.
@@ -36,6 +40,18 @@ class ModelConfig(Config):
     """Adapters; leave it out to train all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attn_implementation: str | None = None
+    """Passed to transformers where set, such as eager, sdpa or flash_attention_2; the library's choice where unset."""
+    quantization: Literal["4bit"] | None = None
+    """`4bit`: the base weights in 4 bits (NF4, as in QLoRA 2305.14314), under adapters; needs bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _only_adapters_train_over_four_bits(self) -> ModelConfig:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f'model.quantization = "{self.quantization}" leaves nothing that could train: add model.lora = {{}}'
+            )
+        return self
 
     @model_validator(mode="after")
     def _full_tuning_needs_float32(self) -> ModelConfig:

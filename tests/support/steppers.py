@@ -16,6 +16,7 @@ from atesd.recipe import build_config
 from atesd.sections import TeacherConfig
 from atesd.selection import Selection
 from atesd.train.batch import Row
+from atesd.train.gap import GapRule
 from atesd.train.optim import build_optimizer
 from atesd.train.scorer import Scorer, Student
 from atesd.train.setup import losses_of
@@ -41,6 +42,7 @@ def make_stepper(
     selection: Selection | None = None,
     /,
     rule: GradientRule | None = None,
+    gap_rule: GapRule | None = None,
     **sections: Any,
 ) -> tuple[Stepping, Teacher]:
     """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher."""
@@ -74,6 +76,7 @@ def make_stepper(
         updates_per_batch=config.step.updates_per_batch,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
+        gap_rule=gap_rule,
     )
     stepper.default = config.target
     return stepper, teacher

@@ -71,7 +71,8 @@ def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem
         return 0
     silence_libraries()
     from atesd.rollout.render import Renderer
-    from atesd.train.model import load_tokenizer, resolve
+    from atesd.train.model import resolve
+    from atesd.train.tokens import load_tokenizer
 
     renderer = Renderer(load_tokenizer(resolve(model)))
     refused = list(flaws(task, sets, renderer.flaw))

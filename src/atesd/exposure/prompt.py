@@ -17,9 +17,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from atesd.exposure.reveal import Reveal
 from atesd.types import Config, Message, Problem, UserError
@@ -39,7 +39,7 @@ OPSD_TEACHER = (
 
 
 class PromptConfig(Config):
-    """Prompt templates of both roles, one user turn each. Defaults are OPSD v3's texts.
+    """Prompts of both roles: a user turn each, and what stands around it. Defaults are OPSD v3's texts.
 
     `{problem}`, `{hint}` and `{answer}` are filled literally and in one pass; all other braces are plain text.
     """
@@ -61,6 +61,16 @@ class PromptConfig(Config):
     """Passed to the chat template of the student where set. OPSD v3: false."""
     enable_thinking_teacher: bool | None = None
     """Passed to the chat template of the teacher where set. OPSD v3: true."""
+    system: str = ""
+    """System message of both roles; none where empty. Where the model's chat template knows no system role, or leaves
+    such a message out, it stands before the user's text, with an empty line between."""
+    system_student: str | None = None
+    """The student's own, in evaluation too; unset, that of both."""
+    system_teacher: str | None = None
+    """The teacher's own; unset, that of both."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Chat template instead of the tokenizer's: `plain` (texts without roles, for base models), a file with a Jinja
+    template, or the template itself. Saved models keep it."""
     teacher_prefill: str = ""
     """Text after the teacher's assistant header, for instance an opening think tag."""
 
@@ -89,20 +99,23 @@ class PromptConfig(Config):
 
 def student_messages(problem: Problem, config: PromptConfig) -> list[Message]:
     """Return the student's prompt: the problem and no hint."""
-    return _user(_fill(config.student, problem=problem.problem))
+    return _messages(_fill(config.student, problem=problem.problem), config.system, config.system_student)
 
 
 def evaluation_messages(problem: Problem, config: PromptConfig) -> list[Message]:
     """Return the student's prompt in evaluation."""
-    return _user(_fill(config.evaluation or config.student, problem=problem.problem))
+    text = _fill(config.evaluation or config.student, problem=problem.problem)
+    return _messages(text, config.system, config.system_student)
 
 
 def teacher_messages(problem: Problem, hint: str | None, prompt: PromptConfig) -> list[Message]:
     """Return the teacher's prompt: the problem and its hint; without a hint, or with `hint = "none"`, that of none."""
     if hint is None or prompt.hint == "none":
         template = prompt.student if prompt.hint_none is None else prompt.hint_none
-        return _user(_fill(template, problem=problem.problem))
-    return _user(_fill(prompt.teacher, problem=problem.problem, hint=hint))
+        text = _fill(template, problem=problem.problem)
+    else:
+        text = _fill(prompt.teacher, problem=problem.problem, hint=hint)
+    return _messages(text, prompt.system, prompt.system_teacher)
 
 
 def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
@@ -153,8 +166,11 @@ def donors(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     return {problem.id: cycle[index - 1] for index, problem in enumerate(cycle)}
 
 
-def _user(content: str) -> list[Message]:
-    return [{"role": "user", "content": content}]
+def _messages(content: str, system: str, own_system: str | None) -> list[Message]:
+    """Return a user's turn behind the system message of both roles, or the role's own."""
+    said = system if own_system is None else own_system
+    before: list[Message] = [{"role": "system", "content": said}] if said else []
+    return [*before, {"role": "user", "content": content}]
 
 
 def _fill(template: str, **values: str) -> str:

@@ -7,7 +7,7 @@ Shapes: N valid completion tokens, V vocabulary, H hidden, K top-k. `losses/summ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -114,11 +114,24 @@ _ROOM, _ROOM_ON_GPU = 2**24, 2**27
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What makes a role's logits: (hidden @ head.T + bias) / temperature."""
+    """What makes a role's logits: z / temperature, z = cap tanh(y / cap) or y, y = scale (hidden @ head.T + bias)."""
 
     hidden_NH: Tensor
     head_VH: Tensor
     bias_V: Tensor | None = None
+    scale: float = 1.0
+    """Positive."""
+    cap: float | None = None
+
+    def detached(self) -> Scored:
+        """Return it without gradients."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, hidden_NH=self.hidden_NH.detach(), head_VH=self.head_VH.detach(), bias_V=bias_V)
+
+    def at(self, temperature: float) -> Role:
+        """Return the role at a temperature: scale and cap change places with it, and cost no pass of their own."""
+        cap = None if self.cap is None else self.cap / temperature
+        return Role(self.hidden_NH, self.head_VH, self.bias_V, temperature / self.scale, cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +205,7 @@ def token_streams(
 
     is_sampled, has_loss = config.divergence.kind == "sampled", scoring.objective != "none"
     scores = scores_with_gradient(
-        Role(student.hidden_NH, student.head_VH, student.bias_V, config.temperature_student or temperature),
+        student.at(config.temperature_student or temperature),
         scoring,
         Wanted(use.loss and has_loss, use.logprob or (use.loss and is_sampled)),
         weights,
@@ -217,9 +230,7 @@ def _scoring(
     full_or_top: Literal["full", "top_k"] = "full" if config.top_k is None else "top_k"
     room = _ROOM_ON_GPU if labels_N.is_cuda else _ROOM
     return Scoring(
-        views=tuple(
-            Role(view.hidden_NH.detach(), view.head_VH.detach(), _detached(view.bias_V), temperature) for view in views
-        ),
+        views=tuple(view.detached().at(temperature) for view in views),
         labels_N=labels_N,
         target=target,
         summand=_summand(config.divergence),
@@ -230,10 +241,6 @@ def _scoring(
         tau=config.clip_tau if config.clip == "pointwise" else None,
         tile_logits=config.tile_logits or room,
     )
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 def _summand(divergence: Divergence) -> summands.Summand:

@@ -66,12 +66,13 @@ class TiledScores(torch.autograd.Function):
         head_VH: Tensor,
         bias_V: Tensor | None,
         temperature: float,
+        cap: float | None,
         scoring: Scoring,
         wanted: Wanted,
         expected: Expected,
     ) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad[:3]
-        run = _Pass(Role(hidden_NH, head_VH, bias_V, temperature), scoring, needs)
+        run = _Pass(Role(hidden_NH, head_VH, bias_V, temperature, cap), scoring, needs)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             if len(run.tiles) == 1:
                 scores, ctx.found = run.kept(wanted)
@@ -81,7 +82,7 @@ class TiledScores(torch.autograd.Function):
                 scores, ctx.found = run.under(expected)
             else:
                 scores, ctx.found = run.scores(), None
-        ctx.scoring, ctx.temperature = scoring, temperature
+        ctx.scoring, ctx.temperature, ctx.cap = scoring, temperature, cap
         ctx.save_for_backward(hidden_NH, head_VH, bias_V)
         ctx.set_materialize_grads(False)
         fixed = scores[2:] if scoring.objective != "none" else (scores.loss, *scores[2:])
@@ -93,17 +94,17 @@ class TiledScores(torch.autograd.Function):
     def backward(ctx: Any, loss_N: Tensor | None, logprob_N: Tensor | None, *_: None) -> tuple[Any, ...]:
         upstream = Upstream(loss_N, logprob_N)
         if loss_N is None and logprob_N is None:
-            return (None,) * 7
+            return (None,) * 8
         found, ctx.found = ctx.found, None  # used up; a second pass over the same graph makes it again
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
             gradients = found(upstream) if found is not None else None
             if gradients is None:
                 scoring = ctx.scoring if loss_N is not None else replace(ctx.scoring, views=())
                 hidden_NH, head_VH, bias_V = ctx.saved_tensors
-                student = Role(hidden_NH, head_VH, bias_V, ctx.temperature)
+                student = Role(hidden_NH, head_VH, bias_V, ctx.temperature, ctx.cap)
                 run = _Pass(student, scoring, ctx.needs_input_grad[:3])
                 gradients = run.again(upstream)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -198,7 +199,7 @@ class _Pass:
         return self._gradients(sums)
 
     def _score(self, rows: slice, wanted: Wanted) -> tuple[Scores, Slopes]:
-        return score(self._tile.logits(rows), self.scoring.labels_N[rows], self.scoring, wanted)
+        return score(self._tile.logits(rows), self.scoring.labels_N[rows], self.scoring, wanted, self.student.cap)
 
     def _sums(self) -> Sums:
         return Sums(self.student, self._dtype, self.needs)

@@ -72,7 +72,7 @@ class Wanted(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Gradients of `loss` and `logprob` to the tempered logits, [n, V]; None where not asked for."""
+    """Gradients of `loss` and `logprob` to the tempered, uncapped logits, [n, V]; None where not asked for."""
 
     loss: Tensor | None
     logprob: Tensor | None
@@ -87,8 +87,13 @@ class Slopes(NamedTuple):
         return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
 
-def score(logits: Sequence[Tensor], labels_n: Tensor, scoring: Scoring, wanted: Wanted) -> tuple[Scores, Slopes]:
-    """Score a tile of logits, [n, V] a role, the student's first; the slopes are written over them."""
+def score(
+    logits: Sequence[Tensor], labels_n: Tensor, scoring: Scoring, wanted: Wanted, cap: float | None = None
+) -> tuple[Scores, Slopes]:
+    """Score a tile of logits, [n, V] a role, the student's first; the slopes are written over them.
+
+    `cap` is what holds the student's logits: z = cap tanh(x / cap), so that dz/dx = 1 - (z / cap)^2.
+    """
     tokens, vocabulary = logits[0].shape
     block = BLOCK_ON_GPU if logits[0].is_cuda else BLOCK
     together = max(torch.get_num_threads(), block // vocabulary)
@@ -98,9 +103,10 @@ def score(logits: Sequence[Tensor], labels_n: Tensor, scoring: Scoring, wanted: 
     for rows in slices(tokens, together):
         scores, slopes = _score([role[rows] for role in logits], labels_n[rows], scoring, wanted)
         parts.append(scores)
+        slope_of_cap = None if cap is None or not any(wanted) else (logits[0][rows] / cap).square_().neg_().add_(1)
         for whole, part in ((loss_nV, slopes.loss), (logprob_nV, slopes.logprob)):
             if whole is not None and part is not None:
-                whole[rows] = part
+                whole[rows] = part if slope_of_cap is None else part.mul_(slope_of_cap)
     return joined(parts), Slopes(loss_nV, logprob_nV)
 
 

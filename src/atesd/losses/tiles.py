@@ -17,12 +17,13 @@ WIDENED = 8192
 
 
 class Role(NamedTuple):
-    """One role's scoring inputs."""
+    """One role's scoring inputs: x = (hidden @ head.T + bias) / temperature, its logits cap tanh(x / cap), or x."""
 
     hidden_NH: Tensor
     head_VH: Tensor
     bias_V: Tensor | None
     temperature: float
+    cap: float | None = None
 
 
 def compute_dtype(student: Role, views: Sequence[Role]) -> torch.dtype:
@@ -73,6 +74,8 @@ class Tile:
                 logits_nV.add_(role.bias_V)
             if role.temperature != 1:
                 logits_nV.div_(role.temperature)
+            if role.cap is not None:
+                logits_nV.div_(role.cap).tanh_().mul_(role.cap)
         return found
 
     def _multiply(self, roles: Sequence[Role], rows: slice, out: Tensor) -> None:
@@ -104,7 +107,7 @@ class Sums:
         self.bias_V = torch.zeros_like(student.bias_V, dtype=dtype) if needs[2] and student.bias_V is not None else None
 
     def add(self, gradient_nV: Tensor, rows: slice) -> None:
-        """Take in the gradient to the tempered logits of some tokens, each token once; it is overwritten."""
+        """Take in the gradient to the tempered, uncapped logits of some tokens, each token once; it is overwritten."""
         if self._student.temperature != 1:
             gradient_nV.div_(self._student.temperature)
         if self.bias_V is not None:

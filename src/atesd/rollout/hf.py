@@ -40,6 +40,13 @@ class HFEngine(EngineMethod):
             always_generate=self.decode == "generate",
         )
 
+    def path(self, model: nn.Module, length: int) -> str:
+        """Say which of the two loops samples, and why."""
+        if self.decode == "generate":
+            return "transformers' generate, as rollout.engine.decode asks"
+        why = why_unknown(_beneath(model), length)
+        return "atesd's own loop" if why is None else f"transformers' generate, which is slower: {why}"
+
 
 class HFSampler:
     """Samples with a loop of our own where the model is known to it (`known.py`), else with `generate`.
@@ -61,7 +68,7 @@ class HFSampler:
         always_generate: bool = False,
     ) -> None:
         # An adapter lives inside the base model's layers, and the wrapper's `generate` only adds its own settings.
-        self._model = cast("Any", model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
+        self._model = _beneath(model)
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._decode = decode
@@ -137,6 +144,11 @@ class HFSampler:
                 f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
                 f"model's context of {limit}: lower max_new_tokens or leave out the longest problems"
             )
+
+
+def _beneath(model: nn.Module) -> Any:
+    """Return the model inside adapters' wrapper."""
+    return cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _chunks(lengths: Sequence[int], sampling: SamplingConfig) -> Iterator[list[int]]:

@@ -14,8 +14,8 @@ _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 _SAME_MATHS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 # Those whose frequencies depend on nothing but the config.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-# Largest distance of the two paths' logits, as a share of their spread. A wrong scale, mask or norm moves them by more.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+PATH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest distance of two paths' logits, as a share of their spread. A wrong scale, mask or norm moves them by more."""
 
 
 def why_unknown(model: Any, length: int) -> str | None:
@@ -44,7 +44,7 @@ def _objections(model: Any, length: int) -> Iterator[str]:
         if wrong:
             yield f"{name} {wrong}"
     plain = [weight for name, weight in model.named_parameters() if ".lora_" not in name]
-    if len({(weight.dtype, weight.device) for weight in plain}) > 1 or plain[0].dtype not in _TOLERANCE:
+    if len({(weight.dtype, weight.device) for weight in plain}) > 1 or plain[0].dtype not in PATH_TOLERANCE:
         yield "its weights are of several or unusual types, or on several devices"
     for name, module in model.named_modules():
         if "forward" in vars(module) or any(map(_matters, _hooks(module))):
@@ -102,10 +102,10 @@ def distance(model: Any, prompt: Sequence[int]) -> float | None:
     expected_N2V = torch.stack(
         [model(torch.tensor([[*ids, token]], device=read_BV.device)).logits[0, -2:] for ids in starts]
     )
-    return _relative(found_N2V.double(), expected_N2V.double(), _TOLERANCE[read_BV.dtype])
+    return relative_distance(found_N2V.double(), expected_N2V.double(), PATH_TOLERANCE[read_BV.dtype])
 
 
-def _relative(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
+def relative_distance(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
     """Return the root mean square of the difference over that of the centred expectation and the tolerance."""
     finite = expected.isfinite()
     if not bool(finite.any()):

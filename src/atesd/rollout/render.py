@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from atesd.rollout.verbatim import Verbatim
@@ -16,6 +17,7 @@ class Renderer:
 
     What a message says is text, even where it spells a control token (see `verbatim.py`); UserError where the tokenizer
     cannot keep it so.
+    A system message that the chat template does not show is put before the user's text.
     `enable_thinking_*` reach the chat template only where set; `teacher_prefill` follows the teacher's header.
     `eos_ids` are the ids that end a completion, the tokenizer's own first. A tokenizer without a pad token pads with
     that one: masks go by length, so the choice has no effect. UserError if the tokenizer has no end token, or if a
@@ -40,6 +42,7 @@ class Renderer:
             raise UserError("the tokenizer has no end token, so completions could never end: set its eos_token")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([int(eos), *extra_eos_ids]))
         self.pad_id = int(eos if pad is None else pad)
+        self._folds = self._loses_system()
         turn, header = self._turn_and_header()
         self._verbatim = Verbatim(self._tokenizer, turn=turn, header=header)
 
@@ -131,8 +134,26 @@ class Renderer:
             ),
         )
 
+    def _loses_system(self) -> bool:
+        """Tell whether the chat template refuses a system message, or leaves it out."""
+        if not self._tokenizer.chat_template:
+            return False
+        said = "You keep words."
+        try:
+            return said not in self._text([Message(role="system", content=said), _user("?")], {})
+        except TemplateError:
+            return True
+
+    def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Put a system message that the template would lose before the user's text."""
+        if not self._folds or len(messages) < 2 or messages[0]["role"] != "system":
+            return messages
+        system, first, *rest = messages
+        return [Message(role=first["role"], content=f"{system['content']}\n\n{first['content']}"), *rest]
+
     def _ids(self, messages: Sequence[Message], options: dict[str, bool]) -> list[int]:
         """Return the ids of a prompt; only one that spells control tokens is put together by hand."""
+        messages = self._folded(messages)
         hidden, marks = self._hidden(messages)
         if not marks:
             return self._rendered_ids(messages, options)

@@ -56,12 +56,20 @@ class EngineMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("describe", "build")
 
+    def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
+        """Say by which way completions of `length` tokens are sampled, where the model decides; for env.json."""
+        return ""
+
 
 class Engine(Protocol):
     """What an engine's section does."""
 
     def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
         """Return the sampler of a model's completions."""
+        ...
+
+    def path(self, model: nn.Module, length: int) -> str:
+        """Say by which way completions are sampled; "" where there is but one."""
         ...
 
 

@@ -15,7 +15,7 @@ def largest_weight(model: nn.Module) -> tuple[str, float]:
     """Return the name and the size of the largest weight; of the first that is not finite, where there is one."""
     found = ("", 0.0)
     for name, weight in model.named_parameters():
-        if weight.numel():
+        if weight.numel() and weight.is_floating_point():  # 4-bit weights are bytes
             low, high = weight.detach().aminmax()
             size = float(torch.maximum(-low, high))
             if not math.isfinite(size):

@@ -80,7 +80,7 @@ class Contract:
 
     def _most_probable(self, states: Tensor) -> Tensor:
         """Return the most probable token of each state under the head in place, some states at a time."""
-        weight, bias = self._scorer.head()
+        weight, bias, *_ = self._scorer.head()  # a scale or cap keeps the order
         found = []
         for start in range(0, len(states), 64):
             part = states[start : start + 64]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -187,10 +187,8 @@ class Directions:
             part = variants[start : start + together]
             whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
             size = sum(len(row.completion) for row in part[0])
-            found += [
-                Scored(piece, whole.head_VH, whole.bias_V)
-                for piece in whole.hidden_NH.split_with_sizes([size] * len(part))
-            ]
+            pieces = whole.hidden_NH.split_with_sizes([size] * len(part))
+            found += [replace(whole, hidden_NH=piece) for piece in pieces]
         return found
 
 

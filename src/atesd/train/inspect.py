@@ -7,17 +7,21 @@ from pathlib import Path
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import Evaluation, evaluate
+from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
-from atesd.train.model import decide_dtype, load, load_tokenizer, resolve, set_threads
+from atesd.train.model import decide_dtype, load, resolve, set_threads
 from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
+from atesd.train.tokens import load_tokenizer
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
 
 def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dict[str, str]]:
     """Return the exact prompts of the first training problems, at one ratio or at 0, 0.5 and 1."""
-    renderer = make_renderer(config, load_tokenizer(resolve(config.model.path)))
+    renderer = make_renderer(
+        config, load_tokenizer(resolve(config.model.path), config.model.revision, config.prompt.chat_template)
+    )
     facts = config.facts()
     problems = config.task.build(facts).train()
     hints = Hints(config.prompt, config.reveal.build(facts), renderer, shown_instead(config, problems))
@@ -40,7 +44,7 @@ def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
     """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0."""
     set_threads(config.threads)
     config = decide_dtype(config)
-    loaded, tokenizer = load(config.model.model_copy(update={"path": str(model), "lora": None}), 0)
+    loaded, tokenizer = load(_model_to_evaluate(config, str(model)), 0, config.prompt.chat_template)
     driver, renderer, task = sampling_side(config, loaded, tokenizer)
     problems = task.evaluation()[: config.eval.problems]
     refuse_hostile(config, renderer, task, {"evaluation": problems})
@@ -52,3 +56,9 @@ def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
         seed=derive_seed(config.seed, "eval"),
         traits=task.traits,
     )
+
+
+def _model_to_evaluate(config: RunConfig, path: str) -> ModelConfig:
+    """Return the recipe's model section for another model: a revision is one of the recipe's own."""
+    revision = config.model.revision if path == config.model.path else None
+    return config.model.model_copy(update={"path": path, "lora": None, "revision": revision})

@@ -25,6 +25,7 @@ from atesd.train.checkpoint import (
     save_model,
 )
 from atesd.train.measure import logged
+from atesd.train.memory import within_memory
 from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import newest_whole, open_for_resume, resumed_config
@@ -74,8 +75,13 @@ class Trainer:
         """
         RunDir.check_free(out)
         config = decide_dtype(config, say)
-        parts = assemble(config)
-        return cls(config, RunDir.create(out, config.model_dump(mode="json"), config.about()), parts, listener)
+        with within_memory(config, "loading the model"):
+            parts = assemble(config)
+        path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
+        if say is not None and path:
+            say(f"completions are sampled by {path}")
+        run = RunDir.create(out, config.model_dump(mode="json"), config.about(), {"sampling": path})
+        return cls(config, run, parts, listener)
 
     @classmethod
     def resume(
@@ -94,7 +100,9 @@ class Trainer:
         config = resumed_config(run, found[1]["config"] if found else None)
         if before is not None:
             before(config)
-        trainer = cls(config, run, assemble(config), listener)
+        with within_memory(config, "loading the model"):
+            parts = assemble(config)
+        trainer = cls(config, run, parts, listener)
         if found:
             trainer._restore(*found)
         return trainer
@@ -130,7 +138,7 @@ class Trainer:
         clock = perf_counter()
         parts, config, phase = self.parts, self.config, self._phases.phase
         problems = [parts.problems[index] for index in parts.curriculum.next(config.step.problems)]
-        with phase("sample"):
+        with phase("sample"), within_memory(config, "sampling"):
             groups = self._rollout(problems)
         with phase("exposure"):
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
@@ -139,7 +147,7 @@ class Trainer:
             rows = parts.rows.build(groups, routes, ratios, target.views)
         parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
-        with phase("update"):
+        with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)
         self.step += 1
         parts.driver.sampler.sync(parts.weights(self.step))
@@ -192,7 +200,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Evaluate on held-out problems; keep the best model so far."""
         config, parts = self.config, self.parts
-        with self._phases.phase("eval"):
+        with self._phases.phase("eval"), within_memory(config, "evaluating"):
             result = evaluate(
                 parts.task.name,
                 parts.eval_problems,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 import warnings
 from collections.abc import Callable
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
+from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
+from atesd.train.hub import base_of_adapter, first_line, locate
+from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -28,16 +33,9 @@ if TYPE_CHECKING:
 
     from atesd.config import RunConfig
 
-# Config attributes that make a model's logits more than `hidden @ head.T + bias`.
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-)
 _DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+
+_LINEAR = ("Linear", "Conv1D", "Linear4bit")
 
 _WORTH_BFLOAT16 = 1.3
 """A precision lost for less speed than this, which might be noise, is lost for nothing."""
@@ -88,41 +86,31 @@ def bfloat16_speed(clock: Callable[[], float] = perf_counter) -> float:
     return in_float32 / max(in_bfloat16, 1e-9)
 
 
-def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    config: ModelConfig, seed: int, template: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model in training form and its tokenizer.
 
-    `seed` fixes the random half of LoRA's initialisation. UserError if the folder lacks a model, tokenizer or chat
-    template, if its weights are pickled or not finite, or if the architecture's logits cannot be tiled.
+    `seed` fixes the random half of LoRA's initialisation; `template` is the recipe's chat template. A folder that holds
+    an adapter gives its base with the adapter merged, or beside it where half precision would round the merge away and
+    nothing trains. UserError if the folder lacks a model, tokenizer or chat template, if its weights are pickled,
+    damaged or not finite, or if an adapter or the tokenizer does not fit the model.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
     path = resolve(config.path)
-    _refuse_pickles(Path(path))
-    tokenizer = load_tokenizer(path)
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except _DAMAGED as error:
-        raise UserError(
-            f"no causal language model could be loaded from {path!r} ({first_line(error)}): "
-            "give a folder with config.json and safetensors weights, or a hub id"
-        ) from error
-    if found["missing_keys"]:
-        named = ", ".join(sorted(found["missing_keys"])[:3])
-        raise UserError(
-            f"the weights in {path!r} lack {len(found['missing_keys'])} tensors ({named}), which would be random: "
-            "save the whole model again"
-        )
+    base = base_of_adapter(path)
+    tokenizer = load_tokenizer(path, config.revision, template)
+    model = _read(path if base is None else resolve(base), config, config.revision if base is None else None)
+    if base is not None:
+        model = _with_saved_adapter(model, path, base, merged=config.lora is not None or config.dtype == "float32")
+    _check_vocabulary(model, tokenizer, path)
     name, size = largest_weight(model)
     if not math.isfinite(size):
         raise UserError(
             f"the weights in {path!r} are not finite (first {name}): take an earlier checkpoint of the model"
         )
-    _refuse_logit_transforms(model)
+    refuse_router_loss(model)
+    _freeze_what_text_never_reaches(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
@@ -130,45 +118,103 @@ def load(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     return cast("PreTrainedModel", model), tokenizer
 
 
+def _read(path: str, config: ModelConfig, revision: str | None) -> nn.Module:
+    """Read a model's weights."""
+    _refuse_pickles(Path(path))
+    settings: dict[str, Any] = locate(path, revision) | _in_four_bits(config)
+    if config.attn_implementation is not None:
+        settings["attn_implementation"] = config.attn_implementation
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights in {path!r} are damaged ({first_line(error)}): copy or download them again"
+        ) from error
+    except (ImportError, *_DAMAGED) as error:
+        raise UserError(_why_not_read(path, config, error)) from error
+    if found["missing_keys"]:
+        named = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UserError(
+            f"the weights in {path!r} lack {len(found['missing_keys'])} tensors ({named}), which would be random: "
+            "save the whole model again"
+        )
+    return cast("nn.Module", model)
+
+
+def _why_not_read(path: str, config: ModelConfig, error: Exception) -> str:
+    if config.attn_implementation is not None and re.search("attention|attn", str(error), re.IGNORECASE):
+        return (
+            f"model.attn_implementation = {config.attn_implementation!r} does not work here ({first_line(error)}): "
+            "remove it, which leaves the choice to transformers, or install what it needs"
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return (
+            f"the weights in {path!r} have other shapes than its config.json says, as with another vocabulary: take "
+            "both from the same model"
+        )
+    return (
+        f"no causal language model could be loaded from {path!r} ({first_line(error)}): "
+        "give a folder with config.json and safetensors weights, or a hub id"
+    )
+
+
+def _in_four_bits(config: ModelConfig) -> dict[str, Any]:
+    """Return what makes the base weights 4-bit, as in QLoRA (2305.14314): NF4, its constants quantised too."""
+    if config.quantization is None:
+        return {}
+    if util.find_spec("bitsandbytes") is None:
+        raise UserError('model.quantization = "4bit" needs bitsandbytes: pip install bitsandbytes')
+    from transformers import BitsAndBytesConfig
+
+    device = torch.accelerator.current_accelerator() if has_accelerator() else torch.device("cpu")
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def _with_saved_adapter(model: nn.Module, folder: str, base: str, *, merged: bool) -> nn.Module:
+    """Put an adapter's folder on its base. UserError where it does not fit it, or is damaged."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    remedy = f"it needs the model it was trained on, and its adapter_config.json names {base!r}"
+    try:
+        adapted = get_peft_model(cast("Any", model), PeftConfig.from_pretrained(folder))
+        found = set_peft_model_state_dict(adapted, load_file(Path(folder) / "adapter_model.safetensors"))
+    except _DAMAGED as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"the adapter in {folder!r} cannot be put on its base ({why}): {remedy}") from error
+    wrong = [name for name in found.missing_keys if ".lora_" in name] + list(found.unexpected_keys)
+    if wrong:
+        raise UserError(f"the adapter in {folder!r} does not fit its base (first at {wrong[0]}): {remedy}")
+    return cast("nn.Module", cast("Any", adapted).merge_and_unload() if merged else adapted)
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:
+    """UserError where the tokenizer knows tokens that the model has no embedding of."""
+    rows = cast("Any", model).get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer in {path!r} has ids up to {largest}, but the model embeds {rows} tokens: take both from "
+            "the same model"
+        )
+
+
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass; before adapters are added, whose inputs must then need gradients."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has a chat template; EOS stands in for a missing pad token, since masks go by length."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no tokenizer could be loaded from {path!r} ({first_line(error)}): "
-            "save one beside the model with tokenizer.save_pretrained(...)"
-        ) from error
-    if not tokenizer.encode("0", add_special_tokens=False):
-        raise UserError(f"the tokenizer in {path!r} encodes nothing: its files are missing or damaged; save them again")
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer in {path!r} has no chat template: use an instruction-tuned model, "
-            "or add a chat_template.jinja to the folder"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {path!r} has no EOS token: completions could never end; set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    _try_chat_template(path, tokenizer)
-    return cast("PreTrainedTokenizerBase", tokenizer)
-
-
-def _try_chat_template(path: str, tokenizer: Any) -> None:
-    """Render a question; a template is a program, and may fail in any way."""
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1 = ?"}], add_generation_prompt=True)
-    except Exception as error:
-        raise UserError(
-            f"the chat template of the tokenizer in {path!r} does not render a question ({type(error).__name__}: "
-            f"{first_line(error)}): mend its chat_template.jinja"
-        ) from error
 
 
 def set_threads(count: int) -> None:
@@ -231,29 +277,23 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the output embedding [V, H] and its bias [V] or None."""
-    layer = cast("Any", model).get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """Return the part of the model that maps ids to final hidden states, adapters included."""
-    base = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
-    inner = cast("Any", base.model if hasattr(model, "peft_config") else base)
-    return cast("nn.Module", inner.get_decoder() if hasattr(inner, "get_decoder") else inner.model)
-
-
 def context_length(model: nn.Module) -> int | None:
     """Return the largest number of positions the model takes, or None where its config names none."""
     length = getattr(cast("Any", model).config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, for one-line messages."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def _freeze_what_text_never_reaches(model: nn.Module) -> None:
+    """Leave the other senses of a multimodal model as they are, and say so: no gradient could ever reach them."""
+    idle = beside_text(model)
+    for weight in idle:
+        weight.requires_grad_(False)
+    if idle:
+        warnings.warn(
+            f"{kind_of(model)} reads more than text: only its text part trains, and "
+            f"{sum(weight.numel() for weight in idle):,} weights of the rest stay as they are",
+            stacklevel=3,
+        )
 
 
 def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
@@ -261,6 +301,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     from peft import get_peft_model
 
     _refuse_adapters_on_the_head(model, config)
+    _refuse_unmatched_targets(model, config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -271,6 +312,7 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
                     lora_alpha=cast("int", config.alpha),
                     lora_dropout=0.0,
                     target_modules=list(config.targets),
+                    exclude_modules=_linear_beside_text(model) or None,
                     task_type="CAUSAL_LM",
                 ),
             )
@@ -283,13 +325,32 @@ def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
 def _refuse_adapters_on_the_head(model: nn.Module, config: LoraConfig) -> None:
     """Refuse an adapter that nothing would read. A target is a layer's name or the end of it, as in peft."""
-    output = cast("Any", model).get_output_embeddings()
+    output = output_layer(model)
     for name, layer in model.named_modules():
         if layer is output and any(f".{name}".endswith(f".{target}") for target in config.targets):
             raise UserError(
                 f"model.lora.targets names the output head {name}, whose adapter would never be read, as losses take "
                 "the head's own weights: remove it"
             )
+
+
+def _refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse a target that is no layer's name, nor the end of one: it would be ignored."""
+    within = decoder(model)
+    names = [f".{name}" for name, _ in within.named_modules()]
+    unmatched = [each for each in config.targets if not any(name.endswith(f".{each}") for name in names)]
+    if unmatched:
+        kinds = {name.rsplit(".", 1)[-1] for name, layer in within.named_modules() if type(layer).__name__ in _LINEAR}
+        raise UserError(
+            f"model.lora.targets names {', '.join(unmatched)}, but {kind_of(model)} has no such layer: name some of "
+            f"its own, {', '.join(sorted(kinds))}"
+        )
+
+
+def _linear_beside_text(model: nn.Module) -> list[str]:
+    """Return the names of layers outside the text part, whose adapters would never train."""
+    idle = {id(weight) for weight in beside_text(model)}
+    return [name for name, layer in model.named_modules() if any(id(w) in idle for w in layer.parameters(False))]
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -301,13 +362,3 @@ def _refuse_pickles(folder: Path) -> None:
             "them, if you trust them, with transformers' from_pretrained(...).save_pretrained(...), which writes "
             "safetensors"
         )
-
-
-def _refuse_logit_transforms(model: Any) -> None:
-    for name in _LOGIT_TRANSFORMS:
-        value = getattr(model.config.get_text_config(), name, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(
-                f"{type(model).__name__} changes its logits by {name}={value}, which the tiled divergence does not "
-                "reproduce: use an architecture whose logits are hidden @ head.T (Qwen, Llama, SmolLM, Mistral)"
-            )

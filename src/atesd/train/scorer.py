@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atesd.losses.divergence import LOSS_ALONE, LossConfig, Scored, TokenStreams, Use, token_streams
 from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
-from atesd.train.model import decoder, head
+from atesd.train.heads import Head, decoder, head
 from atesd.train.teacher import Teacher
 
 
@@ -80,7 +80,7 @@ class Scorer:
         self.teacher_temperature = loss.temperature_teacher or temperature
         self.samples_as_scored = self.student_temperature == temperature
         self._temperature = temperature
-        self._pad_id = pad_id
+        self.pad_id = pad_id
         self._checkpointing = checkpointing
         self._student = student or Student(model, loss)
 
@@ -119,7 +119,7 @@ class Scorer:
         """
         default = self._temperature if views else self.student_temperature
         streams: TokenStreams = self._student(
-            view_input(passages, self._pad_id, self.device),
+            view_input(passages, self.pad_id, self.device),
             labels(passages, self.device),
             views,
             target or Plain(),
@@ -131,13 +131,12 @@ class Scorer:
 
     def hidden(self, passages: Sequence[Passage]) -> Scored:
         """Return the hidden states of the scored positions under the weights in place."""
-        return hidden_states(self.model, view_input(passages, self._pad_id, self.device))
+        return hidden_states(self.model, view_input(passages, self.pad_id, self.device))
 
     def view(self, passages: Sequence[Passage], weights: Teacher) -> Scored:
         """Return what a teacher view makes of the passages, without gradient, to be kept beyond its weights."""
         with weights.in_place():
-            scored = self.hidden(passages)
-            return Scored(scored.hidden_NH, scored.head_VH.detach(), _detached(scored.bias_V))
+            return self.hidden(passages).detached()
 
     def against(
         self,
@@ -164,8 +163,8 @@ class Scorer:
         """Return log p(label), [N], of hidden states at hand."""
         return label_streams(scored, labels_N, self.loss, temperature).logprob_N
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output embedding [V, H] and its bias [V] or None, under the weights in place."""
+    def head(self) -> Head:
+        """Return the output head under the weights in place."""
         return head(self.model)
 
     def batches(self, passages: Sequence[Passage]) -> Iterator[list[int]]:
@@ -199,8 +198,7 @@ def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
         position_ids=inputs.position_ids_BL,
         use_cache=False,
     ).last_hidden_state
-    head_VH, bias_V = head(model)
-    return Scored(hidden_BLH[inputs.scored_BL], head_VH, bias_V)
+    return Scored(hidden_BLH[inputs.scored_BL], *head(model))
 
 
 def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float) -> TokenStreams:
@@ -219,7 +217,3 @@ def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperat
 def _plain(tiles: LossConfig) -> LossConfig:
     """Return forward KL without clip or temperatures, in the same tiles."""
     return LossConfig(tile_logits=tiles.tile_logits)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()

@@ -27,9 +27,11 @@ from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts
+from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.directions import Directions
+from atesd.train.gap import GapRule
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load, set_threads
@@ -99,8 +101,9 @@ def assemble(config: RunConfig) -> Parts:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes were launched, one is supported: start atesd directly")
-    model, tokenizer = load(config.model, derive_seed(config.seed, "lora"))
-    model.to(accelerator.device)
+    model, tokenizer = load(config.model, derive_seed(config.seed, "lora"), config.prompt.chat_template)
+    if config.model.quantization is None:  # else it was loaded where it trains
+        model.to(accelerator.device)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
@@ -124,6 +127,7 @@ def assemble(config: RunConfig) -> Parts:
     scheduler = build_schedule(config.optim, optimizer, updates)
     scorer = make_scorer(config, model, renderer, student)
     outcomes = Outcomes(config.probe.credit_steps)
+    refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
         hints,
         outcomes=outcomes,
@@ -145,6 +149,7 @@ def assemble(config: RunConfig) -> Parts:
         updates_per_batch=config.step.updates_per_batch,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
+        gap_rule=GapRule(config.rollout.gap_warning, config.rollout.gap_limit),
     )
     probe = Probe(
         sets["probe"],

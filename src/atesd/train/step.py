@@ -34,6 +34,7 @@ from atesd.seeds import derive_seed
 from atesd.selection import Selection
 from atesd.train.batch import Passage, Row, micro_batches
 from atesd.train.finite import Scales, cause, refuse_broken_streams, refuse_broken_weights
+from atesd.train.gap import GapRule
 from atesd.train.scorer import Scorer
 from atesd.train.stats import (
     Listening,
@@ -133,6 +134,7 @@ class Stepper:
         updates_per_batch: int,
         max_grad_norm: float,
         seed: int,
+        gap_rule: GapRule | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._scorer = scorer
@@ -146,6 +148,7 @@ class Stepper:
         self._updates_per_batch = updates_per_batch
         self._max_grad_norm = max_grad_norm or math.inf
         self._seed = seed
+        self._gap_rule = gap_rule
         self._target: Target = Plain()
         self._old: dict[int, Tensor] = {}
 
@@ -163,7 +166,7 @@ class Stepper:
         self._remember_old([batch for part in parts for batch in part])
         for part in parts:
             if part:
-                self._update(part, outcome)
+                self._update(part, outcome, rows if part is parts[0] else ())
             else:
                 outcome.add("optim/empty_updates", 1)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
@@ -171,8 +174,11 @@ class Stepper:
             outcome.metrics |= logprob_gap(rows, outcome.rows)
         return outcome
 
-    def _update(self, batches: Sequence[MicroBatch], outcome: StepOutcome) -> None:
-        """Make one optimizer update. Every component is divided by its count over all micro-batches."""
+    def _update(self, batches: Sequence[MicroBatch], outcome: StepOutcome, fresh: Sequence[Row]) -> None:
+        """Make one optimizer update. Every component is divided by its count over all micro-batches.
+
+        `fresh` are the step's rows while the weights are still those that sampled them.
+        """
         outcome.add("optim/micro_batches", len(batches))
         selections = self._select(batches)
         counts = self._counts(batches, selections)
@@ -189,6 +195,8 @@ class Stepper:
             taken.append(scored.detached())
         outcome.metrics |= listening_metrics(self._gate, [scored.heard for scored in taken if scored.heard])
         outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
+        if self._gap_rule is not None and self._scorer.samples_as_scored and fresh:
+            self._gap_rule.heed(logprob_gap(fresh, outcome.rows))
         if taken:
             self._move(taken, outcome)
         else:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from atesd.sections import LoraConfig, ModelConfig
-from atesd.train.model import context_length, first_line, head, load, load_tokenizer, resolve, set_threads
+from atesd.train.heads import head, output_layer
+from atesd.train.hub import first_line
+from atesd.train.model import _with_lora, context_length, load, resolve, set_threads
+from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
 
+from support.architectures import family
 from support.folders import write_byte_model
 from support.models import tiny_model
 
@@ -39,41 +46,9 @@ def test_a_folder_becomes_the_model_that_was_saved_and_its_tokenizer(folder: Pat
     assert tokenizer.decode(tokenizer.encode("½ 数")) == "½ 数"
 
 
-TINY = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "bos_token_id": None}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-
-@pytest.mark.parametrize(("architecture", "settings", "named"), [
-    ("Gemma2", {}, "final_logit_softcapping=30.0"),  # its default
-    ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
-    ("Cohere", {"logit_scale": 0.25}, "logit_scale=0.25"),
-    ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
-     "lm_head_multiplier=0.5"),
-])  # fmt: skip
-def test_architectures_that_transform_their_logits_are_refused(
-    architecture: str, settings: dict[str, Any], named: str, folder: Path
-) -> None:
-    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
-    with pytest.raises(UserError, match=rf"{architecture}ForCausalLM changes its logits by {named}.*use an archit"):
-        load(ModelConfig(path=str(folder)), seed=0)
-
-
-@pytest.mark.parametrize(("architecture", "settings"), [
-    ("Gemma2", {"final_logit_softcapping": None}),
-    ("Granite", {"logits_scaling": 1}),
-    ("Cohere", {"logit_scale": 1.0}),
-])  # fmt: skip
-def test_a_transform_that_is_switched_off_is_none(architecture: str, settings: dict[str, Any], folder: Path) -> None:
-    config = getattr(transformers, f"{architecture}Config")(**TINY, **HEADS, **settings)
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
-    model, _ = load(ModelConfig(path=str(folder)), seed=0)
-    assert type(model).__name__ == f"{architecture}ForCausalLM"
-
-
 def test_an_absent_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
     path = str(tmp_path / "absent")
-    with pytest.raises(UserError, match=f"no tokenizer could be loaded from '{path}' .*: save one beside the model"):
+    with pytest.raises(UserError, match=f"'{path}' is neither a folder here nor an id on the hub, such as Qwen"):
         load(ModelConfig(path=path), seed=0)
 
 
@@ -98,8 +73,24 @@ def test_a_folder_without_a_readable_tokenizer_is_named_with_a_remedy(content: s
 
 def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"has no chat template: use an instruction-tuned model, or add a chat_templ"):
+    with pytest.raises(UserError, match=r"has no chat template: use an .*, or set prompt.chat_template = \"plain\""):
         load_tokenizer(str(folder))
+
+
+def test_a_recipes_template_replaces_the_tokenizers_and_is_tried(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(str(folder), template="plain")
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == "a\n\nb<|end|>\n\n"
+    with pytest.raises(UserError, match=r"prompt\.chat_template does not render a question \(TypeError.*\): mend it"):
+        load_tokenizer(str(folder), template="{{ messages[0].content + 1 }}")
+    _, tokenizer = load(ModelConfig(path=str(folder)), 0, "{{ messages }}")
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_template_that_writes_the_date_is_warned_about(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="writes today's date into prompts"):
+        load_tokenizer(str(folder), template="{{ strftime_now('%d') }}{{ messages }}")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder: Path) -> None:
@@ -137,11 +128,30 @@ def test_the_context_is_the_number_of_positions_or_unknown(folder: Path) -> None
 
 def test_the_head_of_a_model_with_and_without_a_bias() -> None:
     model = tiny_model()
-    weight, bias = head(model)
-    assert weight is model.lm_head.weight
-    assert bias is None
+    assert head(model)[0] is model.lm_head.weight
+    assert head(model)[1:] == (None, 1.0, None)
     model.set_output_embeddings(nn.Linear(32, 23))
     assert head(model)[1] is model.lm_head.bias
+
+
+def test_what_logits_go_through_is_read_of_the_config() -> None:
+    model = tiny_model()
+    model.config.logit_scale, model.config.lm_head_multiplier, model.config.logits_scaling = 0.5, 3.0, 4.0
+    model.config.final_logit_softcapping, model.config.unpadded_vocab_size = 30.0, 20
+    weight, bias, scale, cap = head(model)
+    assert torch.equal(weight, model.lm_head.weight[:20])
+    assert (bias, scale, cap) == (None, 0.5 * 3 / 4, 30.0)
+    model.set_output_embeddings(nn.Linear(32, 23))
+    assert torch.equal(head(model)[1], model.lm_head.bias[:20])
+
+
+def test_a_model_without_a_plain_head_is_refused() -> None:
+    for layer in (None, nn.Identity(), nn.Conv1d(2, 2, 2)):
+        model = tiny_model()
+        model.get_output_embeddings = lambda layer=layer: layer
+        assert output_layer(model) is layer
+        with pytest.raises(UserError, match="Qwen3ForCausalLM has no output head with a matrix of weights"):
+            head(model)
 
 
 def adapters(folder: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -184,8 +194,23 @@ def test_an_adapter_of_rank_r_adds_its_product_times_alpha_over_r(folder: Path) 
 
 
 def test_lora_that_fits_no_layer_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora\.targets names c_attn, but Qwen3ForCausalLM has no such layer"):
+        load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("q_proj", "c_attn"))), seed=0)
     with pytest.raises(UserError, match=r"LoRA does not fit this model .*: name its layers in model\.lora\.targets"):
-        load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("c_attn",))), seed=0)
+        load(ModelConfig(path=str(folder), lora=LoraConfig(targets=("rotary_emb",))), seed=0)
+
+
+def test_the_papers_lora_fits_by_name_and_a_model_with_other_names_says_which() -> None:
+    """r 64, alpha 128, seven projections in each of two layers."""
+    with pytest.raises(
+        UserError, match=r"q_proj, k_proj, v_proj, gate_proj, up_proj, but Phi3.*down_proj, gate_up_proj, o"
+    ):
+        _with_lora(family("phi3"), LoraConfig(), 0)
+    for name in ("qwen3", "llama", "gemma3", "smollm3", "olmo2", "granite"):
+        adapted = _with_lora(family(name), LoraConfig(), 0)
+        layers = [layer for layer in adapted.modules() if hasattr(layer, "lora_A")]
+        assert len(layers) == 2 * 7
+        assert {(layer.r["default"], layer.scaling["default"]) for layer in layers} == {(64, 128 / 64)}
 
 
 def test_adapters_on_a_model_in_half_precision_stay_in_float32(folder: Path) -> None:
@@ -209,8 +234,116 @@ def test_an_error_of_many_lines_is_cut_to_its_first() -> None:
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
     folder = write_byte_model(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="no causal language model could be loaded"):
+    with pytest.raises(UserError, match=r"the weights in .* are damaged \(.*\): copy or download them again"):
         load(ModelConfig(path=str(folder)), 0)
+
+
+def test_weights_that_are_cut_short_are_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"the weights in .* are damaged \(.*\): copy or download them again"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def test_weights_of_another_vocabulary_are_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit(folder / "config.json", vocab_size=300)
+    with pytest.raises(UserError, match=r"have other shapes than its config\.json says, as with another vocabulary"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_named(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has ids up to 259, but the model embeds 259 tokens: take both from the same"):
+        load(ModelConfig(path=str(folder)), 0)
+
+
+def saved_adapter(folder: Path, seed: int = 0) -> Path:
+    """Save an adapter of a model beside it, all of whose weights are set."""
+    model, tokenizer = load(ModelConfig(path=str(folder), lora=LoraConfig(r=2, alpha=2, targets=("q_proj",))), seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.5)
+    model.save_pretrained(folder.parent / "adapter")
+    tokenizer.save_pretrained(folder.parent / "adapter")
+    return folder.parent / "adapter"
+
+
+def test_an_adapter_is_its_base_with_it_merged_or_beside(folder: Path) -> None:
+    adapter = saved_adapter(folder)
+    base, _ = load(ModelConfig(path=str(folder)), 0)
+    model, tokenizer = load(ModelConfig(path=str(adapter)), 0)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    # alpha / r = 1, so that the merged weight is W + B A.
+    expected = base.model.layers[1].self_attn.q_proj.weight + saved[f"{prefix}B.weight"] @ saved[f"{prefix}A.weight"]
+    torch.testing.assert_close(model.model.layers[1].self_attn.q_proj.weight, expected)
+    assert tokenizer.eos_token == "<|end|>"
+    trained, _ = load(ModelConfig(path=str(adapter), lora=LoraConfig(r=2, targets=("v_proj",))), 0)
+    under = trained.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    torch.testing.assert_close(under.weight, expected)
+    half, _ = load(ModelConfig.model_construct(path=str(adapter), dtype="bfloat16"), 0)
+    assert half.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").lora_A["default"].weight.any()
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(folder: Path) -> None:
+    adapter = saved_adapter(folder)
+    (adapter / "tokenizer_config.json").unlink()
+    assert load_tokenizer(str(adapter)).eos_token == "<|end|>"
+
+
+def test_an_adapter_of_another_base_is_named(folder: Path) -> None:
+    adapter = saved_adapter(folder)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+
+    def refused(changed: dict[str, torch.Tensor], words: str) -> None:
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=words) as caught:
+            load(ModelConfig(path=str(adapter)), 0)
+        assert f"its adapter_config.json names {str(folder)!r}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    refused({name: value[:, :1].clone() for name, value in tensors.items()}, "cannot be put .*size mismatch")
+    refused({name.replace("layers.1", "layers.7"): value for name, value in tensors.items()}, "does not fit its base")
+    refused(
+        {name: value for name, value in tensors.items() if "layers.1" not in name}, "does not fit its base .*layers.1"
+    )
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cannot be put on its base"):
+        load(ModelConfig(path=str(adapter)), 0)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="is neither a folder here nor an id on the hub"):
+        load(ModelConfig(path=str(adapter)), 0)
+
+
+def test_an_attention_reaches_the_model_and_an_impossible_one_is_named(folder: Path) -> None:
+    model, _ = load(ModelConfig(path=str(folder), attn_implementation="eager"), 0)
+    assert model.config._attn_implementation == "eager"
+    for name in ("nonsense", "flash_attention_2"):
+        with pytest.raises(UserError, match=rf"model\.attn_implementation = '{name}' does not work here .*: remove it"):
+            load(ModelConfig(path=str(folder), attn_implementation=name), 0)
+
+
+def test_four_bits_need_adapters_and_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match=r"leaves nothing that could train: add model\.lora = {}"):
+        ModelConfig(quantization="4bit")
+    config = ModelConfig(path=str(folder), dtype="bfloat16", lora=LoraConfig(r=2), quantization="4bit")
+    monkeypatch.setattr("atesd.train.model.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'model\.quantization = "4bit" needs bitsandbytes: pip install bitsandbytes'):
+        load(config, 0)
+    monkeypatch.setattr("atesd.train.model.util.find_spec", lambda name: name)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **given: asked.update(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(config, 0)
+    assert asked["device_map"] == {"": torch.device("cpu")} or torch.accelerator.is_available()
+    chosen = asked["quantization_config"]
+    assert (chosen.load_in_4bit, chosen.bnb_4bit_quant_type, chosen.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert chosen.bnb_4bit_compute_dtype == torch.bfloat16
 
 
 def test_weights_that_lack_a_tensor_are_refused_instead_of_drawn_at_random(tmp_path: Path) -> None:
