@@ -114,7 +114,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "peft": ("train",),
     "math_verify": ("rewards/verifier.py",),
     "reasoning_gym": ("tasks/gym.py",),
-    "datasets": ("tasks/files.py",),
+    "datasets": ("tasks/tables.py",),
     "plotly": ("report",),
     "scipy": ("cliff.py",),
     "typer": ("cli",),

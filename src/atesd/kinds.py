@@ -30,7 +30,7 @@ from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
 from atesd.selection import SelectAll, TipSelection
-from atesd.tasks.files import JsonlConfig
+from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
 
@@ -45,6 +45,7 @@ def reveal_kind(section: Any) -> str:
 TaskSection = Annotated[
     PicoConfig  # the embedded task
     | JsonlConfig  # your own problems
+    | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig,  # reasoning-gym
     Field(discriminator="kind"),
 ]

@@ -128,7 +128,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
-        (["check", "pico.txt"], "give pico, a file ending in .jsonl, or gym:NAME"),
+        (["check", "pico.txt"], "give pico, gym:NAME, a file ending in .jsonl, .parquet, .csv or .tsv"),
         (["eval", "nowhere"], "name the recipe"),
         (["report", "nowhere"], "nowhere"),
         (["train", PICO, "rollout.max_new_tokens=250", "--out", "OUT"], "exceeds the model's context|do not fit"),
@@ -252,6 +252,33 @@ def test_check_accepts_the_pico_task_and_refuses_a_broken_file(
     broken.write_text('{"problem": "1+1?", "solution": "#### 2"}\n{"problem": "2+2?"\n')
     assert run(monkeypatch, "check", str(broken)) == 2
     assert f"{broken}:2: not JSON" in capsys.readouterr().err
+
+
+def test_check_reads_tables_with_overrides_and_names_their_defects_one_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "gsm.csv"
+    path.write_text('question,answer\n2+2?,"2+2=<<2+2=4>>4\n#### 4"\n3+3?,#### 6\n')
+    columns = ["task.columns.problem=question", "task.columns.solution=answer"]
+    assert run(monkeypatch, "check", str(path), *columns) == 0
+    assert "train" in capsys.readouterr().out
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'task = {{kind = "dataset", path = "{path}", probe_size = 1, eval_size = 0}}\n')
+    assert run(monkeypatch, "check", str(recipe), *columns) == 0
+    assert run(monkeypatch, "check", str(recipe)) == 2
+    assert "gsm.csv has no columns 'problem' and 'solution'" in capsys.readouterr().err
+    path.write_text("question,answer\n2+2?,\n3+3?,\n")
+    assert run(monkeypatch, "check", str(path), *columns) == 2
+    assert [line.partition(": column")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"error: {path}:2", f"error: {path}:3",
+    ]  # fmt: skip
+    for wrong, message in (
+        (["columns.problem=question"], "is none of the task's: without a recipe, write task.KEY=VALUE"),
+        (["task.colums.problem=question"], "did you mean 'columns'?"),
+    ):
+        assert run(monkeypatch, "check", str(path), *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(

@@ -44,6 +44,7 @@ NESTED = {"engine": "rollout"}  # the section that holds one that is no section 
 REQUIRED: dict[str, dict[str, Any]] = {
     "steps": {"values": [0.5]},
     "jsonl": {"path": "a"},
+    "dataset": {"path": "a"},
     "python": {"function": "a:b"},
 }
 

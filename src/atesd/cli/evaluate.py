@@ -91,11 +91,7 @@ def recipe_of(model: str, run: Path | None) -> RunConfig:
 
 
 def task_override(task: str) -> str:
-    """Turn `pico`, `FILE.jsonl` or `gym:NAME` into an override of the task section."""
-    if task == "pico":
-        return 'task={kind="pico"}'
-    if task.startswith("gym:"):
-        return f'task={{kind="gym", dataset={json.dumps(task[4:])}}}'
-    if task.endswith(".jsonl"):
-        return f'task={{kind="jsonl", path={json.dumps(task)}}}'
-    raise UserError(f"task {task!r} is not known: give pico, a file ending in .jsonl, or gym:NAME")
+    """Turn what `atesd check` takes into an override of the task section."""
+    from atesd.cli.check import section_of
+
+    return f"task={{{', '.join(f'{key}={json.dumps(value)}' for key, value in section_of(task).items())}}}"

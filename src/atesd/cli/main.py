@@ -28,7 +28,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
 TaskName = Annotated[
-    str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.", show_default=False)
+    str | None,
+    typer.Option(
+        help="pico, gym:NAME, a file, a folder or OWNER/NAME, in place of the recipe's task.", show_default=False
+    ),
 ]
 
 
@@ -155,7 +158,16 @@ def show(
 
 @app.command()
 def check(
-    task: Annotated[str, typer.Argument(help="pico, FILE.jsonl or gym:NAME.", show_default=False)],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe, a file (.jsonl, .parquet, .csv, .tsv), a data set's folder or OWNER/NAME on the hub, pico, "
+            "or gym:NAME.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
     grader: Annotated[
         Literal["exact", "math"] | None, typer.Option(help="Grader; default the task's own.", show_default=False)
     ] = None,
@@ -165,14 +177,14 @@ def check(
 ) -> None:
     """Validate problems: every gold answer must grade 1, every corrupted one 0; texts must stay text.
 
-    Example: `atesd check my_problems.jsonl --model path/to/model`
+    Example: `atesd check my_problems.csv task.columns.problem=question --model path/to/model`
 
-    Writes nothing. Exit code 2 names the first broken row, the problems whose answers and grader disagree, or the texts
-    with control tokens that the model's tokenizer cannot keep text.
+    Writes nothing. Exit code 2 names the broken rows, one a line, the problems whose answers and grader disagree, or
+    the texts with control tokens that the model's tokenizer cannot keep text.
     """
     from atesd.cli.check import run_check
 
-    run_check(task, grader, model)
+    run_check(task, overrides or [], grader, model)
 
 
 @app.command()

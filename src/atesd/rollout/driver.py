@@ -17,7 +17,7 @@ from atesd.envs.base import Environment, Episode
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
 from atesd.seeds import derive_seed
-from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, shown
+from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, reward_columns, shown
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
@@ -106,9 +106,7 @@ class Driver:
         rewards = self.reward(
             prompts=[problem.problem for problem, _ in attempts],
             completions=[trajectory.final.text for _, trajectory in attempts],
-            answer=[problem.answer for problem, _ in attempts],
-            solution=[problem.solution for problem, _ in attempts],
-            id=[problem.id for problem, _ in attempts],
+            **reward_columns([problem for problem, _ in attempts]),
         )
         return self._rewarded(groups, rewards)
 
