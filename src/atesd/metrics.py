@@ -56,6 +56,8 @@ METRICS: dict[str, str] = {
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",
     "reward/ungradable": "number of completions without a reward",
+    "reward/{}/mean": "mean of one of several rewards, before its weight, over the completions that it graded",
+    "reward/{}/ungradable": "number of completions that one of several rewards did not grade",
     "reward/timeouts": "answers graded 0 because the verifier missed its time limit, since the process began",
     "reward/ungradable_groups": "groups without any reward: they cannot be reinforced",
     "reward/uniform_groups": "groups whose rewards are all equal: their advantage is 0",

@@ -172,6 +172,13 @@ class Trajectory:
 
     turns: tuple[Turn, ...]
     reward: float | None = None
+    rewards: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    """What each of several rewards gave, by name, in the recipe's order; empty where there is one."""
+
+    @property
+    def verdict(self) -> float | None:
+        """The reward that says whether the attempt is correct: the first of several, without its weight."""
+        return next(iter(self.rewards.values())) if self.rewards else self.reward
 
     @property
     def final(self) -> Turn:

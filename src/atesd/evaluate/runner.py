@@ -85,7 +85,8 @@ def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
             "sample": sample,
             "completion": trajectory.final.text,
             "answer": extract_answer(trajectory.final.text),
-            "reward": trajectory.reward,
+            "reward": trajectory.verdict,
+            **({"rewards": dict(trajectory.rewards)} if trajectory.rewards else {}),
             "stop": str(trajectory.final.stop),
             "turns": len(trajectory.turns),
             "length": trajectory.num_tokens,
@@ -107,7 +108,10 @@ def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _accuracy(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """Return Average@k, pass@j for powers of two and k, maj@k and Average@k by level. A reward of 1 is correct."""
+    """Return Average@k, pass@j for powers of two and k, maj@k and Average@k by level.
+
+    A reward of 1 is correct; of several rewards the first one's, without its weight, since their sum is no verdict.
+    """
     correct_PK = np.array([[row["reward"] == 1.0 for row in table] for table in tables])
     k = correct_PK.shape[1]
     low, high = bootstrap_interval(correct_PK.mean(axis=1))

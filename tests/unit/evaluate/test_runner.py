@@ -8,6 +8,7 @@ import pytest
 from atesd.evaluate.runner import EvalConfig, Evaluation, evaluate
 from atesd.metrics import METRICS
 from atesd.rewards.exact import exact_reward
+from atesd.rewards.weighted import WeightedReward
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import Problem, UserError
 
@@ -82,6 +83,19 @@ def test_one_row_a_sample() -> None:
         "length": 3,
         "traits": {"cites_hint": False},
     }
+
+
+def test_of_several_rewards_the_first_says_what_is_correct() -> None:
+    """Totals are 3 * 1 + 0.5 and 3 * 0 + 0.5: none is 1, and one of two is right."""
+    half = WeightedReward(
+        {"exact": exact_reward, "half": lambda completions, **_: [0.5] * len(completions)}, {"exact": 3.0, "half": 1.0}
+    )
+    driver, _ = fake_driver(lambda prompt, place: REPLIES[place + 1], half)
+    sampling = SamplingConfig(group_size=2, max_new_tokens=99)
+    result = evaluate("toy", [EASY], driver, sampling, seed=0, traits=lambda problem, text: {})
+    assert result.metrics["eval/toy/avg@2"] == 0.5
+    assert [row["reward"] for row in result.rows] == [1.0, 0.0]
+    assert result.rows[0]["rewards"] == {"exact": 1.0, "half": 0.5}
 
 
 def test_ungradable_completions_are_counted_and_enter_no_accuracy() -> None:
