@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "tasks": {"types", "facts", "seeds", "rewards"},
     "envs": {"types", "facts"},
     "rollout": {"types", "seeds", "envs"},
-    "evaluate": {"types", "rewards", "rollout"},
+    "evaluate": {"types", "seeds", "rewards", "rollout", "runlog"},
     "kinds": METHODS,
     "sections": {"types"},
     "config": BELOW_CONFIG,

@@ -30,6 +30,7 @@ from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
 from atesd.selection import SelectAll, TipSelection
+from atesd.tasks.benchmarks import BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
@@ -46,7 +47,8 @@ TaskSection = Annotated[
     PicoConfig  # the embedded task
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
-    | GymConfig,  # reasoning-gym
+    | GymConfig  # reasoning-gym
+    | BenchmarkConfig,  # AIME, HMMT, MATH-500, AMC, Minerva, GSM8K
     Field(discriminator="kind"),
 ]
 

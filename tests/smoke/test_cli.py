@@ -128,7 +128,10 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
-        (["check", "pico.txt"], "give pico, gym:NAME, a file ending in .jsonl, .parquet, .csv or .tsv"),
+        (
+            ["check", "pico.txt"],
+            "give pico, gym:NAME, a benchmark (aime24, aime25, hmmt25, math500, amc23, minerva, gsm8k), a file",
+        ),
         (["eval", "nowhere"], "name the recipe"),
         (["report", "nowhere"], "nowhere"),
         (["train", PICO, "rollout.max_new_tokens=250", "--out", "OUT"], "exceeds the model's context|do not fit"),
@@ -440,6 +443,39 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     found = capsys.readouterr()
     assert "kept text" in found.out
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
+
+
+def test_a_killed_benchmark_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [f"{a}a*{b}b+{c}" for a in (2, 3) for b in (4, 5, 6) for c in (1, 7)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"problem": each, "answer": "5"}) + "\n" for each in problems))
+    few = ["--k", "3", "eval.max_new_tokens=40", "rollout.batch_tokens=120", "threads=1"]  # a part is one problem
+    words = ["eval", "pico", *few, "--recipe", PICO, "--task", "amc23", "--data", str(data)]
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atesd.cli.main", *words, "--results", str(torn)], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(torn.glob("samples/part_*.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in torn.glob("samples/part_*.jsonl")}
+    assert len(kept) < len(problems), "killed too late to tell"
+    assert run(monkeypatch, *words, "--results", str(torn)) == 0
+    text = capsys.readouterr().out
+    assert "12/12 problems" in text
+    assert "kept from before" in text
+    assert "lm-eval has no task of AMC 2023" in text
+    assert run(monkeypatch, *words, "--results", str(whole)) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing is sampled twice"
+    parts = [[path.read_text() for path in sorted((folder / "samples").iterdir())] for folder in (torn, whole)]
+    assert parts[0] == parts[1]
+    assert (torn / "result.json").read_text() == (whole / "result.json").read_text()
 
 
 def test_eval_runs_the_users_code_only_where_it_is_allowed(

@@ -45,6 +45,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "steps": {"values": [0.5]},
     "jsonl": {"path": "a"},
     "dataset": {"path": "a"},
+    "benchmark": {"name": "aime24"},
     "python": {"function": "a:b"},
 }
 

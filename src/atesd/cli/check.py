@@ -15,6 +15,7 @@ from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import ExactConfig, MathConfig
 from atesd.tasks.base import Task, check_disjoint, check_gold
+from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from atesd.kinds import TaskSection
 
 _GRADERS = {"exact": ExactConfig, "math": MathConfig}
-_KINDS: dict[str, type[PicoConfig | GymConfig | JsonlConfig | DatasetConfig]] = {
+_KINDS: dict[str, type[PicoConfig | GymConfig | JsonlConfig | DatasetConfig | BenchmarkConfig]] = {
+    "benchmark": BenchmarkConfig,
     "pico": PicoConfig,
     "gym": GymConfig,
     "jsonl": JsonlConfig,
@@ -121,9 +123,11 @@ _ALL_ROWS: dict[str, dict[str, Any]] = {"jsonl": _ROWS, "dataset": _ROWS, "gym":
 
 
 def section_of(task: str) -> dict[str, Any]:
-    """Turn `pico`, `gym:NAME`, a file, a folder or a name on the hub into a `[task]` section."""
+    """Turn `pico`, `gym:NAME`, a benchmark, a file, a folder or a name on the hub into a `[task]` section."""
     if task == "pico":
         return {"kind": "pico"}
+    if task in BENCHMARKS:
+        return {"kind": "benchmark", "name": task}
     if task.startswith("gym:"):
         return {"kind": "gym", "dataset": task.removeprefix("gym:")}
     if task.endswith((".jsonl", ".json")):
@@ -131,8 +135,8 @@ def section_of(task: str) -> dict[str, Any]:
     if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or ("/" in task and not Path(task).exists()):
         return {"kind": "dataset", "path": task}
     raise UserError(
-        f"task {task!r} is not known: give pico, gym:NAME, a file ending in .jsonl, .parquet, .csv or .tsv, a folder "
-        "that save_to_disk wrote, or a data set of the hub as OWNER/NAME"
+        f"task {task!r} is not known: give pico, gym:NAME, a benchmark ({', '.join(BENCHMARKS)}), a file ending in "
+        ".jsonl, .parquet, .csv or .tsv, a folder that save_to_disk wrote, or a data set of the hub as OWNER/NAME"
     )
 
 

@@ -99,7 +99,9 @@ def problem_of(
 def missing_columns(names: Sequence[str], rules: RowsMethod, *, solved: bool = True) -> str | None:
     """Say which needed columns a table with these names lacks, and what to do; None where it has them."""
     columns = rules.columns
-    needed = [columns.messages] if columns.messages else [columns.problem, *([columns.solution] if solved else ())]
+    needed = (
+        [columns.messages] if columns.messages else [columns.problem, columns.solution if solved else columns.answer]
+    )
     needed += columns.extra or ()
     lacking = [name for name in needed if name not in names]
     if not lacking:

@@ -50,7 +50,9 @@ class _Reading:
 
 
 def collect(source: Source, rules: RowsMethod, *, solved: bool = True) -> list[tuple[str, Problem]]:
-    """Return a source's problems with their places. `solved` says whether a solution is needed.
+    """Return a source's problems with their places.
+
+    `solved` says whether solutions are needed and no text may be repeated; a benchmark is as it is.
 
     UserError naming every defect, at most ten, one a line; with `on_bad_row = "drop"`, and for the filters by length, a
     warning counts what is left out instead. UserError too where nothing is left.
@@ -96,7 +98,7 @@ def _take(
     if problem.id in reading.ids:
         raise UserError(f"id {problem.id!r} stands in {source.unit} {reading.ids[problem.id]} already: make ids unique")
     content = content_of(problem)
-    if content in reading.contents:
+    if solved and content in reading.contents:
         name = rules.columns.messages or rules.columns.problem
         raise UserError(f"{source.word} {name!r} repeats {source.unit} {reading.contents[content]}: remove one of them")
     reading.ids[problem.id] = reading.contents[content] = number

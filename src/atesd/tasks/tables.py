@@ -211,7 +211,7 @@ def _hub(table: Table) -> Iterator[None]:
             raise
         raise UserError(
             f"{table.name} cannot be read: the hub does not answer ({reason}), and the cache does not have it: check "
-            "the network, or give a file or folder in task.path"
+            "the network, or give a file or folder instead"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
