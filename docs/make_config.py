@@ -23,7 +23,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the models that an annotation names."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in models_in(part)]
+    return list(dict.fromkeys(model for part in get_args(annotation) for model in models_in(part)))
 
 
 def type_name(annotation: Any) -> str:

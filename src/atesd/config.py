@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Annotated, Any, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from atesd.cliff import CliffConfig
 from atesd.curriculum import RandomConfig
@@ -66,6 +66,13 @@ _SENSIBLE = {
 _OF_DISTILLATION = ("divergence", "top_k", "tail", "clip", "clip_tau", "temperature_teacher")
 
 
+ONE, SEVERAL = "(one)", "(several)"  # in places of pydantic's errors; recipe.py leaves them out
+Rewards = Annotated[
+    Annotated[RewardSection, Tag(ONE)] | Annotated[tuple[RewardSection, ...], Tag(SEVERAL)],
+    Discriminator(lambda given: SEVERAL if isinstance(given, list | tuple) else ONE),
+]
+
+
 class RolloutConfig(SamplingConfig):
     """How the student samples while it trains, and with which engine. Defaults: OPSD's released recipe."""
 
@@ -87,8 +94,9 @@ class RunConfig(Config):
     """The model that learns."""
     task: TaskSection = PicoConfig()
     """Problems to train on, to probe and to evaluate on."""
-    reward: RewardSection | None = None
-    """How completions are graded; leave it out for the task's own grader."""
+    reward: Rewards | None = None
+    """How completions are graded; leave it out for the task's own grader. A list, `[[reward]]`, is a weighted sum; its
+    first entry says in evaluation what is correct."""
     prompt: PromptConfig = PromptConfig()
     """Texts of both roles."""
     reveal: RevealSection = Segments()
@@ -167,6 +175,19 @@ class RunConfig(Config):
     def _training_samples(self) -> Self:
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature = 0 cannot be trained with, as it divides the logits: raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_differ(self) -> Self:
+        if self.reward is None:
+            return self
+        rewards = self.reward if isinstance(self.reward, tuple) else (self.reward,)
+        if not any(reward.weight for reward in rewards):
+            raise ValueError("reward has no entry with a weight, so every total is 0: give one, or leave reward out")
+        names = [reward.called for reward in rewards]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two rewards are called {twice!r}, under which they are logged: give one a name")
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,8 @@ from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
 from atesd.selection import SelectAll, TipSelection
-from atesd.tasks.files import JsonlConfig
+from atesd.tasks.benchmarks import BenchmarkConfig
+from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
 
@@ -47,7 +48,9 @@ def reveal_kind(section: Any) -> str:
 TaskSection = Annotated[
     PicoConfig  # the embedded task
     | JsonlConfig  # your own problems
-    | GymConfig,  # reasoning-gym
+    | DatasetConfig  # Hugging Face data sets, Parquet, CSV
+    | GymConfig  # reasoning-gym
+    | BenchmarkConfig,  # AIME, HMMT, MATH-500, AMC, Minerva, GSM8K
     Field(discriminator="kind"),
 ]
 

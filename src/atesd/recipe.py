@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from atesd.config import RunConfig
+from atesd.config import ONE, SEVERAL, RunConfig
 from atesd.types import UserError, one_line, shown
 
 # What to write instead of a kind that is one of another section: (section, kind) -> remedy.
@@ -111,6 +111,7 @@ def _explain(error: ValidationError) -> list[str]:
     """Turn pydantic's findings into one clause each, with the nearest known key or kind where one is unknown."""
     clauses = []
     for finding in error.errors():
+        finding["loc"] = tuple(part for part in finding["loc"] if part not in (ONE, SEVERAL))
         where = ".".join(str(part) for part in finding["loc"])
         elsewhere = _ELSEWHERE.get((where, str(finding.get("ctx", {}).get("tag"))))
         if elsewhere:
@@ -161,7 +162,8 @@ def _models_at(location: Sequence[str | int]) -> list[type[BaseModel]]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+    found = [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+    return list(dict.fromkeys(found))
 
 
 def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:

@@ -318,7 +318,17 @@ class Phases:
 
 def environment() -> dict[str, Any]:
     """Record what a number depends on: versions, platform, commit."""
-    packages = ("atesd", "torch", "transformers", "accelerate", "peft", "numpy", "safetensors", "math-verify")
+    packages = (
+        "atesd",
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "numpy",
+        "safetensors",
+        "math-verify",
+    )
     versions = {}
     for package in packages:
         try:

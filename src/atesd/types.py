@@ -117,6 +117,7 @@ class Problem:
 
     `answer` is the final answer that graders compare with; None means that the problem cannot be graded.
     `level` names a difficulty for reports and per-level figures; empty where a data set has none.
+    `extra` holds further columns for reward functions; no part of what makes two problems equal.
     """
 
     id: str
@@ -124,6 +125,21 @@ class Problem:
     solution: str
     answer: str | None = None
     level: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+def reward_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
+    """Return what reward functions read besides prompts and completions, one entry a problem.
+
+    A further column that a problem lacks is None there.
+    """
+    extra = dict.fromkeys(name for problem in problems for name in problem.extra)
+    columns: dict[str, list[Any]] = {name: [problem.extra.get(name) for problem in problems] for name in extra}
+    return columns | {
+        "answer": [problem.answer for problem in problems],
+        "solution": [problem.solution for problem in problems],
+        "id": [problem.id for problem in problems],
+    }
 
 
 class StopReason(StrEnum):
@@ -156,6 +172,13 @@ class Trajectory:
 
     turns: tuple[Turn, ...]
     reward: float | None = None
+    rewards: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    """What each of several rewards gave, by name, in the recipe's order; empty where there is one."""
+
+    @property
+    def verdict(self) -> float | None:
+        """The reward that says whether the attempt is correct: the first of several, without its weight."""
+        return next(iter(self.rewards.values())) if self.rewards else self.reward
 
     @property
     def final(self) -> Turn:

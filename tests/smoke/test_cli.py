@@ -128,7 +128,10 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
-        (["check", "pico.txt"], "give pico, a file ending in .jsonl, or gym:NAME"),
+        (
+            ["check", "pico.txt"],
+            "give pico, gym:NAME, a benchmark (aime24, aime25, hmmt25, math500, amc23, minerva, gsm8k), a file",
+        ),
         (["eval", "nowhere"], "name the recipe"),
         (["report", "nowhere"], "nowhere"),
         (["train", PICO, "rollout.max_new_tokens=250", "--out", "OUT"], "exceeds the model's context|do not fit"),
@@ -252,6 +255,33 @@ def test_check_accepts_the_pico_task_and_refuses_a_broken_file(
     broken.write_text('{"problem": "1+1?", "solution": "#### 2"}\n{"problem": "2+2?"\n')
     assert run(monkeypatch, "check", str(broken)) == 2
     assert f"{broken}:2: not JSON" in capsys.readouterr().err
+
+
+def test_check_reads_tables_with_overrides_and_names_their_defects_one_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "gsm.csv"
+    path.write_text('question,answer\n2+2?,"2+2=<<2+2=4>>4\n#### 4"\n3+3?,#### 6\n')
+    columns = ["task.columns.problem=question", "task.columns.solution=answer"]
+    assert run(monkeypatch, "check", str(path), *columns) == 0
+    assert "train" in capsys.readouterr().out
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'task = {{kind = "dataset", path = "{path}", probe_size = 1, eval_size = 0}}\n')
+    assert run(monkeypatch, "check", str(recipe), *columns) == 0
+    assert run(monkeypatch, "check", str(recipe)) == 2
+    assert "gsm.csv has no columns 'problem' and 'solution'" in capsys.readouterr().err
+    path.write_text("question,answer\n2+2?,\n3+3?,\n")
+    assert run(monkeypatch, "check", str(path), *columns) == 2
+    assert [line.partition(": column")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"error: {path}:2", f"error: {path}:3",
+    ]  # fmt: skip
+    for wrong, message in (
+        (["columns.problem=question"], "is none of the task's: without a recipe, write task.KEY=VALUE"),
+        (["task.colums.problem=question"], "did you mean 'columns'?"),
+    ):
+        assert run(monkeypatch, "check", str(path), *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
@@ -413,6 +443,39 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     found = capsys.readouterr()
     assert "kept text" in found.out
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
+
+
+def test_a_killed_benchmark_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [f"{a}a*{b}b+{c}" for a in (2, 3) for b in (4, 5, 6) for c in (1, 7)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"problem": each, "answer": "5"}) + "\n" for each in problems))
+    few = ["--k", "3", "eval.max_new_tokens=40", "rollout.batch_tokens=120", "threads=1"]  # a part is one problem
+    words = ["eval", "pico", *few, "--recipe", PICO, "--task", "amc23", "--data", str(data)]
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atesd.cli.main", *words, "--results", str(torn)], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(torn.glob("samples/part_*.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in torn.glob("samples/part_*.jsonl")}
+    assert len(kept) < len(problems), "killed too late to tell"
+    assert run(monkeypatch, *words, "--results", str(torn)) == 0
+    text = capsys.readouterr().out
+    assert "12/12 problems" in text
+    assert "kept from before" in text
+    assert "lm-eval has no task of AMC 2023" in text
+    assert run(monkeypatch, *words, "--results", str(whole)) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing is sampled twice"
+    parts = [[path.read_text() for path in sorted((folder / "samples").iterdir())] for folder in (torn, whole)]
+    assert parts[0] == parts[1]
+    assert (torn / "result.json").read_text() == (whole / "result.json").read_text()
 
 
 def test_eval_runs_the_users_code_only_where_it_is_allowed(

@@ -44,6 +44,8 @@ NESTED = {"engine": "rollout"}  # the section that holds one that is no section 
 REQUIRED: dict[str, dict[str, Any]] = {
     "steps": {"values": [0.5]},
     "jsonl": {"path": "a"},
+    "dataset": {"path": "a"},
+    "benchmark": {"name": "aime24"},
     "python": {"function": "a:b"},
 }
 

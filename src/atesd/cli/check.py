@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -14,24 +15,33 @@ from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import ExactConfig, MathConfig
 from atesd.tasks.base import Task, check_disjoint, check_gold
-from atesd.tasks.files import JsonlConfig
+from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
+from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import PicoConfig
 from atesd.tasks.texts import control_look, fences, flaws
 from atesd.types import Problem, UserError
 
+if TYPE_CHECKING:
+    from atesd.kinds import TaskSection
+
 _GRADERS = {"exact": ExactConfig, "math": MathConfig}
-
-
+_KINDS: dict[str, type[PicoConfig | GymConfig | JsonlConfig | DatasetConfig | BenchmarkConfig]] = {
+    "benchmark": BenchmarkConfig,
+    "pico": PicoConfig,
+    "gym": GymConfig,
+    "jsonl": JsonlConfig,
+    "dataset": DatasetConfig,
+}
 _MOST_NAMED = 10
 
 
-def run_check(task: str, grader: str | None, model: str | None = None) -> None:
+def run_check(task: str, overrides: Sequence[str], grader: str | None, model: str | None = None) -> None:
     """Validate a task and print what was found.
 
     UserError where the grader disagrees with the gold answers, or where the model cannot read a text as text.
     """
-    chosen = task_of(task)
+    chosen = task_of(task, overrides)
     reward = (_GRADERS[grader]() if grader else chosen.default_reward).build(RunFacts())
     sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
     check_disjoint(sets)
@@ -95,16 +105,51 @@ def _show(console: Console, title: str, lines: Sequence[str]) -> None:
             console.print(f"  and {len(lines) - _MOST_NAMED} more")
 
 
-def task_of(task: str) -> Task:
-    """Turn `pico`, `FILE.jsonl` or `gym:NAME` into a task; every row of a file is checked, none is held out."""
+def task_of(task: str, overrides: Sequence[str] = ()) -> Task:
+    """Turn a recipe, or what `section_of` reads, into a task; only a recipe's task holds problems out."""
+    if task.endswith(".toml"):
+        from atesd.recipe import load_config
+
+        config = load_config(Path(task), overrides)
+        return config.task.build(config.facts())
+    section = {**section_of(task), **_ALL_ROWS.get(section_of(task)["kind"], {})}
+    if not overrides:
+        return _KINDS[section["kind"]].model_validate(section).build(RunFacts())
+    return _section_with(section, overrides).build(RunFacts())
+
+
+# Every row is checked, those too whose answer cannot be recognised, and none is held out.
+_ROWS: dict[str, Any] = {"on_missing_answer": "keep", "probe_size": 0, "eval_size": 0}
+_ALL_ROWS: dict[str, dict[str, Any]] = {"jsonl": _ROWS, "dataset": _ROWS, "gym": {"train_size": 64}}
+
+
+def section_of(task: str) -> dict[str, Any]:
+    """Turn `pico`, `gym:NAME`, a benchmark, a file, a folder or a name on the hub into a `[task]` section."""
     if task == "pico":
-        return PicoConfig().build(RunFacts())
+        return {"kind": "pico"}
+    if task in BENCHMARKS:
+        return {"kind": "benchmark", "name": task}
     if task.startswith("gym:"):
-        return GymConfig(dataset=task.removeprefix("gym:"), train_size=64).build(RunFacts())
+        return {"kind": "gym", "dataset": task.removeprefix("gym:")}
     if task.endswith((".jsonl", ".json")):
-        config = TypeAdapter(JsonlConfig).validate_python({"kind": "jsonl", "path": task, "on_missing_answer": "keep"})
-        return config.model_copy(update={"probe_size": 0, "eval_size": 0}).build(RunFacts())
-    raise UserError(f"task {task!r} is not known: give pico, a file ending in .jsonl, or gym:NAME")
+        return {"kind": "jsonl", "path": task}
+    if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or ("/" in task and not Path(task).exists()):
+        return {"kind": "dataset", "path": task}
+    raise UserError(
+        f"task {task!r} is not known: give pico, gym:NAME, a benchmark ({', '.join(BENCHMARKS)}), a file ending in "
+        ".jsonl, .parquet, .csv or .tsv, a folder that save_to_disk wrote, or a data set of the hub as OWNER/NAME"
+    )
+
+
+def _section_with(section: Mapping[str, Any], overrides: Sequence[str]) -> TaskSection:
+    """Return a section with dotted overrides, all of which begin with `task.`."""
+    from atesd.recipe import apply_overrides, build_config
+
+    others = [override for override in overrides if not override.strip().startswith("task.")]
+    if others:
+        raise UserError(f"override {others[0]!r} is none of the task's: without a recipe, write task.KEY=VALUE")
+    tree = apply_overrides({"task": section}, overrides)
+    return build_config(tree, source="override").task
 
 
 def warnings_of(problems: Sequence[Problem]) -> list[str]:

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 def code_of(config: RunConfig) -> str | None:
     """Return which code a recipe has run, with the file that it is in; None where there is none."""
-    reward = config.reward
-    if not isinstance(reward, PythonConfig):
-        return None
-    source, _, name = reward.function.rpartition(":")
-    return f"reward function {name!r} in {_file_of(source)}"
+    rewards = config.reward if isinstance(config.reward, tuple) else (config.reward,)
+    places = [reward.function.rpartition(":") for reward in rewards if isinstance(reward, PythonConfig)]
+    named = (f"reward function {name!r} in {_file_of(source)}" for source, _, name in places)
+    return ", ".join(dict.fromkeys(named)) or None
 
 
 def announce_code(config: RunConfig, console: Console) -> None:

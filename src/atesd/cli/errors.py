@@ -39,11 +39,15 @@ def user_line(error: Exception) -> str | None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print one line on stderr and exit; no line where the message is empty, because the help was printed instead."""
+    """Print one line on stderr for each of the message and exit.
+
+    No line where the message is empty, because the help was printed instead.
+    """
     if message:
         from atesd.types import one_line
 
-        print("error:", one_line(" ".join(message.split("\n"))), file=sys.stderr)
+        for line in message.split("\n"):
+            print("error:", one_line(line), file=sys.stderr)
     sys.exit(code)
 
 

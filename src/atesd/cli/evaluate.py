@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from atesd.cli.benchmark import (
+    EvalProgress,
+    check_data,
+    default_folder,
+    lm_eval_line,
+    sets,
+    settings_of,
+    with_official_prompt,
+)
 from atesd.cli.code import announce_code, refuse_code
 from atesd.cli.places import check_out
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.seals import MANIFEST, folder_flaw
+from atesd.tasks.benchmarks import BENCHMARKS
 from atesd.types import UserError
 
 if TYPE_CHECKING:
     from atesd.config import RunConfig
+    from atesd.evaluate.runner import Evaluation
 
 
 def run_eval(
@@ -24,40 +38,77 @@ def run_eval(
     *,
     recipe: Path | None,
     task: str | None,
+    data: str | None,
     k: int | None,
     problems: int | None,
     which: str | None,
     out: Path | None,
+    results: Path | None,
     run_code: bool = False,
 ) -> None:
     """Evaluate a run's model or any other, and print the metrics; code that the recipe names runs only if allowed."""
+    check_data(data, task)
     if out is not None:
         check_out(out)
     silence_libraries()
     from atesd.recipe import load_config, with_overrides
-    from atesd.train.inspect import evaluate_model
 
     run = Path(model) if is_run(Path(model)) else None
     if which is not None and run is None:
         raise UserError(f"--which chooses between the models of a run directory, and {model} is none: leave it out")
     folder = model if run is None else str(model_of(run, which or "final"))
-    config = load_config(recipe) if recipe is not None else recipe_of(model, run)
-    settings = [*overrides, *([task_override(task)] if task else [])]
-    settings += [f"eval.k={k}"] if k else []
-    settings += [f"eval.problems={problems}"] if problems else []
+    is_benchmark = task in BENCHMARKS
+    config = load_config(recipe) if recipe is not None else recipe_of(model, run, is_benchmark)
+    settings = [*([f"eval.k={k}"] if k else []), *([f"eval.problems={problems}"] if problems else [])]
+    settings = [*overrides, *settings]
+    if task is not None:
+        settings = [*(settings_of(task, data) if is_benchmark else [task_override(task)]), *settings]
     config = with_overrides(config, settings)
     console = make_console()
     if run_code:
         announce_code(config, console)
     else:
         refuse_code(config, str(recipe or f"{run}/config.json"))
-    with console.status(f"evaluating {folder} with {config.eval.k} completions a problem"):
-        result = evaluate_model(config, folder)
+    if results is None and is_benchmark:
+        name = model if run is None else f"{run.name}-{which or 'final'}"
+        results = default_folder(name, str(task))
+    result = _evaluated(config, folder, console, results, overrides if is_benchmark else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows))
     num_problems = len(result.rows) // config.eval.k
-    console.print(metrics_table(result.metrics, f"{folder} on {num_problems} problems of {config.task.kind}"))
+    called = task if is_benchmark else config.task.kind
+    console.print(metrics_table(result.metrics, f"{folder} on {num_problems} problems of {called}"))
+    if is_benchmark:
+        assert results is not None
+        console.print(lm_eval_line(str(task), folder, results))
+
+
+def _evaluated(
+    config: RunConfig, folder: str, console: Console, results: Path | None, official: Sequence[str] | None
+) -> Evaluation:
+    """Evaluate with a status line. With `results` samples are kept there, and Ctrl-C says how to go on.
+
+    `official` holds the user's overrides of a benchmark: what they leave open is as in the paper.
+    """
+    from atesd.train.inspect import Keep, evaluate_model
+
+    with console.status(f"evaluating {folder} with {config.eval.k} completions a problem") as status:
+        if results is None:
+            return evaluate_model(config, folder)
+        show = EvalProgress(console, status, results.name)
+        keep = Keep(results, show, console.print)
+        if official is not None:
+            think = not sets(official, "prompt.enable_thinking_student")
+            keep = replace(keep, think=think, fit=not sets(official, "eval.max_new_tokens"))
+            config = with_official_prompt(config)
+        try:
+            return evaluate_model(config, folder, keep)
+        except KeyboardInterrupt:
+            console.print(
+                f"stopped; the samples of every complete part are kept in {results}: the same command goes on"
+            )
+            raise SystemExit(130) from None
 
 
 def is_run(path: Path) -> bool:
@@ -75,8 +126,8 @@ def model_of(run: Path, which: str) -> Path:
     return run / which
 
 
-def recipe_of(model: str, run: Path | None) -> RunConfig:
-    """Return a run's own recipe."""
+def recipe_of(model: str, run: Path | None, is_benchmark: bool = False) -> RunConfig:
+    """Return a run's own recipe; a benchmark needs none, as OPSD's prompts are the default."""
     from atesd.recipe import build_config
 
     if run is not None:
@@ -87,15 +138,13 @@ def recipe_of(model: str, run: Path | None) -> RunConfig:
         return build_config(opened.config(), source=f"{run}/config.json")
     if (Path(model) / "compare.json").is_file():
         raise UserError(f"{model} is a comparison: give one of its runs, {model}/ARM/seed_N")
+    if is_benchmark:
+        return build_config({})
     raise UserError(f"{model} is not a run directory: name the recipe with its prompts and task by --recipe")
 
 
 def task_override(task: str) -> str:
-    """Turn `pico`, `FILE.jsonl` or `gym:NAME` into an override of the task section."""
-    if task == "pico":
-        return 'task={kind="pico"}'
-    if task.startswith("gym:"):
-        return f'task={{kind="gym", dataset={json.dumps(task[4:])}}}'
-    if task.endswith(".jsonl"):
-        return f'task={{kind="jsonl", path={json.dumps(task)}}}'
-    raise UserError(f"task {task!r} is not known: give pico, a file ending in .jsonl, or gym:NAME")
+    """Turn what `atesd check` takes into an override of the task section."""
+    from atesd.cli.check import section_of
+
+    return f"task={{{', '.join(f'{key}={json.dumps(value)}' for key, value in section_of(task).items())}}}"

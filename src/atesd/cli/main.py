@@ -27,9 +27,6 @@ Recipe = Annotated[Path, typer.Argument(help="Recipe in TOML.", show_default=Fal
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
-TaskName = Annotated[
-    str | None, typer.Option(help="pico, FILE.jsonl or gym:NAME, in place of the recipe's task.", show_default=False)
-]
 
 
 @app.command()
@@ -85,22 +82,41 @@ def evaluate(
     overrides: Overrides = None,
     *,
     recipe: Annotated[Path | None, typer.Option(help="Prompts and task; default a run directory's own.")] = None,
-    task: TaskName = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A benchmark (aime24, aime25, hmmt25, math500, amc23, minerva, gsm8k), pico, gym:NAME, a file, a "
+            "folder or OWNER/NAME, in place of the recipe's task.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file or folder with the benchmark's problems; default the hub's.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Completions a problem.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Evaluate on so many problems only.")] = None,
     which: Annotated[
         Literal["final", "best"] | None, typer.Option(help="Model of a run directory; default final.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every sample to this JSONL file.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep samples in this folder, and go on from those there; of benchmarks they always are kept."
+        ),
+    ] = None,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run the reward function that the recipe names.")
     ] = False,
 ) -> None:
     """Evaluate a model: Average@k, pass@k and maj@k with 95 % intervals over problems.
 
-    Example: `atesd eval runs/demo/learned/seed_0 --k 12`
+    Example: `atesd eval runs/demo/learned/seed_0 --k 12`, `atesd eval Qwen/Qwen3-1.7B --task aime24`
 
-    Prints a table, and writes nothing but the file of `--out`. A reward function of yours that the recipe names is run
+    Prints a table, and writes nothing but the file of `--out` and the folder of `--results`. A benchmark is sampled as
+    OPSD does it (12 samples, temperature 1, top_p 0.95, up to 38912 tokens, thinking on), whatever the recipe says,
+    unless overrides say otherwise; its samples are kept, by default in runs/eval, and the same command goes on where an
+    earlier one was stopped. A reward function of yours that the recipe names is run
     with `--run-code` alone; without it, a line says which one it is.
     """
     from atesd.cli.evaluate import run_eval
@@ -110,10 +126,12 @@ def evaluate(
         overrides or [],
         recipe=recipe,
         task=task,
+        data=data,
         k=k,
         problems=problems,
         which=which,
         out=out,
+        results=results,
         run_code=run_code,
     )
 
@@ -155,7 +173,16 @@ def show(
 
 @app.command()
 def check(
-    task: Annotated[str, typer.Argument(help="pico, FILE.jsonl or gym:NAME.", show_default=False)],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe, a file (.jsonl, .parquet, .csv, .tsv), a data set's folder or OWNER/NAME on the hub, pico, "
+            "or gym:NAME.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
     grader: Annotated[
         Literal["exact", "math"] | None, typer.Option(help="Grader; default the task's own.", show_default=False)
     ] = None,
@@ -165,14 +192,14 @@ def check(
 ) -> None:
     """Validate problems: every gold answer must grade 1, every corrupted one 0; texts must stay text.
 
-    Example: `atesd check my_problems.jsonl --model path/to/model`
+    Example: `atesd check my_problems.csv task.columns.problem=question --model path/to/model`
 
-    Writes nothing. Exit code 2 names the first broken row, the problems whose answers and grader disagree, or the texts
-    with control tokens that the model's tokenizer cannot keep text.
+    Writes nothing. Exit code 2 names the broken rows, one a line, the problems whose answers and grader disagree, or
+    the texts with control tokens that the model's tokenizer cannot keep text.
     """
     from atesd.cli.check import run_check
 
-    run_check(task, grader, model)
+    run_check(task, overrides or [], grader, model)
 
 
 @app.command()

@@ -16,6 +16,8 @@ from atesd.rollout.sampler import SamplingConfig, Temperature
 from atesd.types import Config, Group, Problem, StopReason, UserError
 
 Traits = Callable[[Problem, str], dict[str, bool]]
+Row = dict[str, Any]
+"""One sample of a problem, as it is written to a file."""
 
 
 class EvalConfig(Config):
@@ -59,16 +61,26 @@ class Evaluation:
 def evaluate(
     task: str, problems: Sequence[Problem], driver: Driver, sampling: SamplingConfig, *, seed: int, traits: Traits
 ) -> Evaluation:
-    """Evaluate on problems, all samples in one request; `sampling.group_size` is k.
-
-    A completion without a reward is counted, and its problem is left out of every accuracy. UserError without problems.
-    """
+    """Evaluate on problems, all samples in one request; `sampling.group_size` is k. UserError without problems."""
     if not problems:
         raise UserError(
             f"task {task!r} has no evaluation problem: raise task.eval_size, or name a file with task.eval_path"
         )
-    groups = driver.rollout(problems, sampling, seed=seed)
-    tables = [_rows(group, traits) for group in groups]
+    return summarise(task, sample(problems, driver, sampling, seed=seed, traits=traits))
+
+
+def sample(
+    problems: Sequence[Problem], driver: Driver, sampling: SamplingConfig, *, seed: int, traits: Traits
+) -> list[list[Row]]:
+    """Return the samples of each problem, graded, as rows."""
+    return [_rows(group, traits) for group in driver.rollout(problems, sampling, seed=seed)]
+
+
+def summarise(task: str, tables: Sequence[Sequence[Row]]) -> Evaluation:
+    """Return the metrics of all problems' samples.
+
+    A completion without a reward is counted, and its problem is left out of every accuracy.
+    """
     rows = [row for table in tables for row in table]
     metrics = _describe(rows)
     graded = [table for table in tables if all(row["reward"] is not None for row in table)]
@@ -85,7 +97,8 @@ def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
             "sample": sample,
             "completion": trajectory.final.text,
             "answer": extract_answer(trajectory.final.text),
-            "reward": trajectory.reward,
+            "reward": trajectory.verdict,
+            **({"rewards": dict(trajectory.rewards)} if trajectory.rewards else {}),
             "stop": str(trajectory.final.stop),
             "turns": len(trajectory.turns),
             "length": trajectory.num_tokens,
@@ -107,15 +120,20 @@ def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _accuracy(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """Return Average@k, pass@j for powers of two and k, maj@k and Average@k by level. A reward of 1 is correct."""
+    """Return Average@k, pass@j for powers of two and k, and maj@k with intervals, and Average@k by level.
+
+    A reward of 1 is correct; of several rewards the first one's, without its weight, since their sum is no verdict.
+    """
     correct_PK = np.array([[row["reward"] == 1.0 for row in table] for table in tables])
     k = correct_PK.shape[1]
-    low, high = bootstrap_interval(correct_PK.mean(axis=1))
-    metrics = {f"avg@{k}": avg_at_k(correct_PK), f"avg@{k}_low": low, f"avg@{k}_high": high}
-    for j in sorted({min(2**power, k) for power in range(k.bit_length() + 1)}):
-        metrics[f"pass@{j}"] = float(np.mean(pass_at_k(correct_PK, j)))
     answers = [[row["answer"] for row in table] for table in tables]
-    metrics[f"maj@{k}"] = float(np.mean(maj_at_k(answers, correct_PK)))
+    values = {f"avg@{k}": correct_PK.mean(axis=1), f"maj@{k}": maj_at_k(answers, correct_PK)}
+    for j in sorted({min(2**power, k) for power in range(k.bit_length() + 1)}):
+        values[f"pass@{j}"] = pass_at_k(correct_PK, j)
+    metrics: dict[str, float] = {}
+    for name, values_P in values.items():
+        low, high = bootstrap_interval(values_P)
+        metrics |= {name: float(np.mean(values_P)), f"{name}_low": low, f"{name}_high": high}
     levels = [table[0]["level"] for table in tables]
     for level in sorted(set(levels) - {""}):
         metrics[f"level/{level}"] = avg_at_k(correct_PK[[name == level for name in levels]])

@@ -28,10 +28,39 @@ class Grader(Protocol):
         ...
 
 
+class NamedGrader(Grader, Protocol):
+    """A grader among several."""
+
+    @property
+    def weight(self) -> float:
+        """Factor in their sum."""
+        ...
+
+    @property
+    def name(self) -> str | None:
+        """The name that the recipe gives it."""
+        ...
+
+    @property
+    def called(self) -> str:
+        """The name under which it is logged."""
+        ...
+
+
 class RewardMethod(Method):
     """Base of graders' sections."""
 
     declares: ClassVar[tuple[str, ...]] = ("build",)
+
+    weight: Annotated[float, Field(ge=-1e3, le=1e3)] = 1.0
+    """Factor in the weighted sum of several rewards (`[[reward]]`); with 0 the reward is only logged."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """The name under which it is logged; unset, its kind, or the function's name."""
+
+    @property
+    def called(self) -> str:
+        """The name under which it is logged."""
+        return self.name or str(getattr(self, "kind", ""))
 
 
 class ExactConfig(RewardMethod):
@@ -59,8 +88,9 @@ class MathConfig(RewardMethod):
 class PythonConfig(RewardMethod):
     """A reward function of your own, in TRL's signature: f(prompts, completions, **columns) -> list of float or None.
 
-    Columns are `answer`, `solution` and `id`, one entry a completion; take `**kwargs` for those you do not read. None
-    means "not gradable" and is never taken as 0; a number that is not finite, or beyond a million, stops the run.
+    Columns are `answer`, `solution`, `id` and the data's further columns, one entry a completion; take `**kwargs` for
+    those you do not read. None means "not gradable" and is never taken as 0; a number that is not finite, or beyond a
+    million, stops the run.
     """
 
     kind: Literal["python"] = "python"
@@ -68,6 +98,11 @@ class PythonConfig(RewardMethod):
     """Where it is: `package.module:name`, or `path/to/file.py:name`. The code runs with your rights."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for one call, which grades a whole batch; one that takes longer stops the run."""
+
+    @property
+    def called(self) -> str:
+        """The name under which it is logged."""
+        return self.name or self.function.rpartition(":")[2]
 
     def build(self, run: RunFacts) -> RewardFunction:  # noqa: ARG002
         """Return the function. UserError if it cannot be found."""

@@ -11,18 +11,31 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from atesd.envs.base import Environment, Episode
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
 from atesd.seeds import derive_seed
-from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, shown
+from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, reward_columns, shown
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
 
 _LARGEST_REWARD = 1e9
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A reward function made of several, whose parts are wanted by name."""
+
+    def parts(self, **columns: Any) -> Mapping[str, Sequence[float | None]]:
+        """Return what each part gives."""
+        ...
+
+    def total(self, parts: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+        """Return the rewards that follow."""
+        ...
 
 
 @dataclass(slots=True)
@@ -103,14 +116,16 @@ class Driver:
         UserError unless it returns one a completion, each None or a finite number of at most a thousand million.
         """
         attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
-        rewards = self.reward(
-            prompts=[problem.problem for problem, _ in attempts],
-            completions=[trajectory.final.text for _, trajectory in attempts],
-            answer=[problem.answer for problem, _ in attempts],
-            solution=[problem.solution for problem, _ in attempts],
-            id=[problem.id for problem, _ in attempts],
-        )
-        return self._rewarded(groups, rewards)
+        columns = {
+            "prompts": [problem.problem for problem, _ in attempts],
+            "completions": [trajectory.final.text for _, trajectory in attempts],
+            **reward_columns([problem for problem, _ in attempts]),
+        }
+        if not isinstance(self.reward, Composite):
+            return self._rewarded(groups, self.reward(**columns))
+        parts = self.reward.parts(**columns)
+        named = [dict(zip(parts, given, strict=True)) for given in zip(*parts.values(), strict=True)]
+        return _named(self._rewarded(groups, self.reward.total(parts)), named)
 
     def _rewarded(self, groups: Sequence[Group], returned: object) -> list[Group]:
         """Fill in what the grader returned; say once where it could grade nothing at all."""
@@ -147,6 +162,20 @@ def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
     return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else reward)
+
+
+def _named(groups: Sequence[Group], parts: Sequence[Mapping[str, float | None]]) -> list[Group]:
+    """Fill in what each part of the reward gave; as with the whole, an attempt that was cut off is wrong."""
+    given = iter(parts)
+    return [
+        replace(group, trajectories=tuple(_with_parts(attempt, next(given)) for attempt in group.trajectories))
+        for group in groups
+    ]
+
+
+def _with_parts(attempt: Trajectory, parts: Mapping[str, float | None]) -> Trajectory:
+    graded = {name: 0.0 if attempt.truncated and reward is not None else reward for name, reward in parts.items()}
+    return replace(attempt, rewards=graded)
 
 
 def _plain_rewards(returned: object, completions: int) -> list[float | None]:

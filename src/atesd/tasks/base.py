@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from atesd.rewards.answer import extract_answer
 from atesd.rewards.kinds import Grader, RewardFunction
-from atesd.types import Method, Problem, UserError
+from atesd.types import Method, Problem, UserError, reward_columns
 
 _CITES_HINT = re.compile(
     r"reference (solution|answer)|(provided|given|above|hinted) solution|solution (provided|given|above)"
@@ -125,7 +125,5 @@ def _scores(reward: RewardFunction, problems: Sequence[Problem], completions: Se
     return reward(
         prompts=[problem.problem for problem in problems],
         completions=list(completions),
-        answer=[problem.answer for problem in problems],
-        solution=[problem.solution for problem in problems],
-        id=[problem.id for problem in problems],
+        **reward_columns(problems),
     )

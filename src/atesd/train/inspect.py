@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atesd.config import RunConfig
+from atesd.evaluate.kept import Progress, evaluate_kept
 from atesd.evaluate.runner import Evaluation, evaluate
+from atesd.rollout.sampler import SamplingConfig
+from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
-from atesd.train.model import decide_dtype, load, resolve, set_threads
+from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
 from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
 from atesd.train.tokens import load_tokenizer
+from atesd.types import Problem, UserError
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
@@ -40,22 +48,82 @@ def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dic
     ]
 
 
-def evaluate_model(config: RunConfig, model: str | Path) -> Evaluation:
-    """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0."""
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Where an evaluation keeps its samples, and how it goes on."""
+
+    folder: Path
+    show: Callable[[Progress], None]
+    say: Callable[[str], object]
+    think: bool = False
+    """Whether the model is asked to think where its chat template knows how."""
+    fit: bool = False
+    """Whether completions may be cut to what the context of the model holds."""
+
+
+def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = None) -> Evaluation:
+    """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0.
+
+    With `keep` the samples are kept in parts, each with a seed of its own, and an earlier evaluation goes on.
+    """
     set_threads(config.threads)
     config = decide_dtype(config)
     loaded, tokenizer = load(_model_to_evaluate(config, str(model)), 0, config.prompt.chat_template)
+    if keep is not None and keep.think and "enable_thinking" in str(tokenizer.chat_template):
+        prompt = config.prompt.model_copy(update={"enable_thinking_student": True})
+        config = config.model_copy(update={"prompt": prompt})
     driver, renderer, task = sampling_side(config, loaded, tokenizer)
+    driver = for_evaluation(driver, config)
     problems = task.evaluation()[: config.eval.problems]
     refuse_hostile(config, renderer, task, {"evaluation": problems})
-    return evaluate(
-        task.name,
-        problems,
-        for_evaluation(driver, config),
-        config.eval.sampling(config.rollout),
-        seed=derive_seed(config.seed, "eval"),
-        traits=task.traits,
+    sampling, seed = config.eval.sampling(config.rollout), derive_seed(config.seed, "eval")
+    if keep is None:
+        return evaluate(task.name, problems, driver, sampling, seed=seed, traits=task.traits)
+    if keep.fit:
+        longest = max((len(renderer.student_ids(driver.student_messages(each))) for each in problems), default=0)
+        sampling = _fitted(sampling, context_length(loaded), longest, keep.say)
+    settings = _settings(config, str(model), sampling, problems)
+    keep.say(
+        f"{len(problems)} problems, {sampling.group_size} samples each: temperature {sampling.temperature:g}, top_p "
+        f"{sampling.top_p:g}, top_k {sampling.top_k or 'off'}, at most {sampling.max_new_tokens} tokens; kept in "
+        f"{keep.folder}"
     )
+    return evaluate_kept(
+        keep.folder, settings, task.name, problems, driver, sampling, seed=seed, traits=task.traits, show=keep.show
+    )
+
+
+def _fitted(sampling: SamplingConfig, context: int | None, prompt: int, say: Callable[[str], object]) -> SamplingConfig:
+    """Shorten completions to what the context leaves, and say so."""
+    if context is None or prompt + sampling.max_new_tokens <= context:
+        return sampling
+    if prompt >= context:
+        raise UserError(f"the longest prompt has {prompt} tokens, and the model's context {context}: use another model")
+    say(f"completions have at most {context - prompt} tokens: the model's context is {context}")
+    return sampling.model_copy(update={"max_new_tokens": context - prompt})
+
+
+def _settings(config: RunConfig, model: str, sampling: SamplingConfig, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Return what the numbers of an evaluation depend on; models and problems by digest."""
+    texts = [[problem.id, problem.problem, problem.answer] for problem in problems]
+    chosen = {name: config.model_dump(mode="json")[name] for name in ("task", "reward", "prompt", "env", "seed")}
+    return {
+        "model": _digest(_weights(Path(resolve(model)))) if Path(resolve(model)).is_dir() else model,
+        "dtype": config.model.dtype,
+        **sampling.model_dump(mode="json"),
+        **chosen,
+        "engine": config.rollout.engine.model_dump(mode="json"),
+        "problems": _digest(texts),
+    }
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".jinja")]
+    return {path.name: seal(path) for path in files if path.name != MANIFEST}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _model_to_evaluate(config: RunConfig, path: str) -> ModelConfig:

@@ -58,6 +58,12 @@ def batch_metrics(
         }
     if graded:
         metrics["reward/mean"] = float(np.mean(graded))
+    for name in attempts[0][1].rewards:
+        given = [trajectory.rewards[name] for _, trajectory in attempts]
+        known = [reward for reward in given if reward is not None]
+        metrics[f"reward/{name}/ungradable"] = float(len(given) - len(known))
+        if known:
+            metrics[f"reward/{name}/mean"] = float(np.mean(known))
     found = [traits(problem, trajectory.final.text) for problem, trajectory in attempts]
     return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
 
@@ -122,6 +128,7 @@ def rollout_rows(
             "completion": turn.text,
             "stop": str(turn.stop),
             "reward": attempt.reward,
+            **({"rewards": dict(attempt.rewards)} if attempt.rewards else {}),
             "tokens": renderer.token_texts(row.completion),
         }
         written.append(record | _streams(outcome, index))

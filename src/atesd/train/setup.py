@@ -18,6 +18,7 @@ from atesd.exposure.controller import Controller
 from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.exposure.revealer import Revealer
 from atesd.gradients.rule import GradientRule
+from atesd.rewards.weighted import build_reward
 from atesd.rollout.driver import Driver
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Weights
@@ -236,7 +237,7 @@ def sampling_side(
         renderer=renderer,
         environment=config.env.build(facts),
         student_messages=lambda problem: student_messages(problem, config.prompt),
-        reward=(config.reward or task.default_reward).build(facts),
+        reward=build_reward(config.reward, task.default_reward, facts),
     )
     return driver, renderer, task
 

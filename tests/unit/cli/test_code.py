@@ -36,6 +36,11 @@ def test_a_module_is_named_with_its_file_and_not_imported(tmp_path: Path, monkey
     assert str(code_of(config_with("no_such_package.rewards:score"))).endswith("no_such_package.rewards (not found)")
 
 
+def test_every_one_of_several_functions_is_named() -> None:
+    rewards = 'reward=[{kind="exact"}, {kind="python", function="/a/b.py:f"}, {kind="python", function="/a/b.py:g"}]'
+    assert code_of(load_config(PICO, [rewards])) == "reward function 'f' in /a/b.py, reward function 'g' in /a/b.py"
+
+
 def test_code_is_announced_and_refused_where_there_is_some() -> None:
     out = io.StringIO()
     console = Console(file=out, width=500)

@@ -48,11 +48,11 @@ def test_our_own_errors_keep_their_traceback(error: Exception) -> None:
     assert user_line(error) is None
 
 
-def test_fail_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fail_prints_one_line_for_each_of_the_message(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         fail("first\nsecond", 2)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: first second\n"
+    assert capsys.readouterr().err == "error: first\nerror: second\n"
 
 
 def test_fail_sends_no_control_characters_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

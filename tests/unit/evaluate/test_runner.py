@@ -8,6 +8,7 @@ import pytest
 from atesd.evaluate.runner import EvalConfig, Evaluation, evaluate
 from atesd.metrics import METRICS
 from atesd.rewards.exact import exact_reward
+from atesd.rewards.weighted import WeightedReward
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import Problem, UserError
 
@@ -47,9 +48,17 @@ def test_metrics_of_two_problems_by_hand() -> None:
             "eval/toy/avg@4_low": 0.25,
             "eval/toy/avg@4_high": 0.75,
             "eval/toy/pass@1": 0.5,
+            "eval/toy/pass@1_low": 0.25,
+            "eval/toy/pass@1_high": 0.75,
             "eval/toy/pass@2": 0.75,
+            "eval/toy/pass@2_low": 0.5,
+            "eval/toy/pass@2_high": 1.0,
             "eval/toy/pass@4": 1.0,
+            "eval/toy/pass@4_low": 1.0,
+            "eval/toy/pass@4_high": 1.0,
             "eval/toy/maj@4": 0.5,
+            "eval/toy/maj@4_low": 0.0,
+            "eval/toy/maj@4_high": 1.0,
             "eval/toy/level/1": 0.75,
             "eval/toy/level/2": 0.25,
             "eval/toy/length_mean": 33 / 8,
@@ -64,7 +73,9 @@ def test_pass_at_k_includes_a_k_that_is_no_power_of_two() -> None:
     driver, _ = fake_driver(lambda prompt, place: REPLIES[place], exact_reward)
     sampling = SamplingConfig(group_size=3, max_new_tokens=99)
     metrics = evaluate("toy", [EASY], driver, sampling, seed=0, traits=lambda problem, text: {}).metrics
-    assert sorted(key for key in metrics if "pass" in key) == [f"eval/toy/pass@{k}" for k in (1, 2, 3)]
+    assert sorted(key for key in metrics if "pass" in key and not key.endswith(("_low", "_high"))) == [
+        f"eval/toy/pass@{k}" for k in (1, 2, 3)
+    ]
 
 
 def test_one_row_a_sample() -> None:
@@ -82,6 +93,19 @@ def test_one_row_a_sample() -> None:
         "length": 3,
         "traits": {"cites_hint": False},
     }
+
+
+def test_of_several_rewards_the_first_says_what_is_correct() -> None:
+    """Totals are 3 * 1 + 0.5 and 3 * 0 + 0.5: none is 1, and one of two is right."""
+    half = WeightedReward(
+        {"exact": exact_reward, "half": lambda completions, **_: [0.5] * len(completions)}, {"exact": 3.0, "half": 1.0}
+    )
+    driver, _ = fake_driver(lambda prompt, place: REPLIES[place + 1], half)
+    sampling = SamplingConfig(group_size=2, max_new_tokens=99)
+    result = evaluate("toy", [EASY], driver, sampling, seed=0, traits=lambda problem, text: {})
+    assert result.metrics["eval/toy/avg@2"] == 0.5
+    assert [row["reward"] for row in result.rows] == [1.0, 0.0]
+    assert result.rows[0]["rewards"] == {"exact": 1.0, "half": 0.5}
 
 
 def test_ungradable_completions_are_counted_and_enter_no_accuracy() -> None:

@@ -1,0 +1,63 @@
+"""JSON Lines, read line by line by ourselves.
+
+The reader of `datasets` stops at the first broken line and names no line, takes an answer written 007 or a column of
+mixed types for one type, and fills what a row lacks. Here every defect keeps its line, and the rows their own types.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atesd.tasks.rows import Numbered, Source
+from atesd.types import UserError
+
+
+def jsonl_source(path: str, longest: int) -> Source:
+    """Return the source of a file with one JSON object a line, at most `longest` bytes each."""
+    return Source(path, lambda: _rows(Path(path), longest), unit="line", word="field")
+
+
+def _rows(path: Path, longest: int) -> Iterator[Numbered]:
+    for number, line in _lines(path, longest):
+        try:
+            yield number, _object(line, longest)
+        except UserError as error:
+            yield number, error
+
+
+def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the non-empty lines; a line longer than `longest` comes cut, which its reader notices."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(longest + 1):
+                number += 1
+                rest = line
+                while len(rest) > longest and not rest.endswith(b"\n"):
+                    rest = file.readline(longest + 1)
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a JSONL file") from error
+
+
+def _object(line: bytes, longest: int) -> dict[str, Any]:
+    """Return the object of a line, or say what is wrong with it."""
+    if len(line.rstrip(b"\r\n")) > longest:
+        raise UserError(f"line longer than {longest} bytes: shorten it, or raise task.max_line_bytes")
+    try:
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error}): write one complete object a line") from error
+    if not isinstance(row, dict):
+        raise UserError(f'a {type(row).__name__} where an object was expected: write {{"problem": ..., ...}}')
+    return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
