@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,9 @@ from atesd.cli.benchmark import (
     settings_of,
     with_official_prompt,
 )
+from atesd.cli.evaluate import run_eval
 from atesd.evaluate.kept import Progress
+from atesd.evaluate.runner import Evaluation
 from atesd.recipe import build_config, with_overrides
 from atesd.types import UserError
 
@@ -91,3 +94,48 @@ def test_progress_is_a_line_where_there_is_no_terminal() -> None:
     progress._printed = -100.0
     progress(Progress(3, 4, 3, 0.5))
     assert out.getvalue().splitlines()[-1].startswith("toy: 3/4 problems, 0.500 correct so far, ")
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch, *overrides: str, stop: bool = False) -> tuple[Any, Any]:
+    """Return recipe and `Keep` that `atesd eval MODEL --task aime24` hands to the evaluation."""
+    calls: list[tuple[Any, Any]] = []
+
+    def evaluate_model(config: Any, model: str, keep: Any) -> Evaluation:
+        calls.append((config, keep))
+        if stop:
+            raise KeyboardInterrupt
+        keep.folder.mkdir(parents=True)
+        (keep.folder / "settings.json").write_text(json.dumps(SAMPLED))
+        return Evaluation({"eval/aime24/avg@12": 0.5}, [])
+
+    monkeypatch.setattr("atesd.train.inspect.evaluate_model", evaluate_model)
+    options: dict[str, Any] = dict.fromkeys(("recipe", "data", "k", "problems", "which", "out", "results"))
+    run_eval("owner/model", overrides, task="aime24", **options)
+    return calls[0]
+
+
+def test_a_model_needs_no_recipe_and_what_is_left_open_is_official(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, keep = asked_for(monkeypatch)
+    assert keep.folder == Path("runs/eval/owner--model-aime24")
+    assert (keep.think, keep.fit) == (True, True)
+    assert config.prompt.evaluation.startswith("{problem}\n\nPlease reason")
+    assert "--tasks aime24" in capsys.readouterr().out
+
+
+def test_what_the_user_sets_is_neither_cut_nor_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, keep = asked_for(monkeypatch, "eval.max_new_tokens=99", "prompt.enable_thinking_student=false")
+    assert (keep.think, keep.fit) == (False, False)
+
+
+def test_a_stopped_evaluation_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        asked_for(monkeypatch, stop=True)
+    assert stop.value.code == 130
+    assert "kept in runs/eval/owner--model-aime24: the same command goes on" in capsys.readouterr().out

@@ -146,6 +146,16 @@ def test_what_is_wrong_with_a_parquet_file_is_named_by_row(
     assert "\n" not in str(caught.value)
 
 
+def test_rows_are_numbered_through_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six rows in batches of four."""
+    monkeypatch.setattr(tables, "_BATCH", 4)
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([*ROWS, {"problem": "x", "solution": ""}]).to_parquet(str(path))
+    assert [int(p.id) for p in problems(path, limit=6)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"a\.parquet, row 7: column 'solution' is empty"):
+        problems(path)
+
+
 def test_a_truncated_an_empty_and_a_badly_encoded_parquet_file(tmp_path: Path) -> None:
     path = written(tmp_path, "a.parquet")
     path.write_bytes(path.read_bytes()[:200])
