@@ -73,7 +73,7 @@ class RolloutConfig(SamplingConfig):
     """What samples completions, in training and evaluation."""
     gap_warning: Annotated[float, Field(gt=0)] = 0.1
     """Warn once where sampler and trainer differ by more nats in the log-probabilities of sampled tokens, on average
-    over a step; bfloat16 made .05 on SmolLM2-135M, float32 1e-7. Not looked at where loss.temperature_student is another."""
+    over a step; bfloat16 made .05 on SmolLM2-135M. Not looked at where loss.temperature_student is another."""
     gap_limit: Annotated[float, Field(gt=0)] = 0.3
     """Stop the run, before weights move, where they differ by more than this."""
 
