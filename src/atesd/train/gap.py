@@ -14,7 +14,8 @@ class GapRule:
     """Warns once beyond `warning`, and stops the run beyond `limit`, both in nats.
 
     What is judged is the mean |sampler log-prob - trainer log-prob| before the weights move, where both are of the same
-    weights, at the same temperature: what is left is rounding. In float32 that is some 1e-6, in bfloat16 .01 to .03.
+    weights, at the same temperature: what is left is rounding. In float32 that is some 1e-7; in bfloat16
+    SmolLM2-135M had .05 on 48 tokens.
     """
 
     warning: float
