@@ -41,8 +41,11 @@ METRICS: dict[str, str] = {
     "influence and paired: 1 in a step whose credit was",
     "exposure/updates": "controller updates so far",
     "exposure/loss": "controller loss at its latest update",
-    "exposure/credit/{}": "averaged influence credit of a candidate ratio",
-    "exposure/paired_credit": "fall of the probe NLL per unit of exposure, by two virtual steps, nats",
+    "exposure/credit/{}": "averaged influence credit of a candidate ratio; with the reward as reference its credit "
+    "over its error",
+    "exposure/{}/credit/{}": "the same of the problems of one level",
+    "exposure/paired_credit": "fall of the probe NLL, or of the loss of earlier rewards, per unit of exposure, by two "
+    "virtual steps, nats",
     "exposure/{}/{}": "a number of one difficulty bin's own policy (bin0 is the easiest)",
     "exposure/{}/feature/{}": "state feature of a bin's open decision",
     "curriculum/reference_nll": "mean NLL that the student gave to the references of the step's problems before its "
@@ -70,6 +73,10 @@ METRICS: dict[str, str] = {
     "route/paused": "1 where the step does not count in the exposure's hold window: nothing was distilled",
     "route/retired": "1 once the teacher has retired (router `retire`)",
     "route/mismatch_ema": "moving average of mismatch/top1 that the retirement follows",
+    "route/best_credit": "best candidate ratio's credit over its error (router `aligned`)",
+    "route/{}/best_credit": "the same of the problems of one level",
+    "target/lambda_credit": "what lambda gains in credit over the plain teacher, over its error (target.aligned)",
+    "target/lambda": "lambda of the steps that follow (target.aligned)",
     "cliff/lambda_star": "lambda* at the exposure in force, least over contract classes; absent where it is infinite",
     "cliff/lambda": "lambda that the step's target was built with",
     "cliff/reinforcing": "1 where the cliff router reinforces",
@@ -84,6 +91,8 @@ METRICS: dict[str, str] = {
     "gate/open_frac": "share of distilled tokens whose gate is above 1/2",
     "gate/gap": "mean log p_T(y_t) - log p_S(y_t) over distilled tokens, nats",
     "gate/gap_negative": "share of distilled tokens with a negative gap",
+    "gate/agree_frac": "share of distilled tokens, of those whose attempt's outcome is known, at which the teacher's "
+    "pull agrees with it (gate `aligned`)",
     "rl/ratio": "mean importance ratio p_S / p_old over reinforced tokens",
     "rl/clip_frac": "share of reinforced tokens whose policy term a clip holds",
     "rl/sampler_weight": "mean weight min(p_old / p_sampler, clip) of reinforced tokens",

@@ -65,8 +65,8 @@ class Influence(HeldMethod):
     def _check_reference(self) -> Influence:
         if self.reference == "probe" and self.by != "none":
             raise ValueError(
-                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", or '
-                "remove exposure.by"
+                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", '
+                "or remove exposure.by"
             )
         if self.reference == "reward" and self.temperature != type(self).model_fields["temperature"].default:
             raise ValueError(

@@ -31,7 +31,11 @@ def credit(step: int, *, stats: Mapping[str, float] = {}, **best: int) -> Observ
     found: dict[Measurement, dict[str, float]] = {}
     for place, ratio in enumerate(GRID):
         means = {level: 9.0 if place == chosen else 1.0 for level, chosen in best.items()}
-        table = {f"{level}/{fold}": mean + (-0.5, 0.5)[fold] + 0.1 * fold * place for level, mean in means.items() for fold in (0, 1)}
+        table = {
+            f"{level}/{fold}": mean + (-0.5, 0.5)[fold] + 0.1 * fold * place
+            for level, mean in means.items()
+            for fold in (0, 1)
+        }
         found[Measurement("reward_influence_by_level", ratio)] = table
     return Observation(step, stats, found)
 
