@@ -183,6 +183,13 @@ def test_credit_is_the_product_with_the_clipped_gradient(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_the_product_of_all_weights_ranks_ratios_as_a_small_step_does(seed: int) -> None:
+    run = found(seed)
+    assert order(run.product_all) == order(run.first_order)
+    assert agreement(run.credit, run.fall) >= agreement(run.cosine, run.fall)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_virtual_step_ends_where_the_real_one_does(seed: int) -> None:
     run = found(seed)
     assert run.virtual == pytest.approx(run.fall, rel=2e-2, abs=1e-5)

@@ -249,7 +249,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 1e-3, "max_grad_norm": 0.02},
         "probe": {"credit_problems": 2, "credit_steps": 2},
         "rollout": SAMPLING | {"group_size": 3, "max_new_tokens": 40},
-        "step": {"num_steps": 4, "problems": 4},
+        "step": {"num_steps": 4, "problems": 3},
     },
     # The learned policy rewarded by the credit of what it drew.
     "beta_aligned": {
