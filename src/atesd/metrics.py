@@ -42,6 +42,8 @@ METRICS: dict[str, str] = {
     "exposure/updates": "controller updates so far",
     "exposure/loss": "controller loss at its latest update",
     "exposure/credit/{}": "averaged influence credit of a candidate ratio",
+    "exposure/progress": "progress of the hold window that ended at this step",
+    "exposure/bandit_best": "ratio at which the bandit's regression expects most progress",
     "exposure/paired_credit": "fall of the probe NLL per unit of exposure, by two virtual steps, nats",
     "exposure/{}/{}": "a number of one difficulty bin's own policy (bin0 is the easiest)",
     "exposure/{}/feature/{}": "state feature of a bin's open decision",

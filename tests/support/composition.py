@@ -20,6 +20,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "difficulty": {"kind": "difficulty", "bins": 2, "policy": BETA},
     "difficulty_ppl": {"kind": "difficulty", "by": "reference_ppl", "policy": BETA},
     "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
+    "bandit": {"kind": "bandit", "hold": 1},
 }
 REVEALS: dict[str, dict[str, Any]] = {
     "segments": {"unit": "line"},
@@ -98,7 +99,7 @@ def legal(names: dict[str, str]) -> bool:
     idle = router in ("rl", "sft")
     if idle and names.get("exposure") == "closed_form":
         return False
-    if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence"):
+    if idle and names.get("exposure") in ("beta", "bandit", "paired", "difficulty", "difficulty_ppl", "influence"):
         return False
     if idle and names.get("reveal") == "overlap":
         return False
