@@ -21,6 +21,7 @@ from rich.table import Table
 from atesd.cli.jobs import Job, Runner
 from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
+from atesd.packaged import find_recipe
 from atesd.runlog import dump_json, write_atomic
 from atesd.types import UserError
 
@@ -50,6 +51,7 @@ def run_compare(
     out: Path | None,
 ) -> None:
     """Run what is missing of every arm and seed, then summarise. SystemExit 130 when stopped, 1 when a run failed."""
+    recipe = find_recipe(recipe)
     with prepared() as nursery:  # which loads while the recipe is read
         plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
         run_plan(plan, out or Path("runs") / f"{recipe.stem}-compare", jobs, nursery)
