@@ -150,8 +150,8 @@ class Trainer:
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
+            parts.credit.remember(groups, routes, ratios, target)
             rows = parts.rows.build(groups, routes, ratios, target.views)
-        parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)
