@@ -85,6 +85,7 @@ ORDERS: dict[str, list[str]] = {
         "hub",
         "tokens",
         "heads",
+        "smollm2",
         "model",
         "optim",
         "teacher",
@@ -107,6 +108,7 @@ ORDERS: dict[str, list[str]] = {
         "resume",
         "inspect",
         "loop",
+        "supervised",
         "warmup",
     ],
 }
