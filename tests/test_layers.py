@@ -89,6 +89,7 @@ ORDERS: dict[str, list[str]] = {
         "hub",
         "tokens",
         "heads",
+        "smollm2",
         "model",
         "optim",
         "teacher",
@@ -113,6 +114,7 @@ ORDERS: dict[str, list[str]] = {
         "resume",
         "inspect",
         "loop",
+        "supervised",
         "warmup",
     ],
 }

