@@ -68,6 +68,8 @@ ORDERS: dict[str, list[str]] = {
         "revealer",
         "segments",
         "overlap",
+        "turns",
+        "skills",
         "window",
         "held",
         "schedules",
@@ -108,6 +110,7 @@ ORDERS: dict[str, list[str]] = {
         "inspect",
         "loop",
         "warmup",
+        "warmup_doors",
     ],
 }
 # Heavy libraries and the places that may import them.
