@@ -70,6 +70,8 @@ ORDERS: dict[str, list[str]] = {
         "revealer",
         "segments",
         "overlap",
+        "turns",
+        "skills",
         "window",
         "held",
         "schedules",
@@ -116,6 +118,7 @@ ORDERS: dict[str, list[str]] = {
         "loop",
         "supervised",
         "warmup",
+        "warmup_doors",
     ],
 }
 # Heavy libraries and the places that may import them.

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.envs.doors import Doors
 from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
@@ -21,6 +22,8 @@ from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
+from atesd.exposure.skills import Skills
+from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
@@ -36,7 +39,7 @@ from atesd.selection import SelectAll, TipSelection
 from atesd.tasks.benchmarks import BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
-from atesd.tasks.kinds import PicoConfig
+from atesd.tasks.kinds import DoorsConfig, PicoConfig
 
 
 def reveal_kind(section: Any) -> str:
@@ -48,6 +51,7 @@ def reveal_kind(section: Any) -> str:
 
 TaskSection = Annotated[
     PicoConfig  # the embedded task
+    | DoorsConfig  # the embedded task in several turns
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig  # reasoning-gym
@@ -79,7 +83,9 @@ ExposureSection = Annotated[
 
 RevealSection = Annotated[
     Annotated[Segments, Tag("segments")]  # that share of the segments
-    | Annotated[Overlap, Tag("overlap")],  # at most up to where the rollout follows: PAINT
+    | Annotated[Overlap, Tag("overlap")]  # at most up to where the rollout follows: PAINT
+    | Annotated[Turns, Tag("turns")]  # that share of an expert's turns
+    | Annotated[Skills, Tag("skills")],  # retrieved skills: SDAR
     Discriminator(reveal_kind),
 ]
 
@@ -128,7 +134,8 @@ GradientSection = Annotated[
 ]
 
 EnvSection = Annotated[
-    SingleTurn,  # one prompt, one completion
+    SingleTurn  # one prompt, one completion
+    | Doors,  # the embedded environment
     Field(discriminator="kind"),
 ]
 

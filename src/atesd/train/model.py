@@ -247,9 +247,9 @@ def disable_progress_bars() -> None:
 
 
 def resolve(path: str) -> str:
-    """Turn the names `pico` and `smollm2` into folders; leave anything else as it is."""
-    if path == "pico":
-        return str(resources.files("atesd") / "assets" / "pico")
+    """Turn the names `pico`, `pico-doors` and `smollm2` into folders; leave anything else as it is."""
+    if path in ("pico", "pico-doors"):
+        return str(resources.files("atesd") / "assets" / path)
     if path == "smollm2":
         return str(smollm2_folder())
     return path
