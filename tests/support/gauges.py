@@ -306,13 +306,9 @@ class Gauges:
         zeros = {name: torch.zeros_like(weight).double() for name, weight in self.run.initial.items()}
         folds = []
         for fold in range(8):
-            total = {name: part.clone() for name, part in zeros.items()}
-            for row in rows:
-                if row.place % 8 == fold and row.outcome:
-                    loss = -8 / tokens * row.outcome * self.sampled_logprob(row).sum()
-                    for name, part in self._taken(loss).items():
-                        total[name] += part
-            folds.append(total)
+            own = [row for row in rows if row.place % 8 == fold and row.outcome]
+            losses = [-8 / tokens * row.outcome * self.sampled_logprob(row).sum() for row in own if row.outcome]
+            folds.append(self._taken(torch.stack(losses).sum()) if losses else zeros)
         return folds
 
     def level_gradients(self, step: int, ratio: float | None, strength: float | None) -> dict[str, Weights]:
@@ -323,17 +319,14 @@ class Gauges:
         if self.settings["step"]["truncated"] == "mask":
             rows = [row for row in rows if not row.cut_off]
         count = sum(len(row.completion) for row in rows)
-        found: dict[str, Weights] = {}
+        losses: dict[str, list[Tensor]] = {}
         for row in rows:
             changed = {"ratio": row.ratio if ratio is None else ratio, "components": ("distil",)}
             changed["strength"] = row.strength if strength is None else strength
             values, stats = oracle.token_losses(Row(**{**vars(row), **changed}), oracle.teacher(done), None)
             assert stats.gate is not None
-            parts = self._taken((stats.gate * values["distil"]).sum() / count)
-            total = found.setdefault(row.problem.level, {name: torch.zeros_like(part) for name, part in parts.items()})
-            for name, part in parts.items():
-                total[name] += part
-        return found
+            losses.setdefault(row.problem.level, []).append((stats.gate * values["distil"]).sum() / count)
+        return {level: self._taken(torch.stack(parts).sum()) for level, parts in losses.items()}
 
     def reward_credit(
         self, step: int, *, ratio: float | None = None, strength: float | None = None

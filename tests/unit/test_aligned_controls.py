@@ -135,7 +135,7 @@ def test_what_the_router_says_of_itself() -> None:
     assert (Aligned().distils_uniform, Aligned(uniform="distil").distils_uniform) == (False, True)
     assert "reinforced" in Aligned().describe()
     assert "left alone" in Aligned(otherwise="skip").describe()
-    with pytest.raises(ValidationError, match="remove routing.uniform"):
+    with pytest.raises(ValidationError, match=r"remove routing\.uniform"):
         Aligned(otherwise="skip", uniform="distil")
 
 
@@ -162,7 +162,7 @@ def test_gates_by_hand() -> None:
 
 
 def test_agreement_is_the_change_of_the_surrogate_but_for_what_every_token_shares() -> None:
-    """A step eps (p_T - p_S) on the logits changes A log p(y) by A [p_T(y) - p_S(y) - c] eps, c the same for every y."""
+    """A step eps (p_T - p_S) on the logits changes A log p(y) by A [p_T(y) - p_S(y) - c] eps, c the same for all y."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(7, dtype=torch.float64, generator=generator) for _ in range(2))
     p_S, p_T = student.softmax(-1), teacher.softmax(-1)
@@ -253,7 +253,7 @@ def test_an_aligned_lambda_is_restored() -> None:
 
 @pytest.mark.parametrize("fields", [{"guard": True}, {"lambda_x": 1.0}, {"lambda_x": 0.5}])
 def test_an_aligned_lambda_needs_something_to_reach_for_and_no_guard(fields: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match="set target.lambda_x above"):
+    with pytest.raises(ValidationError, match=r"set target\.lambda_x above"):
         Extrapolate(aligned=True, **fields)  # type: ignore[arg-type]
     assert Extrapolate(aligned=True).asks_rewards
     assert not Extrapolate().asks_rewards

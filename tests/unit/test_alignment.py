@@ -58,14 +58,14 @@ def reference(windows: Sequence[Sequence[Sequence[float]]], decay: float) -> tup
         m = [sum(row) / folds for row in window]
         C = [
             [
-                sum((window[k][j] - m[k]) * (window[l][j] - m[l]) for j in range(folds)) / (folds - 1) / folds
-                for l in range(size)
+                sum((window[k][j] - m[k]) * (window[i][j] - m[i]) for j in range(folds)) / (folds - 1) / folds
+                for i in range(size)
             ]
             for k in range(size)
         ]
         e = math.sqrt(sum(C[k][k] for k in range(size)) / size)
         S = [decay * S[k] + m[k] / e for k in range(size)]
-        Q = [[decay**2 * Q[k][l] + C[k][l] / e**2 for l in range(size)] for k in range(size)]
+        Q = [[decay**2 * Q[k][i] + C[k][i] / e**2 for i in range(size)] for k in range(size)]
     return S, Q
 
 
@@ -194,7 +194,9 @@ GRID = (0.0, 0.5)
 def tables(kind: str, *, step: int = 5, **rows: Mapping[str, Sequence[float]]) -> Observation:
     """Return an observation of credits by ratio: `low` and `high`, each by level and fold."""
     measured = {
-        Measurement(kind, ratio): {f"{level}/{fold}": c for level, folds in rows[name].items() for fold, c in enumerate(folds)}
+        Measurement(kind, ratio): {
+            f"{level}/{fold}": c for level, folds in rows[name].items() for fold, c in enumerate(folds)
+        }
         for ratio, name in zip(GRID, ("low", "high"), strict=True)
         if name in rows
     }

@@ -179,7 +179,9 @@ def test_influence_is_looked_at_with_a_gradient_that_is_clipped_and_with_one_tha
     for name in ("influence", "influence_last"):
         gauges = Gauges(oracle(name))
         names = gauges.names(gauges.settings["probe"]["credit_parameters"])
-        kept |= {gauges.kept(gauges.gradient(step, ratio), names) for step, ratio, *_ in of_kind(oracle(name), "influence")}
+        kept |= {
+            gauges.kept(gauges.gradient(step, ratio), names) for step, ratio, *_ in of_kind(oracle(name), "influence")
+        }
     assert max(kept) == 1.0
     assert min(kept) < 0.7
 

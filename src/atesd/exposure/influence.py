@@ -65,8 +65,8 @@ class Influence(HeldMethod):
     def _check_reference(self) -> Influence:
         if self.reference == "probe" and self.by != "none":
             raise ValueError(
-                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", or '
-                "remove exposure.by"
+                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", '
+                "or remove exposure.by"
             )
         if self.reference == "reward" and self.temperature != type(self).model_fields["temperature"].default:
             raise ValueError(
@@ -80,7 +80,7 @@ class Influence(HeldMethod):
         if self.reference == "probe":
             return InfluenceController(self)
         credits = Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels)
-        return AlignedController(self.grid, credits, start=self.start, hold=self.hold)
+        return AlignedController(self.grid, credits, start=self.start, hold=self.hold, decay=self.decay)
 
 
 class InfluenceController(Held):
