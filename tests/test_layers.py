@@ -112,6 +112,7 @@ ORDERS: dict[str, list[str]] = {
         "record",
         "checkpoint",
         "memory",
+        "plan",
         "setup",
         "resume",
         "inspect",
@@ -123,7 +124,7 @@ ORDERS: dict[str, list[str]] = {
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("losses", "gates", "selection", "gradients", "rollout", "train", "exposure/beta.py"),
+    "torch": ("losses", "gates", "selection", "gradients", "rollout", "train", "exposure/beta.py", "cli/plan.py"),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
     "safetensors": ("train",),

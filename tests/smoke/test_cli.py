@@ -22,7 +22,7 @@ from atesd.cli.main import main
 from atesd.train import checkpoint
 from atesd.train.model import resolve
 
-from support.folders import write_byte_model
+from support.folders import write_byte_model, write_qwen3
 
 ROOT = Path(__file__).parents[2]
 PICO = str(ROOT / "recipes" / "pico.toml")
@@ -69,6 +69,8 @@ def test_every_recipe_trains_two_steps(
     small = SMALL
     if "runs/cliff/base" in recipe.read_text():
         small = [*SMALL, 'model.path="pico"', "step.updates_per_batch=2"]  # the base that repro/cliff_base.py writes
+    elif "Qwen/Qwen3" in recipe.read_text():
+        small = [*real_model_made_small(tmp_path), f"model.path={write_qwen3(tmp_path / 'qwen3')}"]
     elif 'path = "pico"' not in recipe.read_text():
         small = real_model_made_small(tmp_path)
     assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0

@@ -210,6 +210,41 @@ def show(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, a100, a100-40gb, l40s, rtx4090, rtx3090; default this machine."),
+    ] = None,
+    device_memory: Annotated[float | None, typer.Option(min=0.01, help="Memory of the device in GiB.")] = None,
+    flops: Annotated[float | None, typer.Option(min=1e-6, help="10^12 operations a second, bfloat16.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="10^9 bytes of memory a second.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a problem's prompt.")] = 200,
+    solution: Annotated[int, typer.Option(min=0, help="Tokens of a solution as the teacher sees it.")] = 1000,
+) -> None:
+    """Estimate memory and time of a run from its model's config alone, and say what to lower where it does not fit.
+
+    Example: `atesd plan qwen3-8b-atesd --device h100`, `atesd plan mine.toml --device-memory 24 --flops 80`
+
+    Loads no weights and writes nothing; offline, `model.path` is a folder with a config.json.
+    """
+    from atesd.cli.plan import run_plan
+
+    run_plan(
+        recipe,
+        overrides or [],
+        device=device,
+        memory=device_memory,
+        flops=flops,
+        bandwidth=bandwidth,
+        prompt=prompt,
+        solution=solution,
+    )
+
+
+@app.command()
 def check(
     task: Annotated[
         str,
