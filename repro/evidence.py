@@ -5,12 +5,14 @@
     python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
     python repro/evidence.py aligned RUNS [COST]          `aligned` against the best fixed ratio, on every tier in RUNS;
                                                           COST: runs of both on a quiet machine, one at a time
+    python repro/evidence.py smollm2 RUNS MISMATCH        every arm on a real model, and what repro/mismatch.py measured
 
 Each writes docs/evidence/NAME.json and NAME.svg and prints a Markdown table.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +22,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from atesd.report.compare import accuracy, difference, finals, seconds, starts
-from atesd.report.load import load_comparison
+from atesd.evaluate.metrics import Difference, paired_difference
+from atesd.report.compare import accuracy, accuracy_matrix, are_shared, difference, finals, seconds, starts
+from atesd.report.load import Arm, load_comparison
 from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
 
 from figure import write_figure
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run one of them."""
     kind, folder, *rest = arguments
     OUT.mkdir(parents=True, exist_ok=True)
-    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned}
+    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned, "smollm2": smollm2}
     kinds[kind](Path(folder), *rest)
 
 
@@ -124,6 +127,41 @@ def relative_cost(place: Path) -> list[float]:
 def step_seconds(run: Path) -> float:
     """Return the seconds of a run's steps, evaluations left out."""
     return sum(row["time/step_s"] - row.get("time/eval_s", 0.0) for row in RunDir.open(run).metrics() if row["step"])
+
+
+def smollm2(folder: Path, mismatch: str) -> None:
+    """Accuracy of every arm, its gain over the warmed-up model and its difference to full exposure; mismatch beside."""
+    study = load_comparison(folder)
+    arms = {arm.name: arm for arm in study.arms}
+    start = accuracy(starts(study))
+    found: dict[str, Any] = {"start": start, "k": study.k, "seeds": list(study.seeds), "arms": {}}
+    print(f"| arm | Average@{study.k} | 95 % | minus the start | 95 % | minus `full` | 95 % | minutes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm in sorted(arms.values(), key=lambda arm: -(accuracy(finals(arm)) or {"average_at_k": 0})["average_at_k"]):
+        own, gained, pair = accuracy(finals(arm)), gain(arm), difference(arm, arms["full"])
+        if own is None or gained is None or pair is None:
+            raise SystemExit(f"arm {arm.name} in {folder} has no complete run: let the comparison go on")
+        minutes = seconds(arm) / 60
+        found["arms"][arm.name] = own | {"gain": gained._asdict(), "minus_full": pair._asdict(), "minutes": minutes}
+        print(
+            f"| `{arm.name}` | {own['average_at_k']:.3f} | {own['low']:.3f} to {own['high']:.3f} | "
+            f"{gained.difference:+.3f} | {gained.low:+.3f} to {gained.high:+.3f} | {pair.difference:+.3f} | "
+            f"{pair.low:+.3f} to {pair.high:+.3f} | {minutes:.1f} |"
+        )
+    found["mismatch"] = json.loads(Path(mismatch).read_text(encoding="utf-8"))
+    write_atomic(OUT / "smollm2.json", dump_json(found))
+    write_figure(folder, OUT / "smollm2.svg")
+
+
+def gain(arm: Arm) -> Difference | None:
+    """Return an arm's final accuracy minus that of its own starts, over seeds and, within them, problems."""
+    runs = [run for run in arm.runs if run.start is not None and run.final is not None]
+    if not runs:
+        return None
+    evaluations = [run.final for run in runs if run.final] + [run.start for run in runs if run.start]
+    both = accuracy_matrix(evaluations)
+    shared = are_shared(evaluations)
+    return paired_difference(both[: len(runs)], both[len(runs) :], shared=shared, resamples=RESAMPLES)
 
 
 def route_shares(arm: Path) -> dict[str, float]:

@@ -315,7 +315,7 @@ def warmup(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model, or 60.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
-    batch: Annotated[int | None, typer.Option(min=1, help="With --model: samples a step; default 16.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --model: samples a step; default 8.")] = None,
     lr: Annotated[float | None, typer.Option(help="With --model: peak learning rate; default 0.001.")] = None,
     hinted: Annotated[
         float | None, typer.Option(help="With --model: share of samples with a hint; default 0.5.")

