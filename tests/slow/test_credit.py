@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -39,11 +37,22 @@ class Found(NamedTuple):
     """Numbers by ratio: falls of the probe's NLL in nats a token, credits, and the gradient's norm."""
 
     fall: list[float]
+    """Behind the optimizer's own next step."""
     virtual: list[float]
+    """Behind paired's virtual step."""
+    first_order: list[float]
+    """Behind a hundredth of the step -rate P g of all weights, times 100: without curvature and first moment."""
     credit: list[float]
+    """Influence credit, of the last layer."""
     product: list[float]
+    """<g_probe, P g> / sqrt(<g_probe, P g_probe>) of the last layer."""
     cosine: list[float]
+    """The same over sqrt(<g, P g>): credit as it was."""
+    product_all: list[float]
+    cosine_all: list[float]
+    """Both of all weights."""
     norm: list[float]
+    """||g|| of all weights."""
 
 
 def log_probs(parts: Parts, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
@@ -122,25 +131,42 @@ def found(seed: int, steps: int = 5) -> Found:
     depth = parts.model.config.num_hidden_layers
     scale = {}
     for name, weight in parts.model.named_parameters():
-        if f"layers.{depth - 1}." in name:
-            state = optimizer.state[weight]
-            v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            scale[name] = 1 / (v.sqrt() + group["eps"])
+        state = optimizer.state[weight]
+        v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        scale[name] = 1 / (v.sqrt() + group["eps"])
 
-    def dot(left: Gradient, right: Gradient) -> float:
-        return sum(float((left[name] * p * right[name]).double().sum()) for name, p in scale.items())
+    def dot(left: Gradient, right: Gradient, layers: str) -> float:
+        return sum(float((left[n] * p * right[n]).double().sum()) for n, p in scale.items() if layers in n)
 
+    def little(own: Gradient, share: float = 0.01) -> float:
+        named = dict(parts.model.named_parameters())
+        kept = {name: weight.detach().clone() for name, weight in named.items()}
+        with torch.no_grad():
+            for name, weight in named.items():
+                weight.sub_(share * group["lr"] * scale[name] * own[name])
+            after = nll(parts)
+            for name, weight in named.items():
+                weight.copy_(kept[name])
+        return (now - after) / share
+
+    now, last = nll(parts), f"layers.{depth - 1}."
     probe, own = of_probe(parts), [of_distillation(parts, groups, ratio) for ratio in RATIOS]
-    products = [dot(probe, each) / math.sqrt(dot(probe, probe)) for each in own]
-    norms = [math.sqrt(sum(float(part.double().square().sum()) for part in each.values())) for each in own]
-    now = nll(parts)
+    found_by = {
+        layers: [dot(probe, each, layers) / math.sqrt(dot(probe, probe, layers)) for each in own]
+        for layers in (last, "")
+    }
+    lengths = {layers: [math.sqrt(dot(each, each, layers)) for each in own] for layers in (last, "")}
+    cosines = {key: [a / b for a, b in zip(found_by[key], lengths[key], strict=True)] for key in lengths}
     return Found(
         fall=[really(parts, groups, ratio) for ratio in RATIOS],
         virtual=[now - float(measured[Measurement("virtual_nll", ratio)]) for ratio in RATIOS],  # type: ignore[arg-type]
+        first_order=[little(each) for each in own],
         credit=[float(measured[Measurement("influence", ratio)]) for ratio in RATIOS],  # type: ignore[arg-type]
-        product=products,
-        cosine=[value / math.sqrt(dot(each, each)) for value, each in zip(products, own, strict=True)],
-        norm=norms,
+        product=found_by[last],
+        cosine=cosines[last],
+        product_all=found_by[""],
+        cosine_all=cosines[""],
+        norm=[math.sqrt(sum(float(part.double().square().sum()) for part in each.values())) for each in own],
     )
 
 
@@ -162,19 +188,20 @@ def test_a_virtual_step_ends_where_the_real_one_does(seed: int) -> None:
     assert run.virtual == pytest.approx(run.fall, rel=2e-2, abs=1e-5)
 
 
+def agreement(left: Sequence[float], right: Sequence[float]) -> float:
+    """Return the rank correlation of two lists without ties."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (left, right)]
+    return float(torch.corrcoef(torch.tensor(ranks).double())[0, 1])
+
+
 def main() -> None:
     for seed in SEEDS:
         run = found(seed)
-        print(f"seed {seed}, by ratio {RATIOS}")
+        print(f"seed {seed}, ratios {RATIOS}")
         for name, values in run._asdict().items():
-            rank = statistics.correlation(values, run.fall, method="ranked")
-            print(
-                f"  {name:8}",
-                *(f"{value:9.5f}" for value in values),
-                f" rank correlation with fall {rank:5.2f}",
-                order(values),
-            )
+            numbers = " ".join(f"{value:9.5f}" for value in values)
+            print(f"  {name:11} {numbers}  rank {agreement(values, run.fall):5.2f}  {order(values)}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
