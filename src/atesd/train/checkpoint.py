@@ -37,11 +37,15 @@ _ASIDE = ".old"
 _NAME = re.compile(r"step_\d{6,}")
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete."""
+def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Write a model folder with its card (adapters only, with LoRA); an old one stays until the new is complete."""
     partial = _fresh_partial(folder)
     try:
         _write_model(partial, model, tokenizer)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # which adapters do not save themselves
+            generation.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         _seal(partial)
         _replace(partial, folder)
     except BaseException:
