@@ -175,6 +175,30 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    *,
+    out: Annotated[Path | None, typer.Option(help="New folder.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision of merged weights; default the recipe's.")
+    ] = None,
+    which: Annotated[Literal["final", "best"], typer.Option(help="Which of the run's models.")] = "final",
+    push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hugging Face hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new place on the hub private.")] = False,
+) -> None:
+    """Write a run's model for others: model, tokenizer, generation config, model card and report in one folder.
+
+    Example: `atesd export runs/mine --merge --out mine-merged`, `atesd export runs/mine --push-to-hub me/mine`
+
+    An adapter stays one (it loads with peft) unless it is merged, in float32, then rounded to the recipe's precision.
+    """
+    from atesd.cli.export import run_export
+
+    run_export(run, out=out, merge=merge, dtype=dtype, which=which, push_to_hub=push_to_hub, private=private)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run or compare directories.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the first directory.")] = None,

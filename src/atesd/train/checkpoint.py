@@ -46,11 +46,14 @@ def save_model(
 ) -> None:
     """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete.
 
-    `beside` holds further files: their texts by name.
+    `beside` holds further files, such as the model's card: their texts by name.
     """
     partial = _fresh_partial(folder)
     try:
         _write_model(partial, model, tokenizer)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # which adapters do not save themselves
+            generation.save_pretrained(partial)
         for name, text in beside.items():
             (partial / name).write_text(text, encoding="utf-8")
         _seal(partial)

@@ -16,6 +16,7 @@ from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.runlog import Phases, RunDir
 from atesd.seeds import derive_seed
+from atesd.train.card import model_card
 from atesd.train.checkpoint import (
     load_optimizer,
     load_teacher,
@@ -220,8 +221,13 @@ class Trainer:
         score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
         if score is not None and (self._best is None or score > self._best["score"]):
             self._best = {"step": self.step, "score": score}
-            save_model(self.run.path / "best", parts.model, parts.tokenizer)
+            save_model(self.run.path / "best", parts.model, parts.tokenizer, {"README.md": self._card()})
         return result.metrics
+
+    def _card(self) -> str:
+        """Return the card of the model as it is now."""
+        begun = next((row for row in self.run.metrics() if row["step"] == 0), {})
+        return model_card(self.config, step=self.step, metrics=self._latest_eval, start=begun)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.step.num_steps
@@ -275,7 +281,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the final model and the result."""
-        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer)
+        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer, {"README.md": self._card()})
         result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
         self.run.finish(result)
         return result
