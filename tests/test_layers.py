@@ -128,6 +128,9 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "scipy": ("cliff.py",),
     "typer": ("cli",),
     "rich": ("cli",),
+    "textworld": ("tasks/textworld.py", "envs/textworld.py"),
+    "textarena": ("envs/libraries.py",),
+    "gymnasium": ("envs/libraries.py",),
     "vllm": (),
     "trl": (),
 }
