@@ -139,6 +139,9 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "scipy": ("cliff.py", "evaluate/metrics.py"),
     "typer": ("cli",),
     "rich": ("cli",),
+    "textworld": ("tasks/textworld.py", "envs/textworld.py"),
+    "textarena": ("envs/libraries.py",),
+    "gymnasium": ("envs/libraries.py",),
     "vllm": (),
     "trl": (),
 }

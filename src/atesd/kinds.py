@@ -12,7 +12,9 @@ from pydantic import Discriminator, Field, Tag
 
 from atesd.curriculum import PerplexityConfig, RandomConfig
 from atesd.envs.doors import Doors
+from atesd.envs.libraries import Gymnasium, TextArena, TrlEnvironment
 from atesd.envs.single_turn import SingleTurn
+from atesd.envs.textworld import TextWorld
 from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
@@ -37,9 +39,11 @@ from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
 from atesd.selection import SelectAll, TipSelection
 from atesd.tasks.benchmarks import BenchmarkConfig
+from atesd.tasks.episodes import EpisodesConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import DoorsConfig, PicoConfig
+from atesd.tasks.textworld import TextWorldConfig
 
 
 def reveal_kind(section: Any) -> str:
@@ -52,6 +56,8 @@ def reveal_kind(section: Any) -> str:
 TaskSection = Annotated[
     PicoConfig  # the embedded task
     | DoorsConfig  # the embedded task in several turns
+    | TextWorldConfig  # TextWorld's games with their winning commands
+    | EpisodesConfig  # numbered episodes of any environment
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig  # reasoning-gym
@@ -135,7 +141,11 @@ GradientSection = Annotated[
 
 EnvSection = Annotated[
     SingleTurn  # one prompt, one completion
-    | Doors,  # the embedded environment
+    | Doors  # the embedded environment
+    | TextWorld  # games that TextWorld builds
+    | TextArena  # TextArena's games for one player
+    | Gymnasium  # text environments of Gymnasium
+    | TrlEnvironment,  # classes for TRL's environment_factory
     Field(discriminator="kind"),
 ]
 

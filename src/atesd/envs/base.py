@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
-from atesd.types import Ending, Message, Method, Problem, UserError
+from atesd.types import Ending, Message, Method, Problem, UserError, one_line, shown
 
 
 class EpisodeError(Exception):
@@ -100,3 +100,27 @@ def needed(problem: Problem, column: str, kind: str) -> object:
             "makes them (docs/agents.md)"
         )
     return problem.extra[column]
+
+
+def missed(environment: Environment, problem: Problem, seed: int = 0) -> str | None:
+    """Play an expert's replies and say why they do not reach the goal, a reward of 1; None where they do."""
+    place = 0
+    try:
+        episode = environment.episode(problem, seed)
+        said = episode.reset([Message(role="user", content=problem.problem)])
+        for turn in problem.expert:
+            if not said or place == environment.limit:
+                break
+            said = episode.step(turn.reply)
+            place += 1
+        reward = episode.reward() if environment.grades else None
+        getattr(episode, "close", lambda: None)()
+    except UserError:
+        raise
+    except Exception as error:  # an environment is anybody's code
+        return f"the environment fails at turn {place + 1}: {type(error).__name__}: {one_line(str(error))[:100]}"
+    if reward == 1.0:
+        return None
+    left = len(problem.expert) - place
+    rest = f", and {left} turns of the expert are left over" if left else ""
+    return f"the reward is {shown(reward, 30)} after {place} turns{rest}"

@@ -63,19 +63,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, width: int = 128, heads: int = 4, inner: int = 320
-) -> Qwen3ForCausalLM:
-    """Return the untrained model: two layers, by default of width 128, about 0.38M parameters."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """Return the untrained model: two layers, width 128, about 0.38M parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=inner,
+            hidden_size=128,
+            intermediate_size=320,
             num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             head_dim=32,
             max_position_embeddings=256,
             tie_word_embeddings=True,
