@@ -44,10 +44,13 @@ METRICS: dict[str, str] = {
     "exposure/credit/{}": "averaged influence credit of a candidate ratio; with the reward as reference its credit "
     "over its error",
     "exposure/{}/credit/{}": "the same of the problems of one level",
+    "exposure/progress": "progress of the hold window that ended at this step",
+    "exposure/bandit_best": "ratio at which the bandit's regression expects most progress",
     "exposure/paired_credit": "fall of the probe NLL, or of the loss of earlier rewards, per unit of exposure, by two "
     "virtual steps, nats",
     "exposure/{}/{}": "a number of one difficulty bin's own policy (bin0 is the easiest)",
     "exposure/{}/feature/{}": "state feature of a bin's open decision",
+    "skill/{}/uses": "attempts whose teacher was shown a skill so far (reveal `skills` with retriever `ucb`)",
     "curriculum/reference_nll": "mean NLL that the student gave to the references of the step's problems before its "
     "update, nats a token (probe.log_references)",
     "measure/{}": "a measurement taken for a policy, by its key (probe_nll, gt_solution@0.5, ...)",
@@ -55,6 +58,9 @@ METRICS: dict[str, str] = {
     "rollout/turns_mean": "mean number of turns of an attempt",
     "rollout/eos_frac": "share of attempts that ended with EOS",
     "rollout/truncated": "number of attempts cut off by the length limit",
+    "env/ended/{}": "attempts in an environment that ended so: over (it ended them), limit (of turns), length (a reply "
+    "was cut off), context (no room for another turn); error, hang, not_text, bad_reward (the environment failed)",
+    "env/invalid": "replies that were no action, over all attempts of the step",
     "rollout/logprob_gap": "mean |sampler log-prob - trainer log-prob| of sampled tokens, nats",
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",
@@ -108,6 +114,9 @@ METRICS: dict[str, str] = {
     "eval/{}/maj@{}": "accuracy of the majority answer of k samples, and its interval",
     "eval/{}/length_mean": "mean completion length in evaluation, tokens",
     "eval/{}/truncated_frac": "share of evaluated completions that hit the length limit (graded as wrong)",
+    "eval/{}/turns_mean": "mean number of turns of an evaluated attempt, where any has several",
+    "eval/{}/invalid_mean": "mean number of an attempt's replies that were no action, where any has several turns",
+    "eval/{}/ended/{}": "share of evaluated attempts that ended so, as env/ended, where any has several turns",
     "eval/{}/ungradable": "evaluated completions without a reward",
     "eval/{}/trait/{}": "share of evaluated completions with a trait (cites_hint, ...)",
     "eval/{}/level/{}": "avg@k of one level",

@@ -20,6 +20,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "difficulty": {"kind": "difficulty", "bins": 2, "policy": BETA},
     "difficulty_ppl": {"kind": "difficulty", "by": "reference_ppl", "policy": BETA},
     "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
+    "bandit": {"kind": "bandit", "hold": 1},
     "aligned": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "reward", "by": "level"},
     "paired_reward": {"kind": "paired", "hold": 1, "reference": "reward"},
     "beta_aligned": {"kind": "beta", "reward": "aligned", "hold": 1, "decisions_per_update": 1},
@@ -66,7 +67,17 @@ TARGETS: dict[str, dict[str, Any]] = {
 GRADIENTS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
 }
-MEASURED = ("beta", "paired", "difficulty", "difficulty_ppl", "influence", "aligned", "paired_reward", "beta_aligned")
+MEASURED = (
+    "beta",
+    "bandit",
+    "paired",
+    "difficulty",
+    "difficulty_ppl",
+    "influence",
+    "aligned",
+    "paired_reward",
+    "beta_aligned",
+)
 AXES = {
     "exposure": CONTROLLERS,
     "reveal": REVEALS,

@@ -80,7 +80,7 @@ class Influence(HeldMethod):
         if self.reference == "probe":
             return InfluenceController(self)
         credits = Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels)
-        return AlignedController(self.grid, credits, start=self.start, hold=self.hold)
+        return AlignedController(self.grid, credits, start=self.start, hold=self.hold, decay=self.decay)
 
 
 class InfluenceController(Held):

@@ -37,7 +37,7 @@ def credit(step: int, *, stats: Mapping[str, float] = {}, **best: int) -> Observ
             for fold in (0, 1)
         }
         found[Measurement("reward_influence_by_level", ratio)] = table
-    return Observation(step, stats, found)
+    return Observation(step, {"reward/mean": 0.5, **stats}, found)
 
 
 def play(controller: Controller, step: int) -> list[float]:
@@ -76,10 +76,58 @@ def test_one_ratio_for_all() -> None:
     controller = build(by="none", hold=1)
     controller.observe(Observation(0))
     play(controller, 0)
-    assert controller.wants(1) == [Measurement("reward_influence", ratio) for ratio in GRID]
+    assert controller.wants(1)[:3] == [Measurement("reward_influence", ratio) for ratio in GRID]
     found = {Measurement("reward_influence", ratio): {"/0": 1.0 * ratio, "/1": 1.2 * ratio + 0.01} for ratio in GRID}
     controller.observe(Observation(1, measured=found))
     assert play(controller, 1) == [0.8] * 4
+
+
+def by_probe(step: int, *credits: float, **stats: float) -> Observation:
+    """What is measured where nothing can be graded: the probe's credits alone."""
+    found = {Measurement("influence", ratio): credit for ratio, credit in zip(GRID, credits, strict=True)}
+    return Observation(step, {"route/distil_groups": 1.0, **stats}, found)
+
+
+def test_while_nothing_can_be_graded_the_probe_takes_the_place_of_rewards() -> None:
+    controller = build(by="level", hold=1, decay=0.5)
+    controller.observe(Observation(0))
+    assert play(controller, 0) == [0.5] * 4
+    asked = [Measurement("reward_influence_by_level", ratio) for ratio in GRID]
+    assert controller.wants(1) == asked + [Measurement("influence", ratio) for ratio in GRID]
+    controller.observe(by_probe(1, 0.1, 0.4, 0.3))
+    assert controller.metrics() == {"exposure/credit/0": 0.1, "exposure/credit/0.3": 0.4, "exposure/credit/0.8": 0.3}
+    assert play(controller, 1) == [0.3, 0.3, 0.3, 0.5]
+    controller.observe(by_probe(2, 0.2, 0.1, 0.3))  # averages .15, .25, .3
+    assert play(controller, 2) == [0.8, 0.8, 0.8, 0.5]
+    again = build(by="level", hold=1, decay=0.5)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    for held in (controller, again):
+        held.observe(by_probe(3, 0.9, 0.0, 0.0))  # .525, .125, .15
+        assert play(held, 3) == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_a_missing_credit_of_the_probe_spoils_its_window() -> None:
+    controller = build(by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    found = {Measurement("influence", 0.0): 1.0}
+    controller.observe(Observation(1, {"route/distil_groups": 1.0}, found))
+    assert controller.metrics() == {"exposure/discarded": 1.0}
+    assert play(controller, 1) == [0.5] * 4
+
+
+def test_the_probe_has_no_say_once_anything_was_graded() -> None:
+    controller = build(by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    controller.observe(by_probe(1, 0.1, 0.1, 0.4))
+    assert play(controller, 1) == [0.8, 0.8, 0.8, 0.5]
+    controller.observe(by_probe(2, 0.9, 0.1, 0.4, **{"reward/mean": 0.0}))
+    assert controller.metrics() == {"exposure/discarded": 1.0}
+    assert play(controller, 2) == [0.8, 0.8, 0.8, 0.5], "what was chosen before is kept until rewards speak"
+    assert controller.wants(3) == [Measurement("reward_influence_by_level", ratio) for ratio in GRID]
+    controller.observe(credit(3, easy=0))
+    assert play(controller, 3) == [0.0, 0.8, 0.0, 0.5]
 
 
 def test_a_window_that_could_not_be_measured_is_discarded_and_said() -> None:
