@@ -225,7 +225,7 @@ def rewarded(controller: BetaController, steps: int, credit_of: Any) -> list[flo
             if measurement.kind == "reward_influence":
                 assert measurement.ratio == ratio, "the ratio that was drawn"
                 middle = credit_of(measurement.ratio)
-                found[measurement] = {"/0": middle - 0.5, "/1": middle + 0.5}
+                found[measurement] = {"/0": middle - 0.25, "/1": middle + 0.25}
         controller.observe(Observation(step, {"route/distil_groups": 1.0} if step else {}, found))
         (ratio,) = controller.propose(step, ["p"])
         means.append(controller.metrics()["exposure/mean"])
@@ -236,9 +236,9 @@ def test_a_beta_policy_rewarded_by_credit_asks_one_step_later_and_scores_it_over
     controller = policy()
     assert [m.kind for m in controller.wants(0)] == ["probe_nll"], "no grounded term"
     rewarded(controller, 2, lambda _: 3.0)
-    # 2.5, 3.5: mean 3, error sqrt(.5 / 2) = .5
-    assert controller.metrics()["exposure/reward_lp"] == pytest.approx(6.0)
-    assert controller.metrics()["exposure/reward"] == pytest.approx(6.0)
+    # 2.75, 3.25: mean 3, error sqrt(.125 / 2) = .25
+    assert controller.metrics()["exposure/reward_lp"] == pytest.approx(12.0)
+    assert controller.metrics()["exposure/reward"] == pytest.approx(12.0)
     assert controller.metrics()["exposure/matured"] == 1.0
     assert "exposure/reward_gt" not in controller.metrics()
 
