@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.envs.doors import Doors
 from atesd.envs.single_turn import SingleTurn
+from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.difficulty import Difficulty
@@ -20,6 +22,8 @@ from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
+from atesd.exposure.skills import Skills
+from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
@@ -35,7 +39,7 @@ from atesd.selection import SelectAll, TipSelection
 from atesd.tasks.benchmarks import BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
-from atesd.tasks.kinds import PicoConfig
+from atesd.tasks.kinds import DoorsConfig, PicoConfig
 
 
 def reveal_kind(section: Any) -> str:
@@ -47,6 +51,7 @@ def reveal_kind(section: Any) -> str:
 
 TaskSection = Annotated[
     PicoConfig  # the embedded task
+    | DoorsConfig  # the embedded task in several turns
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig  # reasoning-gym
@@ -68,6 +73,7 @@ ExposureSection = Annotated[
     | Steps  # piecewise constant
     | Uniform  # drawn at random
     | BetaConfig  # ATESD's learned policy
+    | Bandit  # a regression over all decisions
     | ClosedForm  # the largest ratio on the safe side of the cliff
     | Paired  # a little more against a little less
     | Difficulty  # a learned policy per difficulty
@@ -77,7 +83,9 @@ ExposureSection = Annotated[
 
 RevealSection = Annotated[
     Annotated[Segments, Tag("segments")]  # that share of the segments
-    | Annotated[Overlap, Tag("overlap")],  # at most up to where the rollout follows: PAINT
+    | Annotated[Overlap, Tag("overlap")]  # at most up to where the rollout follows: PAINT
+    | Annotated[Turns, Tag("turns")]  # that share of an expert's turns
+    | Annotated[Skills, Tag("skills")],  # retrieved skills: SDAR
     Discriminator(reveal_kind),
 ]
 
@@ -126,7 +134,8 @@ GradientSection = Annotated[
 ]
 
 EnvSection = Annotated[
-    SingleTurn,  # one prompt, one completion
+    SingleTurn  # one prompt, one completion
+    | Doors,  # the embedded environment
     Field(discriminator="kind"),
 ]
 

@@ -15,23 +15,55 @@ import typer
 from atesd.cli.errors import fail, user_line
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="On-policy self-distillation with learned exposure of the reference solution (ATESD).\n\n"
-    "Start with `atesd show recipes/pico.toml`, then `atesd train recipes/pico.toml`.",
+    "Start with `atesd show pico`, then `atesd train pico`. A recipe is a TOML file, or one of the packaged ones that "
+    "`atesd recipes` lists.",
 )
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe in TOML.", show_default=False)]
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """Complete packaged recipes and TOML files, for shells."""
+    from atesd.packaged import packaged_recipes
+
+    folder = Path(incomplete).parent if "/" in incomplete else Path()
+    files = [str(path) for path in folder.glob("*.toml")] if folder.is_dir() else []
+    return [name for name in [*packaged_recipes(), *sorted(files)] if name.startswith(incomplete)]
+
+
+_RECIPE_HELP = "Recipe: a TOML file, or the name of a packaged one."
+Recipe = Annotated[Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"atesd {version('atesd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options of all commands."""
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe in TOML; left out with --resume.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help=f"{_RECIPE_HELP} Left out with --resume.", autocompletion=_recipe_names),
+    ] = None,
     overrides: Overrides = None,
     *,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-SEED.")] = None,
@@ -39,10 +71,13 @@ def train(
 ) -> None:
     """Train one model.
 
-    Example: `atesd train recipes/pico.toml step.num_steps=60 'exposure={kind="fixed", ratio=0.5}' --out runs/try`
+    Example: `atesd train pico step.num_steps=60 'exposure={kind="fixed", ratio=0.5}' --out runs/try`
 
     Writes the resolved recipe, metrics, rollouts, evaluations and checkpoints to the run directory, and the models
     `final` and `best`, which load with `from_pretrained`. Ctrl-C ends the step, saves and says how to continue.
+
+    With --resume, overrides may ask for more steps (`step.num_steps=300`) where nothing depends on the length of the
+    run, and change what is saved (`save.*`) and how much memory is used (`step.token_budget`, `rollout.batch_tokens`).
     """
     from atesd.cli.train import run_train
 
@@ -62,7 +97,7 @@ def compare(
 ) -> None:
     """Run several arms side by side: same warm start, problem order and seeds.
 
-    Example: `atesd compare recipes/pico.toml --arms full,half,learned --seeds 3`
+    Example: `atesd compare pico --arms full,half,learned --seeds 3`
 
     A run has the recipe's number of threads, or one where it names none, so that no result depends on what runs beside.
 
@@ -81,7 +116,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Run directory, model folder or hub id.", show_default=False)],
     overrides: Overrides = None,
     *,
-    recipe: Annotated[Path | None, typer.Option(help="Prompts and task; default a run directory's own.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Prompts and task; default a run directory's own.", autocompletion=_recipe_names),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -162,13 +200,48 @@ def show(
 ) -> None:
     """Print the exact prompts of both roles, chat template included.
 
-    Example: `atesd show recipes/pico.toml --ratio 0.5`
+    Example: `atesd show pico --ratio 0.5`
 
     Writes nothing. Piped into a file or pager, the prompts stand there unwrapped.
     """
     from atesd.cli.show import run_show
 
     run_show(recipe, overrides or [], ratio, count)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, a100, a100-40gb, l40s, rtx4090, rtx3090; default this machine."),
+    ] = None,
+    device_memory: Annotated[float | None, typer.Option(min=0.01, help="Memory of the device in GiB.")] = None,
+    flops: Annotated[float | None, typer.Option(min=1e-6, help="10^12 operations a second, bfloat16.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="10^9 bytes of memory a second.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a problem's prompt.")] = 200,
+    solution: Annotated[int, typer.Option(min=0, help="Tokens of a solution as the teacher sees it.")] = 1000,
+) -> None:
+    """Estimate memory and time of a run from its model's config alone, and say what to lower where it does not fit.
+
+    Example: `atesd plan qwen3-8b-atesd --device h100`, `atesd plan mine.toml --device-memory 24 --flops 80`
+
+    Loads no weights and writes nothing; offline, `model.path` is a folder with a config.json.
+    """
+    from atesd.cli.plan import run_plan
+
+    run_plan(
+        recipe,
+        overrides or [],
+        device=device,
+        memory=device_memory,
+        flops=flops,
+        bandwidth=bandwidth,
+        prompt=prompt,
+        solution=solution,
+    )
 
 
 @app.command()
@@ -200,6 +273,23 @@ def check(
     from atesd.cli.check import run_check
 
     run_check(task, overrides or [], grader, model)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="A packaged recipe.", show_default=False, autocompletion=_recipe_names)
+    ] = None,
+    *,
+    out: Annotated[Path | None, typer.Option(help="Copy it to this file, or into this folder.")] = None,
+) -> None:
+    """List the packaged recipes, print one, or copy it to change it.
+
+    Example: `atesd recipes pico --out mine.toml`
+    """
+    from atesd.cli.recipes import run_recipes
+
+    run_recipes(name, out)
 
 
 @app.command()
@@ -236,7 +326,7 @@ def warmup(
 ) -> None:
     """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core), or warm up any model.
 
-    Example: `atesd warmup --out runs/warm && atesd train recipes/pico.toml model.path=runs/warm`
+    Example: `atesd warmup --out runs/warm && atesd train pico model.path=runs/warm`
 
     With --model: `atesd warmup --model smollm2 --data recipes/smollm2-cpu-opsd.toml task.data_seed=1`. Short
     supervised training on solutions, behind the student's prompt or the teacher's with a hint at a random ratio.

@@ -85,10 +85,16 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, out: Path, *, listener: Listener | None = None, before: Callable[[RunConfig], None] | None = None
+        cls,
+        out: Path,
+        overrides: Sequence[str] = (),
+        *,
+        listener: Listener | None = None,
+        before: Callable[[RunConfig], None] | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint; from the beginning where it has none.
 
+        `overrides` may ask for more steps, or change what is saved and how much memory is used (`train/resume.py`).
         `before` sees the recipe before anything that it names is loaded or run.
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
@@ -97,7 +103,7 @@ class Trainer:
         for name in ("best", "final"):
             restore_interrupted(out / name)
         found = newest_whole(run)
-        config = resumed_config(run, found[1]["config"] if found else None)
+        config = resumed_config(run, found[1]["config"] if found else None, overrides)
         if before is not None:
             before(config)
         with within_memory(config, "loading the model"):
@@ -144,8 +150,8 @@ class Trainer:
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
+            parts.credit.remember(groups, routes, ratios, target)
             rows = parts.rows.build(groups, routes, ratios, target.views)
-        parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)

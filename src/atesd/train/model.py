@@ -115,7 +115,7 @@ def load(
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
-        model = _with_lora(model, config.lora, seed)
+        model = add_lora(model, config.lora, seed)
     return cast("PreTrainedModel", model), tokenizer
 
 
@@ -247,9 +247,9 @@ def disable_progress_bars() -> None:
 
 
 def resolve(path: str) -> str:
-    """Turn the names `pico` and `smollm2` into folders; leave anything else as it is."""
-    if path == "pico":
-        return str(resources.files("atesd") / "assets" / "pico")
+    """Turn the names `pico`, `pico-doors` and `smollm2` into folders; leave anything else as it is."""
+    if path in ("pico", "pico-doors"):
+        return str(resources.files("atesd") / "assets" / path)
     if path == "smollm2":
         return str(smollm2_folder())
     return path
@@ -274,7 +274,8 @@ def _freeze_what_text_never_reaches(model: nn.Module) -> None:
         )
 
 
-def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    """Return the model with adapters. UserError where a target is no layer, or the output head."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
