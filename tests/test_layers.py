@@ -114,6 +114,7 @@ ORDERS: dict[str, list[str]] = {
         "setup",
         "resume",
         "inspect",
+        "track",
         "loop",
         "warmup",
     ],
