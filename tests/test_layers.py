@@ -118,6 +118,7 @@ ORDERS: dict[str, list[str]] = {
         "setup",
         "resume",
         "inspect",
+        "track",
         "loop",
         "supervised",
         "warmup",

@@ -9,6 +9,7 @@
     RUN/eval/step_*.jsonl       every evaluated sample
     RUN/checkpoints/step_*/     whole states (train/checkpoint.py)
     RUN/final/  RUN/best/       models that load with `from_pretrained`
+    RUN/track/                  what trackers keep (train/track.py)
     RUN/result.json             written once, when the run is complete
     RUN/manifest.json           seals of the files above that are written once (seals.py)
     RUN/.lock                   held by the process that writes
@@ -289,7 +290,7 @@ class RunDir:
 def _never_began(path: Path) -> bool:
     """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
     names = {entry.name for entry in path.iterdir()}
-    made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", *FOLDERS}
+    made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", "track", *FOLDERS}
     return (
         "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
     )

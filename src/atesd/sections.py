@@ -143,6 +143,17 @@ class StepConfig(Config):
     """Whether completions that hit the length limit are trained on. They always grade as wrong."""
 
 
+class TrackConfig(Config):
+    """Experiment trackers, through accelerate. None by default: the run directory holds everything."""
+
+    to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """`tensorboard` (files in RUN/track), `trackio`, `wandb`; each needs `pip install 'atesd[NAME]'`."""
+    project: Annotated[str, Field(min_length=1)] = "atesd"
+    """Project under which trackio and wandb show the run, by the name of its directory."""
+    online: bool = False
+    """Let wandb send data; unless this is true it runs offline, and `wandb sync` sends later. The others never send."""
+
+
 class SaveConfig(Config):
     """What is written while training."""
 

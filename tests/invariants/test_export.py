@@ -1,4 +1,4 @@
-"""What a run gives: ordinary folders with card and generation config, merged where asked, pushed nowhere by accident."""
+"""What a run gives: ordinary folders with card and generation config, merged where asked, pushed if possible."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     carry_on = f"continue with: atesd train --resume {quote(str(path))}"
     progress = RunProgress(trainer.config.step.num_steps, console)
     trainer.listener = progress
+    trainer.report = _report
     try:
         with progress.shown():
             result = trainer.train()
@@ -52,6 +53,12 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     title = f"after step {result['step']}, on {trainer.parts.task.name}"
     console.print(metrics_table(result["final"], title, start=start_of(trainer.run.metrics())))
     console.print(f"{clock(result['seconds'])}; models in {path}/final and {path}/best")
+
+
+def _report(run: Path) -> Path:
+    from atesd.report.html import write_report
+
+    return write_report([run], run / "report.html")
 
 
 def start_of(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:

@@ -59,7 +59,7 @@ def model_card(
         "",
         "## Data",
         "",
-        f"`{_code(json.dumps({'kind': config.task.kind, **config.task.model_dump(mode='json', exclude_defaults=True)}))}`",
+        f"`{_code(json.dumps(_task(config)))}`",
         "",
         "## Recipe",
         "",
@@ -104,6 +104,10 @@ def _results(config: RunConfig, metrics: Mapping[str, float], start: Mapping[str
         before = f"{start[key]:.3f}" if key in start else ""
         lines.append(f"| {key.removeprefix('eval/')} | {before} | {metrics[key]:.3f} | {interval} |")
     return lines
+
+
+def _task(config: RunConfig) -> dict[str, Any]:
+    return {"kind": config.task.kind, **config.task.model_dump(mode="json", exclude_defaults=True)}
 
 
 def _data_set(config: RunConfig) -> str | None:

@@ -31,6 +31,7 @@ from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import newest_whole, open_for_resume, resumed_config
 from atesd.train.setup import Parts, assemble, for_evaluation
+from atesd.train.track import Trackers, refuse_missing
 from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
@@ -59,6 +60,9 @@ class Trainer:
         self._best: dict[str, float] | None = None
         self._latest_eval: dict[str, float] = {}
         self._stop_asked = False
+        self._trackers = Trackers(config.track, run.path)
+        self.report: Callable[[Path], Path] | None = None
+        """Writes the report of a run's directory, for trackers that keep files; unset, they get none."""
 
     @classmethod
     def start(
@@ -75,6 +79,7 @@ class Trainer:
         The directory is made last, so that a start that fails leaves nothing behind.
         """
         RunDir.check_free(out)
+        refuse_missing(config.track)
         config = decide_dtype(config, say)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
@@ -107,6 +112,7 @@ class Trainer:
         config = resumed_config(run, found[1]["config"] if found else None, overrides)
         if before is not None:
             before(config)
+        refuse_missing(config.track)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
         trainer = cls(config, run, parts, listener)
@@ -121,6 +127,7 @@ class Trainer:
             return done
         try:
             with self._stoppable():
+                self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
                     self._begin()
                 while self.step < self.config.step.num_steps:
@@ -130,6 +137,7 @@ class Trainer:
                         raise Interrupted(self.step, self.run.path)
             return self._finish()
         finally:
+            self._trackers.finish()
             self.run.unlock()
 
     def _begin(self) -> None:
@@ -234,6 +242,7 @@ class Trainer:
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.run.log(self.step, metrics)
+        self._trackers.log(self.step, metrics)
         if self.listener is not None:
             self.listener({"step": self.step, **metrics})
 
@@ -284,6 +293,8 @@ class Trainer:
         save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer, {"README.md": self._card()})
         result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
         self.run.finish(result)
+        if self.report is not None and self._trackers.keep_files:
+            self._trackers.attach(self.report(self.run.path))
         return result
 
     @contextmanager

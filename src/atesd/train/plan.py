@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from atesd.config import RunConfig
+from atesd.losses.tiles import WIDENED
 from atesd.recipe import with_overrides
 from atesd.sections import ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer
@@ -239,7 +240,8 @@ def _update(
         layer = 0.0
     tile = min(config.loss.tile_logits or (2**27 if device.is_gpu else 2**24), tokens * shape.vocabulary)
     tiles = 4.0 * (1 + views) * max(tile, shape.vocabulary)
-    sums = 4.0 * shape.hidden * (tokens + shape.vocabulary * shape.trains_head)
+    widened = min(WIDENED, shape.vocabulary) if shape.element < 4 and not device.is_gpu else 0
+    sums = 4.0 * shape.hidden * (tokens + shape.vocabulary * shape.trains_head + widened)
     scored = float((1 + views) * tokens * shape.hidden * shape.element)
     meanwhile = rows * (2 * shape.width + 4 * shape.hidden) * shape.element
     several = rows * config.step.updates_per_batch < config.step.problems * config.rollout.group_size

@@ -15,7 +15,7 @@ from atesd.train.checkpoint import find_checkpoints, load_state
 from atesd.types import UserError
 
 _MEMORY = ("step.token_budget", "rollout.batch_tokens")
-_CHANGEABLE = (*_MEMORY, "save.")
+_CHANGEABLE = (*_MEMORY, "save.", "track.")
 """What a run may change under way, besides its length: none of it decides what is computed, but for rounding."""
 
 
