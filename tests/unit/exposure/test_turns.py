@@ -15,7 +15,9 @@ PROBLEM = Problem(
 )
 
 
-@pytest.mark.parametrize(("ratio", "shown"), [(0.0, 0), (0.33, 0), (1 / 3, 1), (0.5, 1), (2 / 3, 2), (0.99, 2), (1.0, 3)])
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(0.0, 0), (0.33, 0), (1 / 3, 1), (0.5, 1), (2 / 3, 2), (0.99, 2), (1.0, 3)]
+)
 def test_the_first_turns_are_shown(ratio: float, shown: int) -> None:
     reveal = Turns().reveal(PROBLEM, ratio)
     assert (reveal.text, reveal.shown, reveal.total) == ("> a\n> b\n> c"[: 4 * shown], shown, 3)

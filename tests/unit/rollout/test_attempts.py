@@ -89,7 +89,12 @@ TROUBLES = [
     (lambda: [{"role": "user", "content": b"x"}], "step", Ending.NOT_TEXT, "it says .* which is no message of text"),
     (lambda: [3], "reset", Ending.NOT_TEXT, "it says 3, which is no message"),
     (lambda: [], "reset", Ending.NOT_TEXT, "it says nothing at the reset"),
-    (lambda: [Message(role="user", content="else")], "reset", Ending.NOT_TEXT, "its reset does not begin with the recipe's"),
+    (
+        lambda: [Message(role="user", content="else")],
+        "reset",
+        Ending.NOT_TEXT,
+        "its reset does not begin with the recipe's",
+    ),
     (raising(KeyError("x")), "reset", Ending.ERROR, "it raised KeyError: 'x'"),
     (lambda: float("inf"), "reward", Ending.BAD_REWARD, "its reward is inf"),
     (lambda: float("nan"), "reward", Ending.BAD_REWARD, "its reward is nan"),
