@@ -404,7 +404,7 @@ class RunConfig(Config):
                 f'{reveal} compares with the own solution, but prompt.hint = "wrong_problem" shows another: '
                 'set reveal.kind = "segments"'
             )
-        if self.routing.reads_exposure or self.target.capped:
+        if self.routing.reads_lambda or self.target.capped:
             raise ValueError(
                 f"{reveal} settles the exposure only after the rollout, but lambda* needs it before: "
                 'set reveal.kind = "segments", or remove target.guard and the cliff router'

@@ -15,6 +15,7 @@ from atesd.envs.doors import Doors
 from atesd.envs.libraries import Gymnasium, TextArena, TrlEnvironment
 from atesd.envs.single_turn import SingleTurn
 from atesd.envs.textworld import TextWorld
+from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.difficulty import Difficulty
@@ -78,6 +79,7 @@ ExposureSection = Annotated[
     | Steps  # piecewise constant
     | Uniform  # drawn at random
     | BetaConfig  # ATESD's learned policy
+    | Bandit  # a regression over all decisions
     | ClosedForm  # the largest ratio on the safe side of the cliff
     | Paired  # a little more against a little less
     | Difficulty  # a learned policy per difficulty

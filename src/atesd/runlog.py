@@ -194,11 +194,12 @@ class RunDir:
             return f"{MANIFEST} is missing or damaged"
         return flaw(self.path, {name: each for name, each in manifest["files"].items() if name in names})
 
-    def lengthen(self, was: int, now: int) -> None:
-        """Take in a config.json with more steps: it becomes the run's own, and env.json remembers the change."""
+    def amend(self, config: Mapping[str, Any], changes: Iterable[tuple[str, Any, Any]]) -> None:
+        """Go on with a recipe that was changed under way; env.json remembers key, old and new value."""
         env = self._json("env.json") or {}
-        env["lengthened"] = [*env.get("lengthened", []), {"from": was, "to": now}]
+        env["amended"] = [*env.get("amended", []), *({"key": k, "from": was, "to": now} for k, was, now in changes)]
         write_atomic(self.path / "env.json", dump_json(env))
+        write_atomic(self.path / "config.json", dump_json(config))
         (self.path / "result.json").unlink(missing_ok=True)
         self.seal("config.json", "env.json")
 

