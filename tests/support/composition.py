@@ -101,6 +101,7 @@ BASE: dict[str, Any] = {
 }
 
 TURNS: dict[str, Any] = {
+    "model": {"path": "pico-doors"},
     "task": {"kind": "doors", "train_size": 6, "probe_size": 2, "eval_size": 1},
     "env": {"kind": "doors"},
     "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n{answer}"},
