@@ -28,7 +28,7 @@ class ModelConfig(Config):
     """Which model learns."""
 
     path: str = "pico"
-    """`pico`, `pico-doors` (the packaged warm starts), `smollm2` (which `atesd fetch smollm2` brings), a folder, or a hub
+    """`pico`, `pico-doors` (packaged warm starts), `smollm2` (which `atesd fetch smollm2` brings), a folder, or a hub
     id. A folder of an adapter stands for its base with that adapter."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; its main branch where unset."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,8 +27,8 @@ TREE: dict[str, Any] = BASE | {
 
 
 @pytest.fixture(scope="module")
-def parts() -> Iterator[Parts]:
-    yield assemble(build_config(TREE))
+def parts() -> Parts:
+    return assemble(build_config(TREE))
 
 
 def ids(parts: Parts, text: str) -> list[int]:

@@ -100,6 +100,17 @@ BASE: dict[str, Any] = {
     "save": {"every": 1, "rollouts_every": 1},
 }
 
+TURNS: dict[str, Any] = {
+    "model": {"path": "pico-doors"},
+    "task": {"kind": "doors", "train_size": 6, "probe_size": 2, "eval_size": 1},
+    "env": {"kind": "doors"},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n{answer}"},
+    "reveal": {"kind": "turns"},
+    "rollout": BASE["rollout"] | {"max_new_tokens": 2},
+    "cliff": BASE["cliff"] | {"contract": {"look": "[*]", "key": "[0-9]"}},
+}
+"""What a combination needs to be one of several turns; the reveal is by turns."""
+
 
 def legal(names: dict[str, str]) -> bool:
     """Say whether a combination, or a part of one, makes sense (docs/method.md, "What composes with what")."""
@@ -135,6 +146,11 @@ def tree(names: dict[str, str]) -> dict[str, Any]:
     return BASE | {axis: AXES[axis][name] for axis, name in names.items()}
 
 
+def tree_in_turns(names: dict[str, str]) -> dict[str, Any]:
+    """Return the recipe of a combination, but for its reveal, in an environment of several turns."""
+    return tree(names) | TURNS
+
+
 def every() -> Iterator[dict[str, str]]:
     """Return the full product, sensible or not."""
     for values in product(*AXES.values()):
@@ -166,3 +182,14 @@ def covering() -> list[dict[str, str]]:
         rows.append(best)
         missing -= held
     return rows
+
+
+def covering_in_turns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return rows of the covering array that hold every value of every axis but the reveal, which is by turns."""
+    missing = {(axis, name) for axis, values in AXES.items() if axis != "reveal" for name in values}
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: len(set(row.items()) & missing))
+        chosen.append(best)
+        missing -= set(best.items())
+    return chosen

@@ -17,7 +17,7 @@ from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import ExactConfig, MathConfig
-from atesd.tasks.base import Task, TaskMethod, check_disjoint, check_gold
+from atesd.tasks.base import Task, check_disjoint, check_gold
 from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _GRADERS = {"exact": ExactConfig, "math": MathConfig}
 _PLAYED: dict[str, type[Doors | TextWorld]] = {"doors": Doors, "textworld": TextWorld}
 """Environments of the tasks of the same name."""
-_KINDS: dict[str, type[TaskMethod]] = {
+_Section = PicoConfig | DoorsConfig | TextWorldConfig | GymConfig | JsonlConfig | DatasetConfig | BenchmarkConfig
+_KINDS: dict[str, type[_Section]] = {
     "benchmark": BenchmarkConfig,
     "pico": PicoConfig,
     "doors": DoorsConfig,

@@ -347,6 +347,10 @@ def warmup(
     shortcut: Annotated[
         float | None, typer.Option(min=0, help="Of the pico tier: the planted shortcut's c; 0 switches it off.")
     ] = None,
+    task: Annotated[
+        Literal["pico", "doors"] | None,
+        typer.Option(help="Of the pico tier: the task, `pico` (default) or `doors`, of several turns."),
+    ] = None,
 ) -> None:
     """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core), or warm up any model.
 
@@ -365,9 +369,9 @@ def warmup(
         refuse_unused(
             "--model", data=data, recipe=recipe, overrides=overrides or None, batch=batch, lr=lr, hinted=hinted
         )
-        run_warmup(out, steps, seed, shortcut)
+        run_warmup(out, steps, seed, shortcut, task or "pico")
         return
-    refuse_unused(None, shortcut=shortcut)
+    refuse_unused(None, shortcut=shortcut, task=task)
     settings = {"steps": steps, "batch": batch, "lr": lr, "hinted": hinted, "seed": seed}
     run_model_warmup(model, data, recipe, overrides or [], out, settings)
 

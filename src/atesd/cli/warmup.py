@@ -18,17 +18,22 @@ if TYPE_CHECKING:
 _SECONDS_A_STEP = 0.35
 
 
-def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float | None) -> None:
-    """Train the warm start into a folder that does not exist yet."""
+def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float | None, world: str = "pico") -> None:
+    """Train the warm start of the task `pico` or `doors` into a folder that does not exist yet."""
     silence_libraries()
-    from atesd.tasks.synthetic.pico import SHORTCUT
-    from atesd.train.warmup import DEFAULT_STEPS, train_warm_start
+    from atesd.tasks.synthetic import doors, pico
+    from atesd.train import warmup, warmup_doors
 
-    out = out or Path("runs/pico-warm-start")
+    of_doors = world == "doors"
+    default, planted = (
+        (warmup_doors.DEFAULT_STEPS, doors.SHORTCUT) if of_doors else (warmup.DEFAULT_STEPS, pico.SHORTCUT)
+    )
+    train_it = warmup_doors.train_doors_warm_start if of_doors else warmup.train_warm_start
+    out = out or Path(f"runs/{world}-warm-start")
     _refuse_filled(out)
-    total = steps or DEFAULT_STEPS
+    total = steps or default
     console = make_console()
-    console.print(f"training the pico warm start, {total} steps: about {clock(total * _SECONDS_A_STEP)} on one core")
+    console.print(f"training the {world} warm start, {total} steps: about {clock(total * _SECONDS_A_STEP)} on one core")
     begin = monotonic()
     with Progress(console=console) as progress:
         task = progress.add_task("warm start", total=total)
@@ -36,8 +41,8 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
         def show(step: int, steps: int, loss: float) -> None:  # noqa: ARG001
             progress.update(task, completed=step, description=f"loss {loss:.3f}")
 
-        shortcut = SHORTCUT if shortcut is None else shortcut
-        train_warm_start(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
+        shortcut = planted if shortcut is None else shortcut
+        train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
     console.print(f"took {clock(monotonic() - begin)}; use it with model.path={out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import floor
 
 import pytest
@@ -31,7 +32,7 @@ def test_more_is_a_prefix_of_less_and_the_float_step_is_met() -> None:
     assert floor(0.29 * 100) == 28
     assert Turns().reveal(many, 0.29).shown == 29
     texts = [Turns().reveal(many, step / 40).text for step in range(41)]
-    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+    assert all(longer.startswith(shorter) for shorter, longer in pairwise(texts))
 
 
 def test_the_goal_stays_in_the_hint() -> None:
