@@ -128,6 +128,31 @@ def test_dropping_rows_that_have_ended_changes_no_sample(monkeypatch: pytest.Mon
             np.testing.assert_allclose(turn.logprobs, plain.logprobs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("every", [2, 5, 7, 100])
+def test_looking_less_often_at_what_has_ended_changes_no_sample(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    often = own(model, CUT)
+    assert len({len(turn.completion_ids) for turn in often}) > 2
+    steps = 0
+    step = Decoder.step
+
+    def counted(self: Decoder, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return step(self, tokens_B, cache)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    monkeypatch.setitem(decode._LOOK_EVERY, "cpu", every)
+    seldom = own(model, CUT)
+    for one, other in zip(often, seldom, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+    longest = max(len(turn.completion_ids) for turn in often)
+    # It ends with the first look behind the longest completion, or at the limit. The first token takes no step, the
+    # comparison with the model's own logits takes one.
+    assert steps == min(-(-longest // every) * every, CUT.max_new_tokens)
+
+
 def test_equal_prompts_are_read_once() -> None:
     decoder, seen = Decoder(family_model("qwen3")), []
     run = decoder._pass
