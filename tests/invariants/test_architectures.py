@@ -182,7 +182,7 @@ def test_the_comparison_is_short_and_leaves_the_model_as_it_was() -> None:
     model.train()
     model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape), with_kwargs=True)
     refuse_disagreement(scorer_of(model), [list(range(2, 100))] * 5)
-    assert lengths == [(2, 31), (1, 15)]
+    assert lengths == [(2, 31), (1, 15), (1, 31)]  # together, alone, and alone behind padding
     assert model.training
 
 
