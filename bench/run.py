@@ -1,4 +1,4 @@
-"""atesd beside TRL on this machine, and what the machine leaves unused: `make bench`, at most 20 minutes on two cores.
+"""atesd beside TRL on this machine, and what the machine leaves unused: `make bench`, some 10 minutes on two cores.
 
     python -m bench.run [--quick] [--only score memory step machine] [--threads 2] [--out bench/results]
 

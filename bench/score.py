@@ -235,7 +235,7 @@ def measure(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 
 def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Return every case's results by name."""
-    rounds = 3 if quick else 7
+    rounds = 3 if quick else 5
     found = {}
     for case in QUICK_CASES if quick else CASES:
         found[case.name] = measure(case, folder, rounds)

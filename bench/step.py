@@ -69,7 +69,7 @@ SETTINGS = (
         "smollm2-gsm.toml",
         ("model.dtype=float32", "step.problems=2", "rollout.max_new_tokens=32", "task.probe_size=0", *SMOLLM2_PROMPTS),
         "{prompt}\n\n{privileged_context}",
-        7,
+        5,
         2,
         lora=True,
     ),

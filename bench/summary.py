@@ -58,7 +58,8 @@ def lines(raw: Mapping[str, Any]) -> list[Line]:
         size = f"score {name} V {case['vocabulary']:,} N {case['sequences'] * case['tokens']}"
         found += _lines(size, result["seconds"], "atesd", "s")
     for name, result in raw["memory"].items():
-        found += _lines(f"memory {name}", result["mib"], "atesd", "MiB")
+        mib = {arm: [median(samples)] for arm, samples in result["mib"].items()}  # arms have samples of their own
+        found += _lines(f"memory {name}", mib, "atesd", "MiB")
     for name, result in raw["step"].items():
         for own in sorted(result["seconds"].keys() - {"trl"}):
             arms = {own: result["seconds"][own], "trl": result["seconds"]["trl"]}

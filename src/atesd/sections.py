@@ -136,7 +136,7 @@ class StepConfig(Config):
     updates_per_batch: Positive = 1
     """Optimizer updates into which a generation batch is split."""
     token_budget: Positive = 16384
-    """Padded input positions of the longer role in one micro-batch: what bounds memory."""
+    """Padded input positions that go through the model together: what bounds memory."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
     truncated: Literal["train", "mask"] = "train"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from atesd.losses.divergence import LossConfig
-from atesd.train.batch import Passage, Row, labels, micro_batches, view_input
+from atesd.train import batch
+from atesd.train.batch import Passage, Row, cheapest_passes, labels, micro_batches, view_input
 from atesd.train.scorer import Scorer
 
 from support.models import EOS, PAD, VOCABULARY, ragged_rows, tiny_model
@@ -22,8 +23,8 @@ def passage(row: Row, role: str) -> Passage:
     return row.student if role == "student" else row.view("teacher")
 
 
-def scorer_of(model: torch.nn.Module) -> Scorer:
-    return Scorer(model, pad_id=PAD, loss=LossConfig(), temperature=1.0, token_budget=10_000)
+def scorer_of(model: torch.nn.Module, budget: int = 10_000) -> Scorer:
+    return Scorer(model, pad_id=PAD, loss=LossConfig(), temperature=1.0, token_budget=budget)
 
 
 def logprobs(model: torch.nn.Module, rows: list[Row], role: str) -> list[Tensor]:
@@ -53,15 +54,68 @@ def test_scores_are_those_of_a_plain_forward_pass(role: str) -> None:
         torch.testing.assert_close(scored, torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_masks_come_from_lengths_even_where_the_pad_id_is_an_end_token() -> None:
-    inputs = view_input([Passage((EOS, 4), (EOS, 5, EOS)), Passage((7, EOS, 8, 9), (EOS,))], EOS, CPU)
-    assert inputs.scored_BL.sum().item() == 4
-    # Row lengths without the last completion id: 2 + 2 and 4 + 0.
-    assert inputs.attention_mask_BL.sum(dim=1).tolist() == [4, 4]
-    assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    ragged = view_input([Passage((3,), (7,)), Passage((4, 5, 6), (8,))], EOS, CPU)
-    assert ragged.position_ids_BL.tolist() == [[0, 0, 0], [0, 1, 2]], "positions begin at the first real token"
-    assert inputs.input_ids_BL.tolist() == [[EOS, 4, EOS, 5], [7, EOS, 8, 9]]
+def test_places_come_from_lengths_even_where_the_pad_id_is_an_end_token() -> None:
+    """In a width of 5, the first row is scored behind its prompt of 2 at 1, 2, 3, the second behind 4 at 5 + 3, 4."""
+    inputs = view_input([Passage((EOS, 4), (EOS, 5, EOS)), Passage((7, EOS, 8, 9), (EOS, 3))], EOS, CPU)
+    (only,) = inputs.passes
+    assert only.ids_BL.tolist() == [[EOS, 4, EOS, 5, EOS], [7, EOS, 8, 9, EOS]]
+    assert only.places_N.tolist() == [1, 2, 3, 8, 9]
+    outputs = torch.arange(10.0).view(2, 5, 1)
+    assert inputs.scored([outputs])[:, 0].tolist() == [1, 2, 3, 8, 9]
+
+
+def test_passes_of_like_lengths_are_chosen_and_put_back_in_order() -> None:
+    """Costs 3, 100, 4 with 64 a pass: 100 apart and 3, 4 together cost 100 + 8 + 128 = 236; all at once 300 + 64."""
+    assert cheapest_passes([3, 100, 4], 64) == [[1], [0, 2]]
+    assert cheapest_passes([3, 100, 4], 200) == [[0, 1, 2]]  # 300 + 200 against 108 + 400
+    passages = [Passage((9,), (1, 2, 3)), Passage((9,) * 98, (4, 5, 6)), Passage((9, 9), (7, 8, 9))]
+    inputs = view_input(passages, PAD, CPU)
+    assert [each.ids_BL.shape for each in inputs.passes] == [(1, 100), (2, 4)]
+    outputs = [each.ids_BL[..., None] for each in inputs.passes]
+    # What stands at a scored position is the token before the one that it predicts.
+    assert inputs.scored(outputs)[:, 0].tolist() == [9, 1, 2, 9, 4, 5, 9, 7, 8]
+
+
+@pytest.mark.parametrize("overhead", [0, 5, 64])
+@pytest.mark.parametrize("budget", [None, 30])
+def test_no_cut_into_neighbours_in_length_is_cheaper(overhead: int, budget: int | None) -> None:
+    """Tried: all 2^7 cuts of eight passages."""
+    costs = [5, 9, 9, 30, 2, 14, 3, 8]
+    ordered = sorted(costs, reverse=True)
+
+    def price(passes: list[list[int]]) -> int:
+        return sum(max(each) * len(each) + overhead for each in passes)
+
+    every = []
+    for cut in range(2**7):
+        ends = [place + 1 for place in range(7) if cut >> place & 1] + [8]
+        passes = [ordered[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if budget is None or all(max(each) * len(each) <= budget for each in passes):
+            every.append(price(passes))
+    found = cheapest_passes(costs, overhead, budget)
+    assert sorted(index for each in found for index in each) == list(range(8))
+    assert price([[costs[index] for index in each] for each in found]) == min(every)
+
+
+def test_a_passage_longer_than_the_budget_is_read_alone() -> None:
+    assert cheapest_passes([50, 50, 10, 10], 1, 20) == [[0], [1], [2, 3]]
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_scores_do_not_depend_on_the_passes(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are the same in one pass, in those that padding asks for, and in one a passage."""
+    monkeypatch.setattr(batch, "PASS_POSITIONS", 10)
+    model, rows = tiny_model(), ragged_rows(8)
+    passages = [row.view("teacher") for row in rows]
+    found = []
+    for own in (scorer_of(model, budget), scorer_of(model, 10_000)):
+        values_N = own.log_likelihood(passages)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        found.append([values_N.detach(), *torch.autograd.grad((values_N * torch.arange(len(values_N))).sum(), weights)])
+        monkeypatch.setattr(batch, "PASS_POSITIONS", 10**9)
+    assert len(view_input(passages, PAD, CPU).passes) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=0)
 
 
 def test_the_head_sees_exactly_the_scored_rows() -> None:
@@ -126,10 +180,10 @@ def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
     rows = ragged_rows(40, seed=5)
     budget = 90
     batches = list(micro_batches([row.cost for row in rows], budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(40))
-    for batch in batches:
-        longest = max(rows[index].cost for index in batch)
-        assert len(batch) == 1 or longest * len(batch) <= budget
+    assert sorted(index for members in batches for index in members) == list(range(40))
+    for members in batches:
+        longest = max(rows[index].cost for index in members)
+        assert len(members) == 1 or longest * len(members) <= budget
 
 
 def test_labels_are_the_completion_ids_row_by_row() -> None:

@@ -61,7 +61,9 @@ def test_the_trainer_scores_what_the_sampler_sampled(pad_id: int) -> None:
     turns = sampler_of(model, pad_id).sample(ragged_prompts(16), sampling, seed=0)
     assert {turn.stop for turn in turns} == {StopReason.EOS, StopReason.LENGTH}
     passages = [Passage(turn.prompt_ids, turn.completion_ids) for turn in turns]
-    assert int(view_input(passages, pad_id, CPU).scored_BL.sum()) == sum(len(turn.logprobs) for turn in turns)
+    assert sum(len(each.places_N) for each in view_input(passages, pad_id, CPU).passes) == sum(
+        len(turn.logprobs) for turn in turns
+    )
     scorer = Scorer(model, pad_id=pad_id, loss=LossConfig(), temperature=sampling.temperature, token_budget=10_000)
     with torch.no_grad():
         scored = scorer.streams(passages, [scorer.hidden(passages)], Plain()).logprob_N
@@ -93,5 +95,5 @@ def test_ids_given_to_the_sampler_are_the_ids_scored() -> None:
             assert list(turn.prompt_ids) == expected
             passage = Passage(turn.prompt_ids, turn.completion_ids)
             inputs = view_input([passage], renderer.pad_id, CPU)
-            assert inputs.input_ids_BL[0].tolist() == [*expected, *turn.completion_ids[:-1]]
+            assert inputs.passes[0].ids_BL[0].tolist() == [*expected, *turn.completion_ids[:-1]]
             assert labels([passage], CPU).tolist() == list(turn.completion_ids)

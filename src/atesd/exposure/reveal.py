@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import floor
 from statistics import median
@@ -82,6 +83,11 @@ def split_segments(solution: str, unit: Unit = "auto") -> list[str]:
     return _cut(solution, ends(solution))
 
 
+@lru_cache(4096)
+def _kept_segments(solution: str, unit: Unit) -> tuple[str, ...]:
+    return tuple(split_segments(solution, unit))
+
+
 def reveal(
     solution: str,
     ratio: float,
@@ -98,7 +104,7 @@ def reveal(
     the white space that ended what it replaces. UserError if the ratio leaves [0, 1] or the solution is empty.
     """
     check_ratio(ratio)
-    segments = split_segments(solution, unit)
+    segments = _kept_segments(solution, unit)
     total = len(segments)
     shown = floor(ratio * total + 1e-9)
     visible = set(_order(total, order, f"{seed_key}\0{solution}")[:shown])

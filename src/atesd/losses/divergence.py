@@ -18,7 +18,7 @@ from atesd.losses import summands
 from atesd.losses.gradient import scores_with_gradient
 from atesd.losses.scores import Scores, Scoring, Wanted
 from atesd.losses.stats import TokenStats
-from atesd.losses.target import Target
+from atesd.losses.target import Plain, Target
 from atesd.losses.tiles import Role
 from atesd.types import Config, UserError
 
@@ -211,6 +211,15 @@ def token_streams(
         weights,
     )
     return _streams(scores, config, target, old_logprob_N)
+
+
+def label_logprobs(student: Scored, labels_N: Tensor, temperature: float, tile_logits: int | None = None) -> Tensor:
+    """Return log p_S(label) of N tokens, [N], differentiable, and nothing else: cheaper than `token_streams`."""
+    assert student.hidden_NH.shape[0] == labels_N.shape[0], "one hidden state per label"
+    config = LossConfig(tile_logits=tile_logits)
+    scoring = replace(_scoring((), labels_N, config, Plain(), temperature), objective="label")
+    alone = Wanted(loss=False, logprob=True)
+    return scores_with_gradient(student.at(temperature), scoring, alone, lambda scores, _: scores.loss).logprob
 
 
 def _check(student: Scored, views: Sequence[Scored], labels_N: Tensor, config: LossConfig, target: Target) -> None:

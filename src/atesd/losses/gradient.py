@@ -85,7 +85,7 @@ class TiledScores(torch.autograd.Function):
         ctx.scoring, ctx.temperature, ctx.cap = scoring, temperature, cap
         ctx.save_for_backward(hidden_NH, head_VH, bias_V)
         ctx.set_materialize_grads(False)
-        fixed = scores[2:] if scoring.objective != "none" else (scores.loss, *scores[2:])
+        fixed = scores[2:] if scoring.objective in ("full", "top_k") else (scores.loss, *scores[2:])
         ctx.mark_non_differentiable(*fixed)
         return tuple(scores)
 
@@ -220,9 +220,11 @@ def _missing(upstream: Upstream, wanted: Wanted) -> bool:
 
 def _factor(found_N: Tensor, expected_N: Tensor) -> float | None:
     """Return by what number all weights differ from the expected ones; None where it is not one number."""
-    largest = int(expected_N.abs().argmax())
-    if not expected_N[largest]:
-        return None if found_N.any() else 1.0
-    factor = float(found_N[largest] / expected_N[largest])
+    largest = expected_N.abs().argmax()
+    factor = found_N[largest] / expected_N[largest]
     gap = (found_N - factor * expected_N).abs().max()
-    return factor if bool(gap <= SAME * abs(factor) * expected_N[largest].abs()) else None
+    # One transfer: each of them waits for the device.
+    size, ratio, apart, found = torch.stack((expected_N[largest].abs(), factor, gap, found_N.abs().max())).tolist()
+    if not size:
+        return None if found else 1.0
+    return ratio if apart <= SAME * abs(ratio) * size else None

@@ -21,18 +21,23 @@ from atesd.losses.tiles import Role, slices
 BLOCK, BLOCK_ON_GPU = 2**18, 2**24
 """Logits of a role that are worked on together: some twenty passes over them find them in a CPU's caches, and what they
 make, some eight tensors of this size, stays small on a GPU."""
+_STRETCH = 1024
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What to score the student against, and how. `objective` "none" has no divergence to optimise."""
+    """What to score the student against, and how.
+
+    `objective` "none" has no divergence to optimise, "label" nothing but the label's log-probability: all other scores
+    are 0.
+    """
 
     views: tuple[Role, ...]
     """Nothing where the labels alone are scored: then the student stands in for its teacher."""
     labels_N: Tensor
     target: Target
     summand: Summand
-    objective: Literal["full", "top_k", "none"]
+    objective: Literal["full", "top_k", "none", "label"]
     top_k: int
     support: Literal["target", "student"]
     """Whose `top_k` most probable entries."""
@@ -101,12 +106,18 @@ def score(
     logprob_nV = logits[1 if wanted.loss else 0] if wanted.logprob else None
     parts = []
     for rows in slices(tokens, together):
-        scores, slopes = _score([role[rows] for role in logits], labels_n[rows], scoring, wanted)
+        if scoring.objective == "label":
+            scores, slopes = _score_label(logits[0][rows], labels_n[rows], is_wanted=wanted.logprob)
+        else:
+            room = logits[0][rows] if cap is None else None  # a cap's slope needs the logits to the end
+            scores, slopes = _score([role[rows] for role in logits], labels_n[rows], scoring, wanted, room)
         parts.append(scores)
         slope_of_cap = None if cap is None or not any(wanted) else (logits[0][rows] / cap).square_().neg_().add_(1)
         for whole, part in ((loss_nV, slopes.loss), (logprob_nV, slopes.logprob)):
             if whole is not None and part is not None:
-                whole[rows] = part if slope_of_cap is None else part.mul_(slope_of_cap)
+                slope = part if slope_of_cap is None else part.mul_(slope_of_cap)
+                if slope.data_ptr() != whole[rows].data_ptr():  # else it was made in place
+                    whole[rows] = slope
     return joined(parts), Slopes(loss_nV, logprob_nV)
 
 
@@ -115,26 +126,76 @@ def joined(parts: Sequence[Scores]) -> Scores:
     return parts[0] if len(parts) == 1 else Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _score(logits: Sequence[Tensor], labels_r: Tensor, scoring: Scoring, wanted: Wanted) -> tuple[Scores, Slopes]:
-    log_q = logits[0].log_softmax(-1)
-    q = log_q.exp()
-    log_views = [view.log_softmax(-1) for view in logits[1:]] or [log_q]
-    teacher = pair(log_views[0], log_q, q)
+def _score_label(z: Tensor, labels_r: Tensor, *, is_wanted: bool) -> tuple[Scores, Slopes]:
+    """Score the label alone, in a few passes over the logits [r, V]."""
+    is_label_r, labels_r1 = _labels(labels_r, z.shape[1])
+    peak_r1 = z.amax(-1, keepdim=True)
+    above_r1 = z.gather(1, labels_r1) - peak_r1
+    weights = (z - peak_r1).exp_()
+    mass_r1 = weights.sum(-1, keepdim=True)
+    logprob_r = torch.where(is_label_r, (above_r1 - mass_r1.log())[:, 0], torch.nan)
+    slope = _onehot_less(weights.div_(mass_r1), labels_r1) if is_wanted else None
+    loss, *others = (torch.zeros_like(logprob_r) for _ in range(9))
+    return Scores(loss, logprob_r, logprob_r[:, None].clone(), *others, loss > 0), Slopes(None, slope)
+
+
+def _labels(labels_r: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return which labels lie in the vocabulary, and all of them, [r, 1], with 0 in place of the others."""
+    is_label_r = (labels_r >= 0) & (labels_r < vocabulary)
+    return is_label_r, torch.where(is_label_r, labels_r, 0)[:, None]
+
+
+def _normalised(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and probabilities of logits [r, V]: on a CPU with one exponential instead of two."""
+    if z.is_cuda:
+        log_p = z.log_softmax(-1)
+        return log_p, log_p.exp()
+    log_p = z - z.amax(-1, keepdim=True)
+    p = log_p.exp()
+    mass_r1 = p.sum(-1, keepdim=True)
+    return log_p.sub_(mass_r1.log()), p.div_(mass_r1)
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """Return the first place of each row's largest number, [r, 1].
+
+    On a CPU an argmax over all entries costs as much as an exponential; finding the largest of stretches, a sixth.
+    """
+    whole = x.shape[1] // _STRETCH * _STRETCH
+    if x.is_cuda or whole < 4 * _STRETCH:
+        return x.argmax(-1, keepdim=True)
+    largest = x[:, :whole].unflatten(1, (-1, _STRETCH)).amax(-1)
+    if whole < x.shape[1]:
+        largest = torch.cat([largest, x[:, whole:].amax(-1, keepdim=True)], dim=1)
+    start_r1 = largest.argmax(-1, keepdim=True) * _STRETCH
+    places_rs = (start_r1 + torch.arange(_STRETCH)).clamp_(max=x.shape[1] - 1)
+    return start_r1 + x.gather(1, places_rs).argmax(-1, keepdim=True)
+
+
+def _score(
+    logits: Sequence[Tensor], labels_r: Tensor, scoring: Scoring, wanted: Wanted, room: Tensor | None
+) -> tuple[Scores, Slopes]:
+    """Score rows of logits. `room`, of their shape, may be overwritten once probabilities are made."""
+    log_q, q = _normalised(logits[0])
+    views = [_normalised(view) for view in logits[1:]] or [(log_q, q)]
+    log_views = [log_view for log_view, _ in views]
+    teacher = pair(log_views[0], log_q, views[0][1], q, room)
     is_first, is_full = scoring.target.is_first_view, scoring.objective == "full"
     plain = summed(scoring.summand, teacher, scoring.tau if is_first and is_full else None)
     log_p = log_views[0] if is_first else scoring.target.log_target(log_views).log_softmax(-1)
     if is_full:
-        objective = _full(plain if is_first else summed(scoring.summand, pair(log_p, log_q, q), scoring.tau), log_p)
+        objective = _full(
+            plain if is_first else summed(scoring.summand, pair(log_p, log_q, log_p.exp(), q), scoring.tau), log_p
+        )
     else:
         objective = _top_k(scoring, log_p, log_q, q) if scoring.objective == "top_k" else _nothing(plain)
-    is_label_r = (labels_r >= 0) & (labels_r < log_q.shape[1])
-    labels_r1 = torch.where(is_label_r, labels_r, 0)[:, None]
+    is_label_r, labels_r1 = _labels(labels_r, log_q.shape[1])
 
     def at_label(log_p: Tensor) -> Tensor:
         # A label outside the vocabulary is NaN and stops the run, instead of scoring some other token.
         return torch.where(is_label_r, log_p.gather(1, labels_r1)[:, 0], torch.nan)
 
-    student_top_r, teacher_top_r1 = log_q.amax(-1), log_views[0].argmax(-1, keepdim=True)  # an argmax costs an exp
+    student_top_r, teacher_top_r1 = log_q.amax(-1), _argmax(log_views[0])
     scores = Scores(
         loss=objective.loss,
         logprob=at_label(log_q),
@@ -197,7 +258,7 @@ def _top_k(scoring: Scoring, log_p: Tensor, log_q: Tensor, q: Tensor) -> _Object
         )
     else:
         log_p_rk, log_q_rk = log_p_rk.log_softmax(-1), log_q_rk.log_softmax(-1)
-    support = summed(scoring.summand, pair(log_p_rk, log_q_rk, log_q_rk.exp()), scoring.tau)
+    support = summed(scoring.summand, pair(log_p_rk, log_q_rk, log_p_rk.exp(), log_q_rk.exp()), scoring.tau)
 
     def gradient() -> Tensor:
         gradient_rk = support.gradient()

@@ -32,10 +32,9 @@ class Pair(NamedTuple):
     """sum_i (q_i - p_i), [n]: 0 but for the rounding of both normalisers."""
 
 
-def pair(log_p: Tensor, log_q: Tensor, q: Tensor) -> Pair:
-    """Build a pair from log-probabilities, and the student's probabilities, which are at hand."""
-    p = log_p.exp()
-    excess = q - p
+def pair(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, room: Tensor | None = None) -> Pair:
+    """Build a pair from log-probabilities and probabilities; `room` may be given to be overwritten by the excess."""
+    excess = q - p if room is None else torch.sub(q, p, out=room)
     return Pair(p, q, log_p - log_q, excess, excess.sum(-1))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
@@ -10,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from atesd.rollout.verbatim import Verbatim
 from atesd.types import Message, UserError
+
+KEPT = 4096
+"""Prompts whose ids are kept: students read the same ones again, teachers where the same part is visible."""
 
 
 class Renderer:
@@ -45,6 +50,7 @@ class Renderer:
         self._folds = self._loses_system()
         turn, header = self._turn_and_header()
         self._verbatim = Verbatim(self._tokenizer, turn=turn, header=header)
+        self._kept_ids = lru_cache(KEPT)(self._array_of_ids)
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the student's prompt, ending at the assistant header."""
@@ -158,13 +164,19 @@ class Renderer:
         return [Message(role=first["role"], content=f"{system['content']}\n\n{first['content']}"), *rest]
 
     def _ids(self, messages: Sequence[Message], options: dict[str, bool]) -> list[int]:
-        """Return the ids of a prompt; only one that spells control tokens is put together by hand."""
-        messages = self._folded(messages)
+        """Return the ids of a prompt."""
+        said = tuple((message["role"], message["content"]) for message in messages)
+        return self._kept_ids(said, tuple(options.items())).tolist()
+
+    def _array_of_ids(self, said: tuple[tuple[str, str], ...], options: tuple[tuple[str, bool], ...]) -> array[int]:
+        """Render a prompt; only one that spells control tokens is put together by hand."""
+        chosen = dict(options)
+        messages = self._folded([Message(role=role, content=content) for role, content in said])
         hidden, marks = self._hidden(messages)
         if not marks:
-            return self._rendered_ids(messages, options)
-        self._check_cuts(messages, options)
-        return self._verbatim.encode_rendered(self._text(hidden, options), marks)
+            return array("q", self._rendered_ids(messages, chosen))
+        self._check_cuts(messages, chosen)
+        return array("q", self._verbatim.encode_rendered(self._text(hidden, chosen), marks))
 
     def _check_cuts(self, messages: Sequence[Message], options: dict[str, bool]) -> None:
         """UserError unless a prompt put together by hand is the tokenizer's own, tried without what is spelt."""

@@ -24,7 +24,7 @@ PROMPTS = 2
 """How many prompts are compared."""
 
 _LENGTHS = (32, 16)
-"""How many of their last tokens: less work than any update, and the second is padded."""
+"""How many of their last tokens: less work than any update."""
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-6}
 """Largest difference of log-probabilities as a share of the largest logit. Hidden states are the same on both ways, so
@@ -48,7 +48,8 @@ def refuse_disagreement(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> Non
     try:
         with torch.no_grad():
             own_NV, tiled_NV = _both(model, inputs)
-            alone_NV = _alone(model, passages[-1], scorer.device)
+            alone_NV = _logits_of(model, passages[-1], scorer)
+            padded_NV = _logits_of(model, passages[-1], scorer, padding=_LENGTHS[0] - _LENGTHS[1])
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -64,20 +65,15 @@ def refuse_disagreement(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> Non
             f"{tiled_NV.shape[-1]} rows: losses cannot be computed from that head; take another model"
         )
     _compare(model, own_NV, tiled_NV)
-    _warn_of_padding(model, own_NV[-len(alone_NV) :], alone_NV)
+    _warn_of_padding(model, padded_NV, alone_NV)
 
 
 def _both(model: nn.Module, inputs: ViewInput) -> tuple[Tensor, Tensor]:
     """Return the logits [N, V] of the model's forward pass, and those of the tiles, both in float32 or wider."""
-    own = cast("Any", model)(
-        input_ids=inputs.input_ids_BL,
-        attention_mask=inputs.attention_mask_BL,
-        position_ids=inputs.position_ids_BL,
-        use_cache=False,
-    )
+    own = [cast("Any", model)(input_ids=each.ids_BL, use_cache=False).logits for each in inputs.passes]
     role = hidden_states(model, inputs).at(temperature=1.0)
     (tiled_NV,) = Tile(role, (), len(role.hidden_NH)).logits(slice(0, len(role.hidden_NH)))
-    return own.logits[inputs.scored_BL].to(tiled_NV.dtype), tiled_NV
+    return inputs.scored(own).to(tiled_NV.dtype), tiled_NV
 
 
 def _compare(model: nn.Module, own_NV: Tensor, tiled_NV: Tensor) -> None:
@@ -95,10 +91,17 @@ def _compare(model: nn.Module, own_NV: Tensor, tiled_NV: Tensor) -> None:
         )
 
 
-def _alone(model: nn.Module, passage: Passage, device: torch.device) -> Tensor:
-    """Return the model's own logits behind a passage without padding, [N, V]."""
-    ids = torch.tensor([[*passage.prompt, *passage.completion[:-1]]], device=device)
-    return cast("Tensor", cast("Any", model)(input_ids=ids, use_cache=False).logits[0])
+def _logits_of(model: nn.Module, passage: Passage, scorer: Scorer, padding: int = 0) -> Tensor:
+    """Return the model's own logits of a passage, [N, V], behind masked padding, as `generate` reads prompts."""
+    ids = [*passage.prompt, *passage.completion[:-1]]
+    columns = torch.arange(-padding, len(ids), device=scorer.device)[None]
+    own = cast("Any", model)(
+        input_ids=torch.tensor([[scorer.pad_id] * padding + ids], device=scorer.device),
+        attention_mask=(columns >= 0).long(),
+        position_ids=columns.clamp(min=0),
+        use_cache=False,
+    )
+    return cast("Tensor", own.logits[0, padding:])
 
 
 def _warn_of_padding(model: nn.Module, padded_NV: Tensor, alone_NV: Tensor) -> None:
@@ -107,7 +110,7 @@ def _warn_of_padding(model: nn.Module, padded_NV: Tensor, alone_NV: Tensor) -> N
     if found is not None and found > 1:
         warnings.warn(
             f"{kind_of(model)} lets padding in front of a prompt change its logits ({found:.3g} times the tolerance), "
-            "so that scores depend on which prompts stand together: set step.token_budget = 1 and "
-            "rollout.batch_tokens = 1, so that each stands alone",
+            "so that samples depend on which prompts stand together: set rollout.batch_tokens = 1, so that each "
+            "stands alone",
             stacklevel=3,
         )

@@ -3,9 +3,12 @@
 B passages, L input positions, N scored tokens of the micro-batch, flattened passage by passage.
 
 A passage is a prompt and a completion, both in ids. Its input is the prompt ids followed by the completion ids
-verbatim, without the last one, which predicts nothing. Passages are padded on the left, so the scored positions of one
-are its last `len(completion)`: the first completion token is predicted from the last prompt token whatever the lengths
-of the others. Masks come from lengths, never from comparing ids with the pad id.
+verbatim, without the last one, which predicts nothing. The first completion token is predicted from the last prompt
+token whatever the lengths of the others. Padding stands behind a passage, where no position of a causal model sees it:
+no mask is needed, attention is plainly causal, and positions count from 0. What is scored comes from lengths, never
+from comparing ids with the pad id.
+
+A batch of passages is read in as many passes as save padding: those of like length together.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,35 +73,88 @@ class Row:
 
     @property
     def cost(self) -> int:
-        """Input positions of the longest role."""
-        return max(len(prompt) for prompt in (self.prompt, *self.view_prompts.values())) + len(self.completion) - 1
+        """Input positions of the student, whose pass is the one that keeps activations."""
+        return self.student.cost
+
+
+PASS_POSITIONS, PASS_POSITIONS_ON_GPU = 64, 1024
+"""What one more pass costs, in input positions: launching every layer's operations, and reading all weights again."""
+
+
+class Pass(NamedTuple):
+    """What goes through the model together."""
+
+    ids_BL: Tensor
+    places_N: Tensor
+    """Where, in [B L], the hidden states stand that predict completion tokens, passage by passage."""
 
 
 @dataclass(frozen=True, slots=True)
 class ViewInput:
-    """What one role's forward pass takes, and where its scored positions are."""
+    """What one role's model reads of a batch, pass by pass."""
 
-    input_ids_BL: Tensor
-    attention_mask_BL: Tensor
-    position_ids_BL: Tensor
-    scored_BL: Tensor
-    """True where the hidden state predicts a completion token; passage by passage these are the N scored positions."""
+    passes: tuple[Pass, ...]
+    order_N: Tensor | None
+    """Where each scored token of the batch stands among those of all passes; None where it stands at its own place."""
+
+    def scored(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs [B, L, X] of all passes at the N scored positions, [N, X], in the batch's order."""
+        parts = [
+            output.flatten(0, 1).index_select(0, each.places_N)
+            for output, each in zip(outputs, self.passes, strict=True)
+        ]
+        whole_NX = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole_NX if self.order_N is None else whole_NX.index_select(0, self.order_N)
 
 
-def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device) -> ViewInput:
-    """Build left-padded inputs."""
-    width = max(passage.cost for passage in passages)
-    ids = [[pad_id] * (width - each.cost) + [*each.prompt, *each.completion[:-1]] for each in passages]
-    column_L = torch.arange(width)
-    start_B1 = torch.tensor([width - passage.cost for passage in passages])[:, None]
-    first_scored_B1 = torch.tensor([width - len(passage.completion) for passage in passages])[:, None]
-    mask_BL = column_L >= start_B1
+def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device, budget: int | None = None) -> ViewInput:
+    """Build the passes over a batch, each of at most `budget` padded positions, or of one passage."""
+    overhead = PASS_POSITIONS if device.type == "cpu" else PASS_POSITIONS_ON_GPU
+    members = cheapest_passes([passage.cost for passage in passages], overhead, budget)
+    read = [index for indices in members for index in indices]
     return ViewInput(
-        input_ids_BL=torch.tensor(ids).to(device),
-        attention_mask_BL=mask_BL.long().to(device),
-        position_ids_BL=(column_L - start_B1).clamp_min(0).to(device),
-        scored_BL=(column_L >= first_scored_B1).to(device),
+        passes=tuple(_pass([passages[index] for index in indices], pad_id, device) for indices in members),
+        order_N=None if read == sorted(read) else _order(read, [len(each.completion) for each in passages], device),
     )
+
+
+def _pass(passages: Sequence[Passage], pad_id: int, device: torch.device) -> Pass:
+    width = max(passage.cost for passage in passages)
+    ids = [[*each.prompt, *each.completion[:-1], *[pad_id] * (width - each.cost)] for each in passages]
+    first = [row * width + len(each.prompt) - 1 for row, each in enumerate(passages)]
+    places = [torch.arange(start, start + len(each.completion)) for start, each in zip(first, passages, strict=True)]
+    return Pass(torch.tensor(ids).to(device), torch.cat(places).to(device))
+
+
+def _order(read: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return where each token stands when passages of these lengths are read in another order."""
+    ends = np.cumsum([lengths[index] for index in read])
+    start = {index: int(end) - lengths[index] for index, end in zip(read, ends, strict=True)}
+    return torch.cat([torch.arange(start[index], start[index] + size) for index, size in enumerate(lengths)]).to(device)
+
+
+def cheapest_passes(costs: Sequence[int], overhead: int, budget: int | None = None) -> list[list[int]]:
+    """Cut indices into passes so that padded positions plus `overhead` a pass are fewest, each pass within the budget.
+
+    Only what is next to each other in length goes together; within a pass, and where one pass is best, indices keep
+    their order. A single passage may exceed the budget.
+    """
+    order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    cost_n = np.array([costs[index] for index in order], dtype=np.float64)
+    best = np.zeros(len(order) + 1)  # of the first so many in that order
+    begins = [0] * (len(order) + 1)  # where the last pass of the best cut begins
+    for end in range(1, len(order) + 1):
+        padded = cost_n[:end] * np.arange(end, 0, -1)
+        total = best[:end] + padded + overhead
+        if budget is not None:
+            total[:-1][padded[:-1] > budget] = np.inf
+        begins[end] = int(total.argmin())
+        best[end] = total[begins[end]]
+    passes, end = [], len(order)
+    while end:
+        passes.append(sorted(order[begins[end] : end]))
+        end = begins[end]
+    return passes[::-1]
 
 
 def labels(passages: Sequence[Passage], device: torch.device) -> Tensor:

@@ -130,11 +130,11 @@ class Directions:
     ) -> list[Gradient]:
         """Return each candidate's gradient of the summed losses over `count`. One student pass serves them all."""
         totals = [[torch.zeros_like(weight) for weight in weights] for _ in targets]
-        costs = [max(row.cost for row in same) for same in by_row]
+        costs = [same[0].cost for same in by_row]
         for members in micro_batches(costs, self._scorer.token_budget):
             variants = list(zip(*(by_row[member] for member in members), strict=True))  # the rows of each candidate
             passages = [row.student for row in variants[0]]
-            teachers = self._teacher_views(variants, max(costs[member] for member in members))
+            teachers = self._teacher_views(variants)
             others = self._other_views(variants[0], targets)
             with self._recording(weights):
                 student = self._scorer.hidden(passages)
@@ -179,17 +179,11 @@ class Directions:
             view: self._scorer.view([row.view(view) for row in rows], self._teachers.of(view)) for view in sorted(names)
         }
 
-    def _teacher_views(self, variants: Sequence[Sequence[Row]], cost: int) -> list[Scored]:
-        """Let the teacher read all candidates' prompts, as many at once as the token budget holds."""
-        together = max(1, self._scorer.token_budget // (len(variants[0]) * cost))
-        found = []
-        for start in range(0, len(variants), together):
-            part = variants[start : start + together]
-            whole = self._scorer.view([row.view("teacher") for rows in part for row in rows], self._teachers.own)
-            size = sum(len(row.completion) for row in part[0])
-            pieces = whole.hidden_NH.split_with_sizes([size] * len(part))
-            found += [replace(whole, hidden_NH=piece) for piece in pieces]
-        return found
+    def _teacher_views(self, variants: Sequence[Sequence[Row]]) -> list[Scored]:
+        """Let the teacher read all candidates' prompts, in passes of their own."""
+        whole = self._scorer.view([row.view("teacher") for rows in variants for row in rows], self._teachers.own)
+        size = sum(len(row.completion) for row in variants[0])
+        return [replace(whole, hidden_NH=piece) for piece in whole.hidden_NH.split_with_sizes([size] * len(variants))]
 
 
 def _add(total: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:

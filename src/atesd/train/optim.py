@@ -26,10 +26,15 @@ def learning_rate_factor(config: OptimConfig, update: int, total: int) -> float:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW over the weights that train."""
+    """Return AdamW over the weights that train: one pass over each weight and its averages."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.optim.AdamW(
-        trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        trained,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=all(weight.device.type in {"cpu", "cuda"} and weight.is_floating_point() for weight in trained),
     )
 
 

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from atesd.losses.divergence import LOSS_ALONE, LossConfig, Scored, TokenStreams, Use, token_streams
+from atesd.losses.divergence import (
+    LOSS_ALONE,
+    LossConfig,
+    Scored,
+    TokenStreams,
+    Use,
+    label_logprobs,
+    token_streams,
+)
 from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
 from atesd.train.heads import Head, decoder, head
@@ -119,7 +127,7 @@ class Scorer:
         """
         default = self._temperature if views else self.student_temperature
         streams: TokenStreams = self._student(
-            view_input(passages, self.pad_id, self.device),
+            self._input(passages),
             labels(passages, self.device),
             views,
             target or Plain(),
@@ -131,7 +139,10 @@ class Scorer:
 
     def hidden(self, passages: Sequence[Passage]) -> Scored:
         """Return the hidden states of the scored positions under the weights in place."""
-        return hidden_states(self.model, view_input(passages, self.pad_id, self.device))
+        return hidden_states(self.model, self._input(passages))
+
+    def _input(self, passages: Sequence[Passage]) -> ViewInput:
+        return view_input(passages, self.pad_id, self.device, self.token_budget)
 
     def view(self, passages: Sequence[Passage], weights: Teacher) -> Scored:
         """Return what a teacher view makes of the passages, without gradient, to be kept beyond its weights."""
@@ -161,7 +172,7 @@ class Scorer:
 
     def log_likelihood_of(self, scored: Scored, labels_N: Tensor, temperature: float) -> Tensor:
         """Return log p(label), [N], of hidden states at hand."""
-        return label_streams(scored, labels_N, self.loss, temperature).logprob_N
+        return label_logprobs(scored, labels_N, temperature, self.loss.tile_logits)
 
     def head(self) -> Head:
         """Return the output head under the weights in place."""
@@ -192,13 +203,9 @@ class Scorer:
 
 def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
     """Run the decoder and keep the hidden states [N, H] of the scored positions: the head sees no other row."""
-    hidden_BLH = decoder(model)(
-        input_ids=inputs.input_ids_BL,
-        attention_mask=inputs.attention_mask_BL,
-        position_ids=inputs.position_ids_BL,
-        use_cache=False,
-    ).last_hidden_state
-    return Scored(hidden_BLH[inputs.scored_BL], *head(model))
+    read = decoder(model)
+    hidden = [read(input_ids=each.ids_BL, use_cache=False).last_hidden_state for each in inputs.passes]
+    return Scored(inputs.scored(hidden), *head(model))
 
 
 def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float) -> TokenStreams:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -47,11 +48,43 @@ class MicroScores:
     losses: dict[str, float] = field(default_factory=dict)
 
     def detached(self) -> MicroScores:
-        """Return it without the graph, its losses as numbers."""
-        losses = {name: float(combine({name: part}).detach()) for name, part in self.parts.items()}
+        """Return it without the graph."""
         parts = {name: replace(part, values_N=part.values_N.detach()) for name, part in self.parts.items()}
         policy = None if self.policy is None else replace(self.policy, loss_N=self.policy.loss_N.detach())
-        return replace(self, parts=parts, policy=policy, losses=losses)
+        return replace(self, parts=parts, policy=policy)
+
+
+def fetched(taken: Sequence[MicroScores]) -> list[MicroScores]:
+    """Bring all that is logged of an update to the CPU, and its losses as numbers.
+
+    In one transfer, as each makes the CPU wait until the device has done all its work. `parts` stay where they are.
+    """
+    sent = [tensor for scored in taken for tensor in _logged_of(scored)]
+    # In the widest of their types: what is narrower comes back as it was.
+    whole = torch.cat([tensor.flatten() for tensor in sent]).cpu()
+    pieces = whole.split_with_sizes([tensor.numel() for tensor in sent])
+    there = iter([piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, sent, strict=True)])
+    return [_rebuilt(scored, there) for scored in taken]
+
+
+def _logged_of(scored: MicroScores) -> Iterator[Tensor]:
+    yield from (getattr(scored.stats, each.name) for each in fields(TokenStats))
+    yield scored.weight_N
+    if scored.heard is not None:
+        yield from (scored.heard.selection_N, scored.heard.gate_N)
+    if scored.policy is not None:
+        yield from (getattr(scored.policy, each.name).detach() for each in fields(PolicyValues))
+    yield from (combine({name: part}).detach() for name, part in scored.parts.items())
+
+
+def _rebuilt(scored: MicroScores, there: Iterator[Tensor]) -> MicroScores:
+    """Put together what `_logged_of` took apart, in its order."""
+    stats = TokenStats(*islice(there, len(fields(TokenStats))))
+    weight_N = next(there)
+    heard = None if scored.heard is None else Listening(stats, next(there), next(there))
+    policy = None if scored.policy is None else PolicyValues(*islice(there, len(fields(PolicyValues))))
+    losses = {name: float(next(there)) for name in scored.parts}
+    return replace(scored, stats=stats, weight_N=weight_N, heard=heard, policy=policy, losses=losses)
 
 
 @dataclass(slots=True)
@@ -140,7 +173,7 @@ def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[
 def logprob_gap(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
     """Compare the sampler's log-probabilities with the trainer's: about 0 unless they use different weights."""
     gaps = [
-        (row.stats.student_logprob.cpu() - torch.tensor(rows[index].sampler_logprobs)).abs()
+        (row.stats.student_logprob - torch.tensor(rows[index].sampler_logprobs)).abs()
         for index, row in scored.items()
         if rows[index].sampler_logprobs
     ]

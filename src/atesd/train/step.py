@@ -41,6 +41,7 @@ from atesd.train.stats import (
     MicroScores,
     StepOutcome,
     concatenate,
+    fetched,
     listening_metrics,
     logprob_gap,
     policy_metrics,
@@ -182,17 +183,21 @@ class Stepper:
         outcome.add("optim/micro_batches", len(batches))
         selections = self._select(batches)
         counts = self._counts(batches, selections)
-        taken = []
+        taken: list[MicroScores] = []
+        read: list[MicroBatch] = []
         for batch, selection_N in zip(batches, selections, strict=True):
             active = [name for name in batch.components if counts.get(name)]
             if not active:
                 continue
             with self._rule.attached(self._scorer.model):
-                scored = self._score(batch, active, selection_N, counts)
+                scored = self._score(batch, active, selection_N.to(self._scorer.device), counts)
                 self._accelerator.backward(combine(scored.parts))
+            taken.append(scored.detached())
+            read.append(batch)
+        taken = fetched(taken) if taken else []
+        for batch, scored in zip(read, taken, strict=True):
             rows = split_rows(scored.stats, scored.weight_N, batch.lengths)
             outcome.rows |= zip(batch.indices, rows, strict=True)
-            taken.append(scored.detached())
         outcome.metrics |= listening_metrics(self._gate, [scored.heard for scored in taken if scored.heard])
         outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
         if self._gap_rule is not None and self._scorer.samples_as_scored and fresh:
@@ -333,9 +338,11 @@ class Stepper:
         return batches
 
     def _select(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient."""
-        device = self._scorer.device
-        every = [torch.ones(sum(batch.lengths), device=device) for batch in batches]
+        """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient.
+
+        What is chosen is returned on the CPU, where it is counted.
+        """
+        every = [torch.ones(sum(batch.lengths)) for batch in batches]
         distilled = [index for index, batch in enumerate(batches) if batch.distils]
         if not distilled or not self._selection.needs_batch:
             return every
@@ -343,7 +350,7 @@ class Stepper:
             whole = concatenate([self._streams(batches[index]).stats for index in distilled])
         refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
-        selected = self._selection.select(whole, seed).detach()
+        selected = self._selection.select(whole, seed).detach().cpu()
         pieces = selected.split_with_sizes([sum(batches[index].lengths) for index in distilled])
         for index, piece in zip(distilled, pieces, strict=True):
             every[index] = piece
@@ -373,7 +380,7 @@ class Stepper:
         aggregate = self._aggregate(name)
         if aggregate == "constant":
             return float(len(batch.rows) * self._losses.longest)
-        counted_N = selection_N.cpu() if name == "distil" else torch.ones(sum(batch.lengths))
+        counted_N = selection_N if name == "distil" else torch.ones(sum(batch.lengths))
         return selected_units(counted_N, batch.numbering(torch.device("cpu")), aggregate)
 
     def _can_move(self, name: str, batch: MicroBatch) -> bool:

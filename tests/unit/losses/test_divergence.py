@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atesd.losses import scores
 from atesd.losses.divergence import (
     JSD,
     Divergence,
@@ -23,6 +25,7 @@ from atesd.losses.divergence import (
     Scored,
     TokenStreams,
     Use,
+    label_logprobs,
     token_streams,
 )
 from atesd.losses.target import Plain
@@ -839,3 +842,58 @@ def test_a_resolved_config_reads_back() -> None:
     for kind in (*KINDS, SampledToken()):
         config = LossConfig(divergence=kind)
         assert TypeAdapter(LossConfig).validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("tile_logits", [1, 3 * V, None])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_labels_alone_score_as_the_dense_computation_does(
+    tile_logits: int | None, cap: float | None, temperature: float
+) -> None:
+    """Values and gradients to 1e-12 in float64: log softmax(cap tanh(y / cap) / temperature) at the label."""
+    student, _, labels = make()
+    student = replace(student, cap=cap)
+    weigh = torch.linspace(-1, 2, N, dtype=torch.float64)
+    parts = [part for part in (student.hidden_NH, student.head_VH, student.bias_V) if part is not None]
+    found = label_logprobs(student, labels, temperature, tile_logits)
+    gradients = torch.autograd.grad((weigh * found).sum(), parts)
+    y = logits_of(student)
+    z = (y if cap is None else cap * (y / cap).tanh()) / temperature
+    expected = z.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for one, other in zip(gradients, torch.autograd.grad((weigh * expected).sum(), parts), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            label_logprobs(student, labels, temperature, tile_logits), expected, atol=1e-12, rtol=0
+        )
+
+
+def test_labels_alone_outside_the_vocabulary_are_not_a_number() -> None:
+    student, _, labels = make()
+    labels[1], labels[4] = V, -1
+    assert label_logprobs(student, labels, 1.0).isnan().nonzero().flatten().tolist() == [1, 4]
+
+
+def test_labels_alone_survive_logits_that_float32_could_not_exponentiate() -> None:
+    """Of 200 and 0 the larger has log-probability 0, the other -200."""
+    student = from_logits([[200.0, 0.0], [200.0, 0.0]], torch.float32)
+    assert label_logprobs(student, torch.tensor([0, 1]), 1.0).tolist() == [0.0, -200.0]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4096, 4097, 5000, 8191, 8192])
+def test_the_largest_entry_is_found_wherever_it_stands(vocabulary: int) -> None:
+    """First, last, at both ends of a stretch of 1,024, and of equal ones the first."""
+    places = sorted({0, 1, 1023, 1024, 2047, 4095, 4096, vocabulary - 2, vocabulary - 1} & set(range(vocabulary)))
+    x = torch.rand(len(places), vocabulary, generator=torch.Generator().manual_seed(0))
+    x[torch.arange(len(places)), places] = 2.0
+    x[:, -1] = 2.0
+    assert scores._argmax(x)[:, 0].tolist() == places
+
+
+def test_probabilities_made_with_one_exponential_are_those_of_a_soft_max() -> None:
+    z = 30 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[0, 3] = -torch.inf
+    log_p, p = scores._normalised(z)
+    torch.testing.assert_close(log_p, z.log_softmax(-1), atol=1e-13, rtol=0)
+    torch.testing.assert_close(p, z.softmax(-1), atol=1e-15, rtol=0)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2_contingency
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from atesd.rollout import decode
+from atesd.rollout import decode, llama
 from atesd.rollout.decode import draw
 from atesd.rollout.hf import HFEngine, HFSampler
 from atesd.rollout.known import why_unknown
@@ -126,6 +126,49 @@ def test_dropping_rows_that_have_ended_changes_no_sample(monkeypatch: pytest.Mon
         for turn, plain in zip(turns, found[0], strict=True):
             assert turn.completion_ids == plain.completion_ids
             np.testing.assert_allclose(turn.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("every", [2, 5, 7, 100])
+def test_looking_less_often_at_what_has_ended_changes_no_sample(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    often = own(model, CUT)
+    assert len({len(turn.completion_ids) for turn in often}) > 2
+    steps = 0
+    step = Decoder.step
+
+    def counted(self: Decoder, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return step(self, tokens_B, cache)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    monkeypatch.setitem(decode._LOOK_EVERY, "cpu", every)
+    seldom = own(model, CUT)
+    for one, other in zip(often, seldom, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+    longest = max(len(turn.completion_ids) for turn in often)
+    # It ends with the first look behind the longest completion, or at the limit. The first token takes no step, the
+    # comparison with the model's own logits takes one.
+    assert steps == min(-(-longest // every) * every, CUT.max_new_tokens)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_head_in_parts_gives_the_logits_of_the_whole(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 7 outputs, the last one shorter."""
+    model = tiny_model()
+    head = model.lm_head
+    if has_bias:
+        head.bias = torch.nn.Parameter(torch.linspace(-3, 3, head.out_features))
+    with torch.no_grad():
+        monkeypatch.setattr(llama, "_PART", 7 * head.in_features)
+        assert llama._is_tall(head)
+        assert head.out_features % 7
+        parts, _ = Decoder(model).read(PROMPTS, 1)
+        monkeypatch.setattr(llama, "_PART", 2**30)
+        assert not llama._is_tall(head)
+        whole, _ = Decoder(model).read(PROMPTS, 1)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
 def test_equal_prompts_are_read_once() -> None:

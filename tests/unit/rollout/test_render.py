@@ -31,6 +31,17 @@ def test_equal_flags_and_no_hint_give_both_roles_identical_ids() -> None:
     assert renderer.teacher_ids(teacher_messages(PROBLEM, None, prompt)) == student
 
 
+def test_a_prompt_is_rendered_once_and_kept_apart_by_role_text_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(byte_tokenizer(), enable_thinking_student=False, enable_thinking_teacher=True)
+    other: list[Message] = [{"role": "user", "content": "1 + 2?"}]
+    first = [renderer.student_ids(TURN), renderer.teacher_ids(TURN), renderer.student_ids(other)]
+    assert len({tuple(ids) for ids in first}) == 3
+    first[0].append(0)  # a caller's own list
+    monkeypatch.setattr(renderer, "_tokenizer", None)
+    again = [renderer.student_ids(TURN), renderer.teacher_ids(TURN), renderer.student_ids(other)]
+    assert again == [first[0][:-1], *first[1:]]
+
+
 def test_thinking_flags_reach_only_their_role() -> None:
     renderer = Renderer(byte_tokenizer(), enable_thinking_student=False, enable_thinking_teacher=True)
     header = "<|im_start|>assistant\n"

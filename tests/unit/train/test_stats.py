@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from atesd.gates.sdar import SdarGate
+from atesd.losses.combine import Component
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.train.batch import Row
 from atesd.train.stats import (
     Listening,
+    MicroScores,
     RowStats,
     concatenate,
+    fetched,
     listening_metrics,
     logprob_gap,
     policy_metrics,
@@ -112,3 +115,36 @@ def test_the_policy_is_described_over_all_micro_batches() -> None:
         "rl/sampler_weight": 1.75,
         "rl/kl": 2.75,
     }
+
+
+def test_what_is_fetched_is_what_was_sent() -> None:
+    """Losses are sums of weights times values over their normalisers: (1 * 2 + 3 * 4) / 7 = 2, 5 * 2 / 4 = 2.5."""
+
+    def tensors(start: int, count: int, size: int) -> list[Tensor]:
+        return [torch.arange(size) + 10.0 * place + start for place in range(count)]
+
+    first = TokenStats(*tensors(0, len(TokenStats.__slots__), 2))
+    second = TokenStats(*tensors(500, len(TokenStats.__slots__), 3))
+    ones, kept = torch.ones(2), torch.tensor([True, False])
+    policy = PolicyValues(*tensors(900, 5, 3))
+    distil = Component(torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([1.0, 3.0]), 7.0)
+    exact = Component(torch.tensor([2.0], dtype=torch.float64), torch.tensor([5.0]), 4.0)
+    sent = [
+        MicroScores(first, 3 * ones, {"distil": distil}, heard=Listening(first, kept, 5 * ones)),
+        MicroScores(second, torch.zeros(3), {"rl": exact, "nll": exact}, policy=policy),
+    ]
+    found = fetched([each.detached() for each in sent])
+    assert [each.losses for each in found] == [{"distil": 2.0}, {"rl": 2.5, "nll": 2.5}]
+    for one, other in zip(found, sent, strict=True):
+        for name in TokenStats.__slots__:
+            torch.testing.assert_close(getattr(one.stats, name), getattr(other.stats, name), atol=0, rtol=0)
+        torch.testing.assert_close(one.weight_N, other.weight_N, atol=0, rtol=0)
+    heard = found[0].heard
+    assert heard is not None
+    assert heard.stats is found[0].stats
+    assert heard.selection_N.tolist() == [True, False]
+    assert heard.gate_N.tolist() == [5.0, 5.0]
+    assert found[1].heard is None
+    assert found[1].policy is not None
+    assert found[1].policy.kl_N.tolist() == policy.kl_N.tolist()
+    assert found[1].policy.ratio_N.tolist() == policy.ratio_N.tolist()
