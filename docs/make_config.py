@@ -6,6 +6,7 @@ python docs/make_config.py
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from atesd.config import RunConfig
 
 TARGET = Path(__file__).with_name("config.md")
+SCHEMA = Path(__file__).with_name("recipe.schema.json")
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -99,6 +101,23 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def schema() -> str:
+    """Return the JSON schema of recipes, for editors."""
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    return json.dumps(any_of(found) | {"title": "Recipe of atesd"}, indent=1) + "\n"
+
+
+def any_of(part: Any) -> Any:
+    """Return a schema in which choices that may leave out their `kind` are not asked to exclude each other."""
+    if isinstance(part, list):
+        return [any_of(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    names = {"oneOf": "anyOf"} if "discriminator" not in part else {}
+    return {names.get(key, key): any_of(value) for key, value in part.items()}
+
+
 if __name__ == "__main__":
     TARGET.write_text(render(), encoding="utf-8")
-    print(TARGET)
+    SCHEMA.write_text(schema(), encoding="utf-8")
+    print(TARGET, SCHEMA)

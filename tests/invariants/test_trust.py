@@ -137,6 +137,45 @@ def test_overrides_of_a_resumed_run_lengthen_it_as_if_it_had_been_so_from_the_st
     assert Trainer.resume(cut).config.step.num_steps == 6, "the run's own recipe from now on"
 
 
+class Half:
+    """A controller of a user's own."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def propose(self, step: int, problem_ids: Any, pass_rates: Any = ()) -> list[float]:
+        return [0.25] * len(problem_ids)
+
+    def wants(self, step: int) -> tuple[()]:
+        return ()
+
+    def observe(self, observation: Any) -> None:
+        self.seen += 1
+
+    def metrics(self) -> dict[str, float]:
+        return {"exposure/mean": 0.25}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def test_a_part_assigned_by_hand_is_never_replaced_in_silence(tmp_path: Path) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    trainer.parts.controller = Half()
+    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    with pytest.raises(UserError, match=r"a controller of its own, .*Half, where its recipe names .*prepare="):
+        Trainer.resume(tmp_path / "run")
+    resumed = Trainer.resume(tmp_path / "run", prepare=lambda parts: setattr(parts, "controller", Half()))
+    assert resumed.parts.controller.seen == 3, "steps 0 to 2, restored"  # type: ignore[attr-defined]
+    resumed.train()
+    assert {row["ratio"] for row in resumed.run.groups()} == {0.25}
+
+
 def test_memory_may_be_saved_under_way_with_a_word_on_rounding(cut: Path) -> None:
     with pytest.warns(UserWarning, match=r"step\.token_budget is 64 from here on instead of 16384: sums"):
         trainer = Trainer.resume(cut, ["step.token_budget=64"])

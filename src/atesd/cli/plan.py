@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -76,12 +76,12 @@ def device_of(name: str | None, memory: float | None, flops: float | None, bandw
             f"device {name!r} is not known: give one of this, {', '.join(DEVICES)}, and --device-memory (GiB), --flops "
             "(10^12 a second) and --bandwidth (10^9 bytes a second) for what it is not"
         )
-    given: dict[str, Any] = {
-        "memory": memory and memory * GIB,
-        "flops": flops and flops * 1e12,
-        "bandwidth": bandwidth and bandwidth * 1e9,
-    }
-    return replace(found, **{key: value for key, value in given.items() if value})
+    return replace(
+        found,
+        memory=memory * GIB if memory else found.memory,
+        flops=flops * 1e12 if flops else found.flops,
+        bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth,
+    )
 
 
 def this_machine() -> Device:

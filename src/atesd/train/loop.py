@@ -29,12 +29,18 @@ from atesd.train.measure import logged
 from atesd.train.memory import within_memory
 from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
-from atesd.train.resume import newest_whole, open_for_resume, resumed_config
+from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.train.track import Trackers, refuse_missing
 from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
+
+
+def _classes(parts: Parts) -> dict[str, str]:
+    """Return which class each policy is of."""
+    kinds = {name: type(policy) for name, policy in parts.policies.items()}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -97,11 +103,13 @@ class Trainer:
         *,
         listener: Listener | None = None,
         before: Callable[[RunConfig], None] | None = None,
+        prepare: Callable[[Parts], None] | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint; from the beginning where it has none.
 
         `overrides` may ask for more steps, or change what is saved and how much memory is used (`train/resume.py`).
-        `before` sees the recipe before anything that it names is loaded or run.
+        `before` sees the recipe before anything that it names is loaded or run. `prepare` puts parts of your own in
+        place before their state is restored, as you did after `start`.
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
         """
@@ -115,6 +123,8 @@ class Trainer:
         refuse_missing(config.track)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
+        if prepare is not None:
+            prepare(parts)
         trainer = cls(config, run, parts, listener)
         if found:
             trainer._restore(*found)
@@ -258,6 +268,7 @@ class Trainer:
             "latest_eval": self._latest_eval,
             "scheduler": parts.scheduler.state_dict()["last_epoch"],
             "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
+            "classes": _classes(parts),
             "probe": parts.probe.state_dict(),
             "outcomes": parts.credit.outcomes.state_dict(),
         }
@@ -275,6 +286,7 @@ class Trainer:
     def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Load a checkpoint and forget what was logged after it."""
         parts = self.parts
+        refuse_other_parts(self.run.path, _classes(parts), state.get("classes", {}))
         load_weights(folder, parts.model)
         load_optimizer(folder, parts.model, parts.optimizer)
         parts.teacher.load_tensors(load_teacher(folder))

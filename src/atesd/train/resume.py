@@ -99,6 +99,16 @@ def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequ
     return config
 
 
+def refuse_other_parts(run: Path, now: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """UserError where a part is of another class than the one whose state was saved: it was assigned by hand."""
+    for name, kind in saved.items():
+        if now.get(name) != kind:
+            raise UserError(
+                f"{run} was trained with a {name} of its own, {kind}, where its recipe names {now.get(name)}: "
+                f"put it in place with Trainer.resume(..., prepare=lambda parts: setattr(parts, {name!r}, ...))"
+            )
+
+
 def _check_longer(source: str, config: RunConfig, was: int, now: int) -> None:
     if now < was:
         raise UserError(f"{source}: step.num_steps is {now}, but this run was to have {was} steps: put it back")
