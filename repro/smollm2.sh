@@ -2,7 +2,7 @@
 # Does exposure matter on a real language model that nobody tuned to show it? SmolLM2-135M-Instruct, warmed up, every
 # fixed ratio, learned and aligned exposure, and supervised training: docs/evidence/smollm2.json.
 # Three fresh seeds of eight arms on two cores take hours. Stop it with Ctrl-C; the same command continues.
-# The settings were found on development seeds (repro/smollm2_dev.sh, LAB.md). First: make smollm2
+# First: make smollm2, and settings found on development seeds (repro/smollm2_dev.sh, LAB.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 atesd=${ATESD:-.venv/bin/atesd}

