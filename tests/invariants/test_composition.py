@@ -134,7 +134,8 @@ def test_every_kind_of_every_axis_is_here() -> None:
         for ref in refs:
             kind = schema["$defs"][ref.rpartition("/")[2]]["properties"]["kind"]
             kinds |= set(kind.get("enum", [kind.get("const", kind.get("default"))]))
-        assert kinds == {value.get("kind", "segments") for value in values.values()}, axis
+        in_turns = {"turns", "skills"} if axis == "reveal" else set()  # test_every_value_runs_in_turns
+        assert kinds == {value.get("kind", "segments") for value in values.values()} | in_turns, axis
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -187,7 +188,11 @@ def test_the_router_is_asked_at_the_largest_exposure_of_the_step(tmp_path: Path)
 @pytest.mark.parametrize("names", covering_in_turns(COVERING), ids=name_of)
 def test_every_value_runs_in_turns(names: dict[str, str], tmp_path: Path) -> None:
     """Controllers, gates, selections, routers, targets and orders know nothing of turns, and run with them."""
-    Trainer.start(build_config(tree_in_turns(names)), tmp_path / "run").train()
+    (tmp_path / "skills").mkdir()
+    (tmp_path / "skills" / "look.md").write_text("*")
+    skills = {"kind": "skills", "folder": str(tmp_path / "skills"), "retriever": "ucb", "turns": True}
+    reveal = {"reveal": skills} if names["reveal"] == "overlap" else {}
+    Trainer.start(build_config(tree_in_turns(names) | reveal), tmp_path / "run").train()
     rows = reproducible(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert not {key for row in rows for key in row if key != "step" and not known(key)}
