@@ -224,8 +224,8 @@ def _is_tall(layer: Any) -> bool:
 def _in_parts(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """Return a head as a function: few rows times a tall matrix take up to 1.7 times as long in one product."""
     size = max(1, _PART // layer.in_features)
-    parts = layer.weight.split(size)
-    biases = [None] * len(parts) if layer.bias is None else layer.bias.split(size)
+    parts = torch.split(layer.weight, size)
+    biases = [None] * len(parts) if layer.bias is None else torch.split(layer.bias, size)
     return lambda x: torch.cat([F.linear(x, *part) for part in zip(parts, biases, strict=True)], dim=-1)
 
 
