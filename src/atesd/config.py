@@ -42,7 +42,7 @@ from atesd.losses.target import Plain
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.sampler import SamplingConfig
 from atesd.routing.fixed import Distil
-from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig
+from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig, TrackConfig
 from atesd.selection import SelectAll
 from atesd.strength import Aligned, Constant, Guard, Strength
 from atesd.tasks.kinds import PicoConfig
@@ -137,6 +137,8 @@ class RunConfig(Config):
     """Evaluation on held-out problems."""
     save: SaveConfig = SaveConfig()
     """Checkpoints and rollout files."""
+    track: TrackConfig = TrackConfig()
+    """Trackers beside the run directory."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads of torch; 0 leaves torch's choice. The pico recipes use 1: two runs share two cores."""
     arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -404,7 +406,7 @@ class RunConfig(Config):
                 f'{reveal} compares with the own solution, but prompt.hint = "wrong_problem" shows another: '
                 'set reveal.kind = "segments"'
             )
-        if self.routing.reads_exposure or self.target.capped:
+        if self.routing.reads_lambda or self.target.capped:
             raise ValueError(
                 f"{reveal} settles the exposure only after the rollout, but lambda* needs it before: "
                 'set reveal.kind = "segments", or remove target.guard and the cliff router'

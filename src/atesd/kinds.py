@@ -11,7 +11,11 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.envs.doors import Doors
+from atesd.envs.libraries import Gymnasium, TextArena, TrlEnvironment
 from atesd.envs.single_turn import SingleTurn
+from atesd.envs.textworld import TextWorld
+from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.difficulty import Difficulty
@@ -20,6 +24,8 @@ from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
+from atesd.exposure.skills import Skills
+from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
@@ -33,9 +39,11 @@ from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
 from atesd.selection import SelectAll, TipSelection
 from atesd.tasks.benchmarks import BenchmarkConfig
+from atesd.tasks.episodes import EpisodesConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
-from atesd.tasks.kinds import PicoConfig
+from atesd.tasks.kinds import DoorsConfig, PicoConfig
+from atesd.tasks.textworld import TextWorldConfig
 
 
 def reveal_kind(section: Any) -> str:
@@ -47,6 +55,9 @@ def reveal_kind(section: Any) -> str:
 
 TaskSection = Annotated[
     PicoConfig  # the embedded task
+    | DoorsConfig  # the embedded task in several turns
+    | TextWorldConfig  # TextWorld's games with their winning commands
+    | EpisodesConfig  # numbered episodes of any environment
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig  # reasoning-gym
@@ -68,6 +79,7 @@ ExposureSection = Annotated[
     | Steps  # piecewise constant
     | Uniform  # drawn at random
     | BetaConfig  # ATESD's learned policy
+    | Bandit  # a regression over all decisions
     | ClosedForm  # the largest ratio on the safe side of the cliff
     | Paired  # a little more against a little less
     | Difficulty  # a learned policy per difficulty
@@ -77,7 +89,9 @@ ExposureSection = Annotated[
 
 RevealSection = Annotated[
     Annotated[Segments, Tag("segments")]  # that share of the segments
-    | Annotated[Overlap, Tag("overlap")],  # at most up to where the rollout follows: PAINT
+    | Annotated[Overlap, Tag("overlap")]  # at most up to where the rollout follows: PAINT
+    | Annotated[Turns, Tag("turns")]  # that share of an expert's turns
+    | Annotated[Skills, Tag("skills")],  # retrieved skills: SDAR
     Discriminator(reveal_kind),
 ]
 
@@ -126,7 +140,12 @@ GradientSection = Annotated[
 ]
 
 EnvSection = Annotated[
-    SingleTurn,  # one prompt, one completion
+    SingleTurn  # one prompt, one completion
+    | Doors  # the embedded environment
+    | TextWorld  # games that TextWorld builds
+    | TextArena  # TextArena's games for one player
+    | Gymnasium  # text environments of Gymnasium
+    | TrlEnvironment,  # classes for TRL's environment_factory
     Field(discriminator="kind"),
 ]
 

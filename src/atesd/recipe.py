@@ -18,6 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from atesd.config import ONE, SEVERAL, RunConfig
+from atesd.packaged import find_recipe
 from atesd.types import UserError, one_line, shown
 
 # What to write instead of a kind that is one of another section: (section, kind) -> remedy.
@@ -35,8 +36,12 @@ _LONGEST_WORD = 100
 """Longest text of a user's that is compared with known words."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and apply overrides. UserError with file, key and remedy for everything that is wrong with it."""
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, by path or by its packaged name, and apply overrides.
+
+    UserError with file, key and remedy for everything that is wrong with it.
+    """
+    path = find_recipe(recipe)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

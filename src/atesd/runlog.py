@@ -9,6 +9,7 @@
     RUN/eval/step_*.jsonl       every evaluated sample
     RUN/checkpoints/step_*/     whole states (train/checkpoint.py)
     RUN/final/  RUN/best/       models that load with `from_pretrained`
+    RUN/track/                  what trackers keep (train/track.py)
     RUN/result.json             written once, when the run is complete
     RUN/manifest.json           seals of the files above that are written once (seals.py)
     RUN/.lock                   held by the process that writes
@@ -194,11 +195,12 @@ class RunDir:
             return f"{MANIFEST} is missing or damaged"
         return flaw(self.path, {name: each for name, each in manifest["files"].items() if name in names})
 
-    def lengthen(self, was: int, now: int) -> None:
-        """Take in a config.json with more steps: it becomes the run's own, and env.json remembers the change."""
+    def amend(self, config: Mapping[str, Any], changes: Iterable[tuple[str, Any, Any]]) -> None:
+        """Go on with a recipe that was changed under way; env.json remembers key, old and new value."""
         env = self._json("env.json") or {}
-        env["lengthened"] = [*env.get("lengthened", []), {"from": was, "to": now}]
+        env["amended"] = [*env.get("amended", []), *({"key": k, "from": was, "to": now} for k, was, now in changes)]
         write_atomic(self.path / "env.json", dump_json(env))
+        write_atomic(self.path / "config.json", dump_json(config))
         (self.path / "result.json").unlink(missing_ok=True)
         self.seal("config.json", "env.json")
 
@@ -288,7 +290,7 @@ class RunDir:
 def _never_began(path: Path) -> bool:
     """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
     names = {entry.name for entry in path.iterdir()}
-    made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", *FOLDERS}
+    made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", "track", *FOLDERS}
     return (
         "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
     )

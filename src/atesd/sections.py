@@ -28,8 +28,8 @@ class ModelConfig(Config):
     """Which model learns."""
 
     path: str = "pico"
-    """`pico` (the packaged warm start), `smollm2` (needs the extra of that name), a folder, or a hub id. A folder of an
-    adapter stands for its base with that adapter."""
+    """`pico`, `pico-doors` (packaged warm starts), `smollm2` (which `atesd fetch smollm2` brings), a folder, or a hub
+    id. A folder of an adapter stands for its base with that adapter."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; its main branch where unset."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -141,6 +141,17 @@ class StepConfig(Config):
     """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
     truncated: Literal["train", "mask"] = "train"
     """Whether completions that hit the length limit are trained on. They always grade as wrong."""
+
+
+class TrackConfig(Config):
+    """Experiment trackers, through accelerate. None by default: the run directory holds everything."""
+
+    to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """`tensorboard` (files in RUN/track), `trackio`, `wandb`; each needs `pip install 'atesd[NAME]'`."""
+    project: Annotated[str, Field(min_length=1)] = "atesd"
+    """Project under which trackio and wandb show the run, by the name of its directory."""
+    online: bool = False
+    """Let wandb send data; unless this is true it runs offline, and `wandb sync` sends later. The others never send."""
 
 
 class SaveConfig(Config):

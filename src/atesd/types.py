@@ -111,11 +111,22 @@ class Message(TypedDict):
     content: str
 
 
+class ExpertTurn(NamedTuple):
+    """One turn of an expert in an environment."""
+
+    reply: str
+    """What the expert said."""
+    text: str
+    """The turn as a hint shows it, with the white space behind it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A problem and its reference solution.
 
-    `answer` is the final answer that graders compare with; None means that the problem cannot be graded.
+    `answer` is the final answer that graders compare with; None means that the problem cannot be graded. Where the
+    problem is a task in an environment, `expert` is a trajectory that reaches its goal: the texts of its turns make up
+    the solution, and the answer is the goal in words.
     `level` names a difficulty for reports and per-level figures; empty where a data set has none.
     `extra` holds further columns for reward functions; no part of what makes two problems equal.
     """
@@ -126,6 +137,7 @@ class Problem:
     answer: str | None = None
     level: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    expert: tuple[ExpertTurn, ...] = field(default=(), compare=False, repr=False)
 
 
 def reward_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
@@ -147,6 +159,32 @@ class StopReason(StrEnum):
 
     EOS = "eos"
     LENGTH = "length"
+
+
+class Ending(StrEnum):
+    """Why an attempt ended. What the environment failed at is not graded, and trains nothing."""
+
+    OVER = "over"
+    """The environment ended it."""
+    LIMIT = "limit"
+    """The limit of turns was reached."""
+    LENGTH = "length"
+    """A reply was cut off at the length limit: graded as wrong."""
+    CONTEXT = "context"
+    """Another turn would not have fitted the model's context: graded as wrong."""
+    ERROR = "error"
+    """The environment raised an exception, or its process ended."""
+    HANG = "hang"
+    """The environment did not answer within its time limit."""
+    NOT_TEXT = "not_text"
+    """The environment said something that is no text."""
+    BAD_REWARD = "bad_reward"
+    """The environment's reward is no finite number."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the environment is to blame."""
+        return self in (Ending.ERROR, Ending.HANG, Ending.NOT_TEXT, Ending.BAD_REWARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +212,11 @@ class Trajectory:
     reward: float | None = None
     rewards: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     """What each of several rewards gave, by name, in the recipe's order; empty where there is one."""
+    opening: str = ""
+    """What the environment said behind the recipe's prompt, before the first turn."""
+    ended: Ending = Ending.OVER
+    invalid: int = 0
+    """Replies that the environment could not take for an action."""
 
     @property
     def verdict(self) -> float | None:
@@ -187,8 +230,12 @@ class Trajectory:
 
     @property
     def truncated(self) -> bool:
-        """Whether a completion hit its length limit, which ends the attempt."""
-        return self.final.stop is StopReason.LENGTH
+        """Whether a completion hit its length limit, or the conversation the model's context: it ends the attempt."""
+        return self.final.stop is StopReason.LENGTH or self.ended is Ending.CONTEXT
+
+    def told(self, turn: Turn) -> tuple[int, ...]:
+        """Return what stands between the prompt of the first turn and a later one's reply, in ids."""
+        return turn.prompt_ids[len(self.turns[0].prompt_ids) :]
 
     @property
     def num_tokens(self) -> int:

@@ -27,7 +27,7 @@ from atesd.train.batch import Passage, labels
 from atesd.train.gap import GapRule
 from atesd.train.heads import beside_text, head, refuse_router_loss
 from atesd.train.loop import Trainer
-from atesd.train.model import _freeze_what_text_never_reaches, _with_lora
+from atesd.train.model import _freeze_what_text_never_reaches, add_lora
 from atesd.train.scorer import Scorer
 from atesd.train.setup import assemble
 from atesd.types import UserError
@@ -251,7 +251,7 @@ def test_a_multimodal_model_trains_its_text_part_alone_and_says_so() -> None:
     refuse_disagreement(scorer, PROMPTS)
     found = gradients(scorer.streams(passages(0)).logprob_N.sum(), model)
     assert all(bool(found[name].any()) for name in trained)
-    adapted = _with_lora(multimodal(), sections.LoraConfig(r=2), 0)
+    adapted = add_lora(multimodal(), sections.LoraConfig(r=2), 0)
     assert {name.split(".layers")[0] for name, weight in adapted.named_parameters() if weight.requires_grad} == {
         "base_model.model.model.language_model"
     }

@@ -16,7 +16,7 @@ from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
 from atesd.types import UserError
 
-from support.composition import AXES, BASE, covering, every, legal, pairs, tree
+from support.composition import AXES, BASE, covering, covering_in_turns, every, legal, pairs, tree, tree_in_turns
 from support.folders import write_byte_model
 
 COVERING = covering()
@@ -181,3 +181,19 @@ def test_the_router_is_asked_at_the_largest_exposure_of_the_step(tmp_path: Path)
     trainer._begin()
     trainer._one_step()
     assert asked == [0.9, 0.9]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("names", covering_in_turns(COVERING), ids=name_of)
+def test_every_value_runs_in_turns(names: dict[str, str], tmp_path: Path) -> None:
+    """Controllers, gates, selections, routers, targets and orders know nothing of turns, and run with them."""
+    Trainer.start(build_config(tree_in_turns(names)), tmp_path / "run").train()
+    rows = reproducible(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert not {key for row in rows for key in row if key != "step" and not known(key)}
+    for row in rows[1:]:
+        assert row["rollout/turns_mean"] > 1
+        assert sum(value for key, value in row.items() if key.startswith("env/ended/")) == (
+            4 if names["routing"] == "sft" else 8
+        )
+        assert "loss/total" in row or row.get("optim/empty_updates"), "no silent zero loss"

@@ -22,14 +22,21 @@ from atesd.types import Group, Measurement, StopReason, Turn
 from support.composition import BASE
 
 RATIOS = (0.0, 0.5, 1.0)
-TREE: dict[str, Any] = BASE | {"probe": {"credit_parameters": "all"}, "optim": {"lr": 1e-3, "max_grad_norm": 0.0}}
+ASKED = (
+    Measurement("reward_influence", 0.5),
+    Measurement("reward_influence_by_level", 0.5),
+    Measurement("reward_influence_lambda", 1.0),
+)
+OPTIM: dict[str, Any] = {"lr": 1e-3, "max_grad_norm": 0.0, "eps": 1e-5}
+TREE: dict[str, Any] = BASE | {"probe": {"credit_parameters": "all"}, "optim": OPTIM}
 
 
 def assembled(**sections: Any) -> Parts:
     """Return the parts of a run whose first generation batch has been sampled and is remembered."""
     parts = assemble(build_config(TREE | sections))
     groups = parts.driver.rollout(parts.problems[:3], build_config(TREE).rollout, seed=1)
-    parts.credit.remember(groups, [Route.DISTIL, Route.DISTIL, Route.SKIP], build_config(TREE | sections).target)
+    routes = [Route.DISTIL, Route.DISTIL, Route.SKIP]
+    parts.credit.remember(groups, routes, [0.5] * 3, build_config(TREE | sections).target)
     return parts
 
 
@@ -49,8 +56,8 @@ def logs(parts: Parts, prompt: tuple[int, ...], completion: tuple[int, ...]) -> 
 
 
 def remembered(parts: Parts) -> list[Group]:
-    assert parts.credit._latest is not None
-    return list(parts.credit._latest.groups)
+    assert parts.credit._distilled is not None
+    return list(parts.credit._distilled.groups)
 
 
 def distil_loss(parts: Parts, ratio: float) -> Tensor:
@@ -74,26 +81,52 @@ def probe_loss(parts: Parts) -> Tensor:
     return torch.cat(values).mean()
 
 
-def test_influence_is_the_cosine_of_both_gradients_before_the_first_update() -> None:
-    parts = assembled()
+def size(gradient: Any) -> float:
+    return float(sum(part.double().square().sum() for part in gradient) ** 0.5)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 1e3])
+def test_influence_before_the_first_update_is_the_clipped_gradient_along_the_probes(limit: float) -> None:
+    """P is 1: min(1, limit / |g|) <g_probe, g> / |g_probe|. Neither no limit nor one that is not reached clips."""
+    parts = assembled(optim=OPTIM | {"max_grad_norm": limit})
     trained = list(parts.model.parameters())
     probe = torch.autograd.grad(probe_loss(parts), trained)
     found = taken(parts, *(Measurement("influence", ratio) for ratio in RATIOS))
     for ratio in RATIOS:
         own = torch.autograd.grad(distil_loss(parts, ratio), trained)
-        flat = [torch.cat([part.flatten() for part in parts_]) for parts_ in (probe, own)]
-        expected = float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
-        assert found[Measurement("influence", ratio).key] == pytest.approx(expected, abs=2e-4)
+        assert 1e-3 < size(own) < 1e3
+        product = sum(float((x.double() * y.double()).sum()) for x, y in zip(probe, own, strict=True))
+        kept = limit / size(own) if limit == 1e-3 else 1.0
+        expected = kept * product / size(probe)
+        assert found[Measurement("influence", ratio).key] == pytest.approx(
+            expected, rel=2e-3, abs=2e-4 * kept * size(own)
+        )
+
+
+def updated(parts: Parts) -> None:
+    """Take an update, so that Adam has moments."""
+    rows = parts.rows.build(remembered(parts), [Route.DISTIL] * 2, [1.0] * 2, ("teacher",))
+    parts.stepper.optimize(rows, Plain())
+    parts.model.eval()
+
+
+def preconditioner(parts: Parts) -> list[Tensor]:
+    """Return 1 / (sqrt(v) + eps) from the optimizer's own state, v corrected for its start."""
+    optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
+    found = []
+    for weight in parts.model.parameters():
+        state, group = optimizer.state[weight], optimizer.param_groups[0]
+        v = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+        found.append(1 / (v.sqrt() + group["eps"]))
+    return found
 
 
 def test_influence_predicts_the_sign_and_size_of_a_small_step() -> None:
     """A step of size h along the preconditioned gradient lowers the probe loss by h <g_probe, P g> to first order."""
     parts = assembled()
     trained = list(parts.model.parameters())
-    rows = parts.rows.build(remembered(parts), [Route.DISTIL] * 2, [1.0] * 2, ("teacher",))
-    parts.stepper.optimize(rows, Plain())
-    parts.model.eval()
-    scale = [parts.credit._preconditioner(weight) for weight in trained]
+    updated(parts)
+    scale = preconditioner(parts)
     assert float(scale[0].std()) > 0, "Adam's second moments are in use"
     probe = torch.autograd.grad(probe_loss(parts), trained)
     own = torch.autograd.grad(distil_loss(parts, 0.5), trained)
@@ -101,15 +134,15 @@ def test_influence_predicts_the_sign_and_size_of_a_small_step() -> None:
     def dot(a: Any, b: Any) -> float:
         return sum(float((x.double() * p.double() * y.double()).sum()) for x, p, y in zip(a, scale, b, strict=True))
 
-    cosine = taken(parts, Measurement("influence", 0.5))["influence@0.5"]
-    assert cosine == pytest.approx(dot(probe, own) / (dot(probe, probe) * dot(own, own)) ** 0.5, abs=1e-3)
+    credit = taken(parts, Measurement("influence", 0.5))["influence@0.5"]
+    assert credit == pytest.approx(dot(probe, own) / dot(probe, probe) ** 0.5, rel=2e-3)
     before = float(probe_loss(parts).detach().double())
     h = 1e-3 * before / abs(dot(probe, own))
     with torch.no_grad():
         for weight, factor, gradient in zip(trained, scale, own, strict=True):
             weight.sub_(h * factor * gradient)
     fall = before - float(probe_loss(parts).detach().double())
-    assert fall == pytest.approx(h * dot(probe, own), rel=0.1)
+    assert fall == pytest.approx(h * credit * dot(probe, probe) ** 0.5, rel=0.1)
 
 
 def test_the_last_layer_alone_gives_a_cheaper_credit_of_its_own() -> None:
@@ -119,29 +152,42 @@ def test_the_last_layer_alone_gives_a_cheaper_credit_of_its_own() -> None:
     depth = parts.model.config.num_hidden_layers
     assert chosen
     assert all(f"layers.{depth - 1}." in name for name in chosen)
-    assert -1.0 <= taken(parts, Measurement("influence", 1.0))["influence@1.0"] <= 1.0
+    whole = assembled(probe={"credit_parameters": "all"})
+    found = [taken(each, Measurement("influence", 1.0))["influence@1.0"] for each in (parts, whole)]
+    own = torch.autograd.grad(distil_loss(parts, 1.0), parts.credit._weights("last_layer"))
+    assert 0 < abs(found[0]) <= size(own) * (1 + 1e-5), "Cauchy and Schwarz"
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
 
 
-def test_a_virtual_step_is_a_step_and_leaves_no_trace() -> None:
-    parts = assembled()
+@pytest.mark.parametrize("limit", [0.0, 1e-2])
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_virtual_step_is_the_optimizers_own_and_leaves_no_trace(limit: float, updates: int) -> None:
+    """What `torch.optim.AdamW` itself makes of the clipped gradient, moments, decay and rate included."""
+    parts = assembled(optim=OPTIM | {"lr": 5e-3, "max_grad_norm": limit, "weight_decay": 5.0, "schedule": "linear"})
+    for _ in range(updates):
+        updated(parts)
     before = weights(parts)
     found = taken(parts, Measurement("virtual_nll", 1.0), Measurement("probe_nll"))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(parts), strict=True))
     trained = list(parts.model.parameters())
     gradient = torch.autograd.grad(distil_loss(parts, 1.0), trained)
-    with torch.no_grad():
-        for weight, part in zip(trained, gradient, strict=True):
-            weight.sub_(1e-3 * part)
+    assert size(gradient) > 1e-2
+    for weight, part in zip(trained, gradient, strict=True):
+        weight.grad = part * (limit / size(gradient) if limit else 1.0)
+    optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 * (1 - updates / 2))
+    torch.optim.AdamW.step(optimizer)
     after = taken(parts, Measurement("probe_nll"))["probe_nll"]
-    assert found["virtual_nll@1.0"] == pytest.approx(after, rel=1e-4)
-    assert found["virtual_nll@1.0"] != pytest.approx(found["probe_nll"], rel=1e-6)
+    moved = after - found["probe_nll"]
+    assert abs(moved) > 5e-4
+    assert found["virtual_nll@1.0"] - found["probe_nll"] == pytest.approx(moved, rel=1e-2)
 
 
 def test_credit_without_a_batch_is_absent() -> None:
     parts = assemble(build_config(TREE))
     assert taken(parts, Measurement("influence", 0.5), Measurement("virtual_nll", 0.5)) == {}
-    parts.credit.remember([], [], build_config(TREE).target)
-    assert taken(parts, Measurement("influence", 0.5)) == {}
+    parts.credit.remember([], [], [], build_config(TREE).target)
+    assert taken(parts, Measurement("influence", 0.5), Measurement("virtual_reward", 0.5), *ASKED) == {}
 
 
 def test_contract_places_are_the_tokens_of_forced_form() -> None:

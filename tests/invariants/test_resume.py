@@ -130,5 +130,50 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+ALIGNED = TREE | {
+    # Windows of 2 steps, credits from 2 steps before: at every checkpoint a window, buffers and sums are open.
+    "exposure": {"kind": "influence", "reference": "reward", "by": "level", "hold": 2, "grid": [0.0, 0.5, 1.0]},
+    "routing": {"kind": "aligned", "every": 3, "grid": [0.0, 1.0], "margin": 1.0},
+    "gate": {"kind": "aligned"},
+    "target": {"kind": "extrapolate", "lambda_x": 1.25, "aligned": True},
+    "probe": {"credit_steps": 2, "credit_problems": 4},
+    "rollout": {"temperature": 1.0, "max_new_tokens": 40, "group_size": 2},
+    "step": {"num_steps": 8, "problems": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "seen"),
+    [
+        ({}, ("exposure/short/credit/0", "route/short/best_credit", "target/lambda_credit", "gate/agree_frac")),
+        (
+            {
+                "exposure": {"kind": "beta", "reward": "aligned", "hold": 2, "decisions_per_update": 2},
+                "routing": {"kind": "aligned", "otherwise": "skip", "by": "none", "every": 2},
+                "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40, "group_size": 1},
+            },
+            ("exposure/reward_lp", "route/best_credit"),
+        ),
+    ],
+    ids=["levels", "beta"],
+)
+def test_credit_from_graded_rollouts_goes_on_as_if_nothing_had_happened(
+    sections: dict[str, Any], seen: tuple[str, ...], tmp_path: Path
+) -> None:
+    tree = ALIGNED | sections
+    Trainer.start(build_config(tree), tmp_path / "whole").train()
+    expected = outcome(tmp_path / "whole")
+    assert set(seen) <= {key for row in expected[0] for key in row}
+    run = tmp_path / "cut"
+    trainer = Trainer.start(build_config(tree), run)
+    for stop in (3, 4, 7):
+        trainer.listener = lambda row, at=stop, of=trainer: setattr(of, "_stop_asked", row["step"] == at)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        trainer = Trainer.resume(run)
+    trainer.train()
+    assert outcome(run) == expected
+
+
 def void(_: object) -> None:
     """Drop a result."""

@@ -14,7 +14,7 @@ from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.recipe import build_config
 from atesd.sections import LoraConfig
-from atesd.train.model import _with_lora, enable_checkpointing
+from atesd.train.model import add_lora, enable_checkpointing
 from atesd.types import NonFiniteError
 
 from support.models import VOCABULARY, ragged_rows, tiny_model
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_recomputes_activations_and_changes_no_number(lor
         count: list[int] = []
         model.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.append(1))
         if lora:
-            model = _with_lora(model, LoraConfig(r=2, alpha=4), 0)
+            model = add_lora(model, LoraConfig(r=2, alpha=4), 0)
         section = {"gradient_checkpointing": checkpointing}
         stepper, _ = make_stepper(model, model=section)
         outcomes.append(stepper.optimize(rows).metrics["optim/grad_norm"])

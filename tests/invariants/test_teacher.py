@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from atesd.sections import LoraConfig, TeacherConfig
-from atesd.train.model import _with_lora
+from atesd.train.model import add_lora
 from atesd.train.teacher import Teacher
 
 from support.models import ragged_rows, tiny_model
@@ -65,10 +65,10 @@ def test_an_ema_teacher_of_a_student_at_rest_stays_where_it_is() -> None:
         torch.testing.assert_close(logits(model), before)
 
 
-def test_with_lora_the_frozen_teacher_is_the_adapter_switched_off() -> None:
+def testadd_lora_the_frozen_teacher_is_the_adapter_switched_off() -> None:
     base = tiny_model()
     first = logits(base)
-    model = _with_lora(tiny_model(), LoraConfig(r=4, alpha=8), 0)
+    model = add_lora(tiny_model(), LoraConfig(r=4, alpha=8), 0)
     stepper, teacher = make_stepper(model)
     stepper.optimize(ragged_rows(4))
     assert not torch.allclose(logits(model), first)

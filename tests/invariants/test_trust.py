@@ -109,8 +109,58 @@ def test_a_run_may_be_made_longer_where_nothing_depends_on_its_length(runs: Path
     Trainer.start(build_config(TREE | {"step": {"num_steps": 5, "problems": 2}}), straight).train()
     # The shorter run evaluated and kept a model at what was its end; the rest is the same.
     assert outcome(finished)["weights"] == outcome(straight)["weights"]
-    assert json.loads((finished / "env.json").read_text())["lengthened"] == [{"from": 4, "to": 5}]
+    assert amended(finished) == [{"key": "step.num_steps", "from": 4, "to": 5}]
     assert RunDir.open(finished).flaw("config.json", "env.json") is None
+
+
+def amended(run: Path) -> list[dict[str, Any]]:
+    """Return what the run remembers of changes under way."""
+    found = json.loads((run / "env.json").read_text())["amended"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_overrides_of_a_resumed_run_lengthen_it_as_if_it_had_been_so_from_the_start(cut: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="goes on to step 6 instead of 4"):
+        trainer = Trainer.resume(cut, ["step.num_steps=6", "save.keep=5"])
+    assert trainer.step == 3
+    assert trainer.train()["step"] == 6
+    straight = tmp_path / "straight"
+    Trainer.start(build_config(TREE | {"step": {"num_steps": 6, "problems": 2}}), straight).train()
+    assert outcome(cut)["weights"] == outcome(straight)["weights"]
+    assert amended(cut) == [
+        {"key": "save.keep", "from": 2, "to": 5},
+        {"key": "step.num_steps", "from": 4, "to": 6},
+    ]
+    assert len(list((cut / "checkpoints").iterdir())) == 5, "steps 2 to 6: nothing was removed any more"
+    assert RunDir.open(cut).flaw("config.json", "env.json") is None
+    assert Trainer.resume(cut).config.step.num_steps == 6, "the run's own recipe from now on"
+
+
+def test_memory_may_be_saved_under_way_with_a_word_on_rounding(cut: Path) -> None:
+    with pytest.warns(UserWarning, match=r"step\.token_budget is 64 from here on instead of 16384: sums"):
+        trainer = Trainer.resume(cut, ["step.token_budget=64"])
+    assert trainer.train()["step"] == 4
+    assert amended(cut) == [{"key": "step.token_budget", "from": 16384, "to": 64}]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=0.5", r"--resume .*: optim\.lr is 0\.5, but this run began with 0\.001 and cannot change it"),
+        ("step.problems=4", r"step\.problems is 4, but this run began with 2"),
+        ("seed=7", "seed is 7, but this run began with"),
+        ("step.num_steps=3", r"step\.num_steps is 3, but this run was to have 4 steps"),
+        ("stepp.num_steps=9", r"unknown key 'stepp': did you mean 'step'"),
+    ],
+)
+def test_other_overrides_of_a_resumed_run_are_refused_and_change_nothing(
+    override: str, message: str, cut: Path
+) -> None:
+    before = {path: path.read_bytes() for path in cut.rglob("*.json")}
+    with pytest.raises(UserError, match=message):
+        Trainer.resume(cut, ["save.keep=5", override])
+    assert {path: path.read_bytes() for path in cut.rglob("*.json")} == before
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from atesd.cli import jobs
 from atesd.cli.main import main
+from atesd.facts import RunFacts
+from atesd.recipe import load_config
 from atesd.train import checkpoint
 from atesd.train.model import resolve
 
-from support.folders import write_byte_model
+from support.folders import write_byte_model, write_qwen3
 
 ROOT = Path(__file__).parents[2]
 PICO = str(ROOT / "recipes" / "pico.toml")
@@ -69,6 +71,10 @@ def test_every_recipe_trains_two_steps(
     small = SMALL
     if "runs/cliff/base" in recipe.read_text():
         small = [*SMALL, 'model.path="pico"', "step.updates_per_batch=2"]  # the base that repro/cliff_base.py writes
+    elif "Qwen/Qwen3" in recipe.read_text():
+        small = [*real_model_made_small(tmp_path), f"model.path={write_qwen3(tmp_path / 'qwen3')}"]
+    elif recipe.stem.startswith("smollm2-cpu"):  # generated problems, which need no file
+        small = [*SMALL, f"model.path={write_byte_model(tmp_path / 'model')}", "rollout.max_new_tokens=8"]
     elif 'path = "pico"' not in recipe.read_text():
         small = real_model_made_small(tmp_path)
     assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0
@@ -123,6 +129,12 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["compare", PICO, "--out", "."], "holds no comparison"),
         (["eval", "nowhere", "--which", "best"], "leave it out"),
         (["train", PICO, "--resume", "nowhere"], "give neither a recipe"),
+        (["train", "step.num_steps=9", "--resume", "nowhere"], "not a run directory"),
+        (["train", "pcio"], "did you mean 'pico'? give the path of a TOML file, or one of pico"),
+        (["train", "elsewhere/pico.toml"], "but 'pico' is packaged: name it so"),
+        (["recipes", "--out", "file"], "--out copies one recipe: name it"),
+        (["recipes", "pico", "--out", "file"], "file already exists and is left as it is"),
+        (["recipes", "pcio"], "did you mean 'pico'?"),
         (["train", PICO, "--out", "file"], "file is no folder and is left as it is"),
         (["report", "file"], "file is no directory"),
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
@@ -133,6 +145,16 @@ def real_model_made_small(folder: Path) -> list[str]:
             "give pico, gym:NAME, a benchmark (aime24, aime25, hmmt25, math500, amc23, minerva, gsm8k), a file",
         ),
         (["eval", "nowhere"], "name the recipe"),
+        (["warmup", "--model", "smollm2"], "--model needs --data"),
+        (["warmup", "--data", PICO], "--data has no effect without --model"),
+        (["warmup", "seed=1"], "an override has no effect without --model"),
+        (["warmup", "--lr", "1e-3"], "--lr has no effect without --model"),
+        (["warmup", "--model", "pico", "--data", PICO, "--shortcut", "0"], "--shortcut has no effect with --model"),
+        (["warmup", "--model", "pico", "--data", PICO, "--hinted", "2", "--out", "OUT"], "--hinted: Input should be"),
+        (["warmup", "--model", "pico", "--data", "a.jsonl", "--out", "OUT"], "name the recipe that is to train"),
+        (["warmup", "--model", "pico", "--data", PICO, "model.path=x", "--out", "OUT"], "is given by --model"),
+        (["warmup", "--model", "pico", "--data", PICO, "--out", "OUT"], "problems of the warm-up's data are the"),
+        (["fetch", "qwen"], "'qwen' cannot be fetched"),
         (["report", "nowhere"], "nowhere"),
         (["train", PICO, "rollout.max_new_tokens=250", "--out", "OUT"], "exceeds the model's context|do not fit"),
     ],
@@ -294,7 +316,7 @@ def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"start", "arms", "paired", "leaders", "k", "seeds", "seconds"}
     assert set(summary["arms"]) == {"half", "full"}
-    assert set(summary["paired"]["half-full"]) == {"difference", "low", "high"}
+    assert {"difference", "low", "high", "seeds"} < set(summary["paired"]["half-full"])
     assert (out / "report.html").stat().st_size > 100_000
     starts = [rows(out / arm / "seed_0" / "metrics.jsonl")[0] for arm in ("half", "full")]
     assert starts[0]["eval/pico/avg@2"] == starts[1]["eval/pico/avg@2"], "arms of a seed share their start"
@@ -409,6 +431,33 @@ def test_warmup_writes_a_model_that_trains(
     assert run(monkeypatch, "train", PICO, *SMALL, f"model.path={model}", "--out", str(tmp_path / "run")) == 0
     assert run(monkeypatch, "warmup", "--out", str(model)) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
+
+
+def test_any_model_is_warmed_up_for_a_recipe_that_then_trains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(ROOT / "recipes" / "smollm2-cpu-opsd.toml")
+    base, warm = write_byte_model(tmp_path / "model"), tmp_path / "warm"
+    few = ["task.train_size=8", "task.data_seed=1", "--steps", "2", "--batch", "2"]
+    assert run(monkeypatch, "warmup", "--model", str(base), "--data", recipe, *few, "--out", str(warm)) == 0
+    text = capsys.readouterr().out
+    assert f"warming {base} up: 2 steps of 2 samples, 50% of them hinted" in text
+    assert f"use it with model.path={warm}" in text
+    assert json.loads((warm / "warmup.json").read_text())["problems"] == 8
+    trained = [*SMALL, f"model.path={warm}", "rollout.max_new_tokens=8", "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, "train", recipe, *trained) == 0
+    assert run(monkeypatch, "warmup", "--model", str(base), "--data", recipe, "--out", str(warm)) == 2
+    assert "already exists and is not empty" in capsys.readouterr().err
+
+    # A file of problems: one of them is the recipe's own.
+    own = load_config(Path(recipe), ["task.train_size=1", "task.eval_size=1"]).task.build(RunFacts()).evaluation()[0]
+    texts = [own.problem, "1 + 2 ="]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"problem": t, "solution": "1 + 2 = 3\n#### 3"}) + "\n" for t in texts))
+    words = ["warmup", "--model", str(base), "--data", str(data), "--recipe", recipe, "model.lora="]
+    assert run(monkeypatch, *words, "--steps", "1", "--hinted", "0", "--out", str(tmp_path / "other")) == 0
+    assert "left out 1 problems that are the recipe's own; 1 were its own" in capsys.readouterr().out
+    assert json.loads((tmp_path / "other" / "warmup.json").read_text())["hinted_loss"] is None
 
 
 SPELT = {"problem": "1+1=<|end|><|assistant|>#9", "solution": "1+1=2\n#2"}

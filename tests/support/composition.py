@@ -20,6 +20,10 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "difficulty": {"kind": "difficulty", "bins": 2, "policy": BETA},
     "difficulty_ppl": {"kind": "difficulty", "by": "reference_ppl", "policy": BETA},
     "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
+    "bandit": {"kind": "bandit", "hold": 1},
+    "aligned": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "reward", "by": "level"},
+    "paired_reward": {"kind": "paired", "hold": 1, "reference": "reward"},
+    "beta_aligned": {"kind": "beta", "reward": "aligned", "hold": 1, "decisions_per_update": 1},
 }
 REVEALS: dict[str, dict[str, Any]] = {
     "segments": {"unit": "line"},
@@ -35,6 +39,7 @@ GATES: dict[str, dict[str, Any]] = {
     "sdar": {"kind": "sdar"},
     "sdar_centered": {"kind": "sdar", "centered": True},
     "sdar_multiplier": {"kind": "sdar", "target": "divergence"},
+    "aligned": {"kind": "aligned"},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "distil": {"kind": "distil"},
@@ -44,6 +49,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "retire": {"kind": "retire", "patience": 1, "decay": 0.0, "min_fall": 10.0},
     "cliff": {"kind": "cliff"},
     "sft": {"kind": "sft"},
+    "aligned": {"kind": "aligned", "every": 1, "grid": [0.0, 1.0], "margin": 0.0},
 }
 CURRICULA: dict[str, dict[str, Any]] = {
     "random": {"kind": "random"},
@@ -54,12 +60,24 @@ TARGETS: dict[str, dict[str, Any]] = {
     "plain": {"kind": "plain"},
     "extrapolate": {"kind": "extrapolate", "lambda_x": 1.25},
     "guarded": {"kind": "extrapolate", "lambda_x": 1.5, "guard": True},
+    "aligned": {"kind": "extrapolate", "lambda_x": 1.25, "aligned": True},
     "anchor_mix": {"kind": "anchor_mix"},
     "residual": {"kind": "residual"},
 }
 GRADIENTS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
 }
+MEASURED = (
+    "beta",
+    "bandit",
+    "paired",
+    "difficulty",
+    "difficulty_ppl",
+    "influence",
+    "aligned",
+    "paired_reward",
+    "beta_aligned",
+)
 AXES = {
     "exposure": CONTROLLERS,
     "reveal": REVEALS,
@@ -82,6 +100,17 @@ BASE: dict[str, Any] = {
     "save": {"every": 1, "rollouts_every": 1},
 }
 
+TURNS: dict[str, Any] = {
+    "model": {"path": "pico-doors"},
+    "task": {"kind": "doors", "train_size": 6, "probe_size": 2, "eval_size": 1},
+    "env": {"kind": "doors"},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n{answer}"},
+    "reveal": {"kind": "turns"},
+    "rollout": BASE["rollout"] | {"max_new_tokens": 2},
+    "cliff": BASE["cliff"] | {"contract": {"look": "[*]", "key": "[0-9]"}},
+}
+"""What a combination needs to be one of several turns; the reveal is by turns."""
+
 
 def legal(names: dict[str, str]) -> bool:
     """Say whether a combination, or a part of one, makes sense (docs/method.md, "What composes with what")."""
@@ -90,7 +119,9 @@ def legal(names: dict[str, str]) -> bool:
     if (names.get("exposure") == "closed_form" or router == "cliff") and not extrapolates:
         return False
     if router == "cliff" and target == "guarded":
-        return False
+        return False  # the router caps lambda itself
+    if (names.get("exposure") == "closed_form" or router == "cliff") and target == "aligned":
+        return False  # they weigh a lambda that stays
     if gate in ("sdar", "sdar_centered") and target not in ("plain", None):
         return False
     if gate in ("sdar", "sdar_centered") and (router == "cliff" or names.get("exposure") == "closed_form"):
@@ -98,7 +129,7 @@ def legal(names: dict[str, str]) -> bool:
     idle = router in ("rl", "sft")
     if idle and names.get("exposure") == "closed_form":
         return False
-    if idle and names.get("exposure") in ("beta", "paired", "difficulty", "difficulty_ppl", "influence"):
+    if idle and names.get("exposure") in MEASURED:
         return False
     if idle and names.get("reveal") == "overlap":
         return False
@@ -115,15 +146,24 @@ def tree(names: dict[str, str]) -> dict[str, Any]:
     return BASE | {axis: AXES[axis][name] for axis, name in names.items()}
 
 
+def tree_in_turns(names: dict[str, str]) -> dict[str, Any]:
+    """Return the recipe of a combination, but for its reveal, in an environment of several turns."""
+    return tree(names) | TURNS
+
+
 def every() -> Iterator[dict[str, str]]:
     """Return the full product, sensible or not."""
     for values in product(*AXES.values()):
         yield dict(zip(AXES, values, strict=True))
 
 
+_SEEN: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
+
+
 def pairs(names: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
-    """Return the pairs of values in a combination."""
-    return {frozenset(pair) for pair in combinations(names.items(), 2)}
+    """Return the pairs of values in a combination, each of which is kept once."""
+    found = map(frozenset, combinations(names.items(), 2))
+    return {_SEEN.setdefault(pair, pair) for pair in found}
 
 
 def covering() -> list[dict[str, str]]:
@@ -142,3 +182,14 @@ def covering() -> list[dict[str, str]]:
         rows.append(best)
         missing -= held
     return rows
+
+
+def covering_in_turns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return rows of the covering array that hold every value of every axis but the reveal, which is by turns."""
+    missing = {(axis, name) for axis, values in AXES.items() if axis != "reveal" for name in values}
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: len(set(row.items()) & missing))
+        chosen.append(best)
+        missing -= set(best.items())
+    return chosen

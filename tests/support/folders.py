@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from support.models import tiny_config
+from support.templates import QWEN3
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -27,6 +28,22 @@ def write_byte_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         tiny_config(vocab_size=len(fast), max_position_embeddings=4096, eos_token_id=fast.eos_token_id)
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_qwen3(folder: Path) -> Path:
+    """Write a tiny Qwen3 with the vocabulary of the real ones and a template that knows thinking; one token a byte."""
+    write_byte_model(folder)
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.chat_template = QWEN3
+    torch.manual_seed(0)
+    ends = fast.convert_tokens_to_ids("<|im_end|>")
+    model = Qwen3ForCausalLM(
+        tiny_config(vocab_size=151_936, max_position_embeddings=40_960, eos_token_id=ends, tie_word_embeddings=True)
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -202,11 +202,11 @@ class Gauges:
             found.append(logs.gather(1, torch.tensor(ids)[:, None])[:, 0])
         return -torch.cat(found).mean()
 
-    def influence_by_differences(self, step: int, ratio: float, size: float = 1e-3) -> float:
-        """Return `influence` with its inner products as central differences of the losses: <g, P d> from d = g's own.
+    def influence_by_differences(self, step: int, ratio: float, size: float = 1e-3) -> tuple[float, float]:
+        """Return `influence` twice, its inner products as central differences of the losses along P times a gradient.
 
-        Each product is the change of one loss along P times the other's gradient: <g_probe, P g_r> is the probe's
-        along P g_r, its square roots are each loss along its own.
+        <g_probe, P g_r> is how the probe's NLL changes along P g_r, and just as well how the distillation loss changes
+        along P g_probe; <g_probe, P g_probe> is how the probe's NLL changes along P g_probe.
         """
         scale, names = self.preconditioner(self.done(step)), self.names(self.settings["probe"]["credit_parameters"])
         weights = self.oracle.weights(self.done(step))
@@ -226,15 +226,22 @@ class Gauges:
         probe, own = self.probe_gradient(step), self.gradient(step, ratio)
         put(self.oracle.student, weights)
         distil = partial(self._gated, step, ratio, self._gates(step, ratio))
-        return slope(self._probe_nll, own) / math.sqrt(slope(self._probe_nll, probe) * slope(distil, own))
+        factor = self.kept(own, names) / math.sqrt(slope(self._probe_nll, probe))
+        return factor * slope(self._probe_nll, own), factor * slope(distil, probe)
 
     def _taken(self, loss: Tensor) -> Weights:
         named = [(name, weight) for name, weight in self.oracle.student.named_parameters() if weight.requires_grad]
         found = torch.autograd.grad(loss, [weight for _, weight in named])
         return {name: part for (name, _), part in zip(named, found, strict=True)}
 
+    def kept(self, gradient: Weights, names: Sequence[str]) -> float:
+        """Return what clipping leaves of a gradient of these weights: min(1, max_grad_norm / norm); 0 never clips."""
+        limit = self.settings["optim"]["max_grad_norm"]
+        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in names))
+        return min(1.0, limit / norm) if limit else 1.0
+
     def influence(self, step: int, ratio: float) -> float:
-        """Return <g_probe, P g_r> / sqrt(<g_probe, P g_probe> <g_r, P g_r>)."""
+        """Return s_r <g_probe, P g_r> / sqrt(<g_probe, P g_probe>)."""
         scale = self.preconditioner(self.done(step))
         probe, own = self.probe_gradient(step), self.gradient(step, ratio)
         names = self.names(self.settings["probe"]["credit_parameters"])
@@ -242,18 +249,116 @@ class Gauges:
         def dot(left: Weights, right: Weights) -> float:
             return sum(float((left[name] * scale[name] * right[name]).sum()) for name in names)
 
-        return dot(probe, own) / math.sqrt(dot(probe, probe) * dot(own, own))
+        return self.kept(own, names) * dot(probe, own) / math.sqrt(dot(probe, probe))
+
+    def stepped(self, step: int, ratio: float) -> Weights:
+        """Return the weights behind AdamW's next step on the clipped g_r: its moments so far, decay, the next rate.
+
+        m <- b1 m + (1 - b1) g     v <- b2 v + (1 - b2) g^2     both corrected for their start at update n
+        theta <- theta - rate decay theta - rate m / (sqrt(v) + eps)
+        """
+        done, optim = self.done(step), self.settings["optim"]
+        own = self.gradient(step, ratio)
+        factor = self.kept(own, list(own))
+        *_, (mean, square) = [moments for moments, _ in zip(self.oracle.moments(), range(done), strict=False)]
+        (first, second), rate = optim["betas"], self.oracle.rate(done)
+        moved = {}
+        for name, weight in self.oracle.weights(done).items():
+            gradient = factor * own[name]
+            m = (first * mean[name] + (1 - first) * gradient) / (1 - first ** (done + 1))
+            v = (second * square[name] + (1 - second) * gradient**2) / (1 - second ** (done + 1))
+            held = weight.double() * (1 - rate * optim["weight_decay"])
+            moved[name] = held - rate * m / (v.sqrt() + optim["eps"])
+        self._kept = [*getattr(self, "_kept", []), moved]  # the oracle knows weights by identity
+        return moved
 
     def virtual(self, step: int, ratio: float) -> float:
-        """Return the probe's NLL behind theta - lr P g, g cut to the largest norm."""
-        done, optim = self.done(step), self.settings["optim"]
-        scale, own = self.preconditioner(done), self.gradient(step, ratio)
-        norm = math.sqrt(sum(float(part.square().sum()) for part in own.values()))
-        rate = optim["lr"] * min(1.0, optim["max_grad_norm"] / norm)
-        weights = self.oracle.weights(done)
-        moved = {name: weight.double() - rate * scale[name] * own[name] for name, weight in weights.items()}
-        self._kept = [*getattr(self, "_kept", []), moved]  # the oracle knows weights by identity
-        return self.nll(moved, self.run.probe)
+        """Return the probe's NLL behind the optimizer's next step."""
+        return self.nll(self.stepped(step, ratio), self.run.probe)
+
+    # ---- credit from graded rollouts ----------------------------------------------------------------------------
+
+    def graded(self, step: int) -> list[Row]:
+        """Return the graded completions of the `credit_steps` steps before one."""
+        first = max(1, step - self.settings["probe"]["credit_steps"])
+        rows = [row for number in range(first, step) for row in self.oracle.rows(number)]
+        return [row for row in rows if row.outcome is not None]
+
+    def sampled_logprob(self, row: Row) -> Tensor:
+        """Return log p of a completion's tokens at the student's temperature under the weights in place, [T]."""
+        temperature = self.settings["loss"]["temperature_student"] or self.settings["rollout"]["temperature"]
+        logs = (self.oracle.logits(self.oracle.student, row.prompt, row.completion) / temperature).log_softmax(-1)
+        return logs.gather(1, torch.tensor(row.completion)[:, None])[:, 0]
+
+    def reward_loss(self, weights: Weights, step: int) -> float:
+        """Return -(1/tokens) sum A log p over earlier graded completions."""
+        put(self.oracle.student, weights)
+        rows = self.graded(step)
+        with torch.no_grad():
+            total = sum(float(row.outcome * self.sampled_logprob(row).sum()) for row in rows if row.outcome)
+        return -total / sum(len(row.completion) for row in rows)
+
+    def reward_folds(self, step: int) -> list[Weights]:
+        """Return g_R by fold: completions of a step's problems number k, k + 8, ... in fold k, each fold times 8."""
+        put(self.oracle.student, self.oracle.weights(self.done(step)))
+        rows = self.graded(step)
+        tokens = sum(len(row.completion) for row in rows)
+        zeros = {name: torch.zeros_like(weight).double() for name, weight in self.run.initial.items()}
+        folds = []
+        for fold in range(8):
+            own = [row for row in rows if row.place % 8 == fold and row.outcome]
+            losses = [-8 / tokens * row.outcome * self.sampled_logprob(row).sum() for row in own if row.outcome]
+            folds.append(self._taken(torch.stack(losses).sum()) if losses else zeros)
+        return folds
+
+    def level_gradients(self, step: int, ratio: float | None, strength: float | None) -> dict[str, Weights]:
+        """Return each level's part of the gated token mean over the step's first groups, whatever their route."""
+        oracle, done = self.oracle, self.done(step)
+        put(oracle.student, oracle.weights(done))
+        rows = [row for row in oracle.rows(step) if row.place < self.settings["probe"]["credit_problems"]]
+        if self.settings["step"]["truncated"] == "mask":
+            rows = [row for row in rows if not row.cut_off]
+        count = sum(len(row.completion) for row in rows)
+        losses: dict[str, list[Tensor]] = {}
+        for row in rows:
+            changed = {"ratio": row.ratio if ratio is None else ratio, "components": ("distil",)}
+            changed["strength"] = row.strength if strength is None else strength
+            values, stats = oracle.token_losses(Row(**{**vars(row), **changed}), oracle.teacher(done), None)
+            assert stats.gate is not None
+            losses.setdefault(row.problem.level, []).append((stats.gate * values["distil"]).sum() / count)
+        return {level: self._taken(torch.stack(parts).sum()) for level, parts in losses.items()}
+
+    def reward_credit(
+        self, step: int, *, ratio: float | None = None, strength: float | None = None
+    ) -> dict[str, list[float]]:
+        """Return s <g_R, P g> by level and fold; nothing where no completion says anything.
+
+        The levels add up to what one credit for all problems is.
+        """
+        key = (step, ratio, strength)
+        self._credits: dict[Any, dict[str, list[float]]] = getattr(self, "_credits", {})
+        if key not in self._credits:
+            self._credits[key] = self._reward_credit(step, ratio, strength)
+        return self._credits[key]
+
+    def _reward_credit(self, step: int, ratio: float | None, strength: float | None) -> dict[str, list[float]]:
+        if not any(row.outcome for row in self.graded(step)):
+            return {}
+        names = self.names(self.settings["probe"]["credit_parameters"])
+        scale, folds = self.preconditioner(self.done(step)), self._folds_of(step)
+        levels = self.level_gradients(step, ratio, strength)
+        whole = {name: torch.stack([part[name] for part in levels.values()]).sum(0) for name in names}
+        factor = self.kept(whole, names)
+        return {
+            level: [factor * sum(float((fold[n] * scale[n] * own[n]).sum()) for n in names) for fold in folds]
+            for level, own in levels.items()
+        }
+
+    def _folds_of(self, step: int) -> list[Weights]:
+        self._folds: dict[int, list[Weights]] = getattr(self, "_folds", {})
+        if step not in self._folds:
+            self._folds[step] = self.reward_folds(step)
+        return self._folds[step]
 
 
 def bound(p: float, b: float, c: float) -> float:

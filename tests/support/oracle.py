@@ -40,6 +40,10 @@ class Row:
     advantage: float = 0.0
     weight: float = 1.0
     selected: Tensor | None = None
+    outcome: float | None = None
+    """Reward minus what was to be expected of the attempt; None where it is not graded."""
+    place: int = 0
+    """Which problem of the step it answers."""
 
 
 @dataclass
@@ -200,7 +204,8 @@ class Oracle:
             if self.settings["routing"]["kind"] == "sft"
             else self.run.of(self.run.trainer.parts.problems)[step - 1]
         )
-        for record in records:
+        expected = self._expected(step)
+        for place, record in enumerate(records):
             problem = self.run.problem(record["problem_id"])
             prompt = self.prompt(problem)
             if call is None:
@@ -215,7 +220,9 @@ class Oracle:
             advantages = self._advantages(rewards) if record["route"] in ("rl", "both") else [0.0] * len(rewards)
             rest = iter(advantages)
             drops = self.settings["rl"]["zero_variance"] == "drop" and len(set(rewards)) <= 1
-            for (ids, sampled, cut_off), reward in zip(turns, record["rewards"], strict=True):
+            for number, ((ids, sampled, cut_off), reward) in enumerate(zip(turns, record["rewards"], strict=True)):
+                others = [each for at, each in enumerate(record["rewards"]) if at != number and each is not None]
+                usual = sum(others) / len(others) if others else expected.get(problem.level)
                 names = {"both": ("distil", "rl"), "skip": ()}.get(record["route"], (record["route"],))
                 if reward is None or drops:
                     names = tuple(name for name in names if name != "rl")
@@ -235,9 +242,29 @@ class Oracle:
                         names,
                         advantage=next(rest) if reward is not None else 0.0,
                         weight=self._problem_weight(rewards),
+                        outcome=None if reward is None or usual is None else reward - usual,
+                        place=place,
                     )
                 )
         return found
+
+    def _expected(self, step: int) -> dict[str, float]:
+        """Return what a lone attempt of each level is compared with in a step: the level's running mean before it.
+
+        m <- .9 m + .1 (the step's mean); a level's first step is compared with its own mean.
+        """
+        running: dict[str, float] = {}
+        for number in range(1, step + 1):
+            rewards: dict[str, list[float]] = {}
+            for record in self.run.groups[number]:
+                level = self.run.problem(record["problem_id"]).level
+                rewards.setdefault(level, []).extend(each for each in record["rewards"] if each is not None)
+            means = {level: sum(values) / len(values) for level, values in rewards.items() if values}
+            if number == step:
+                return {**means, **running}
+            for level, mean in means.items():
+                running[level] = 0.9 * running[level] + 0.1 * mean if level in running else mean
+        raise AssertionError("steps begin at 1")
 
     def _reference(self, problem: Any) -> tuple[Sequence[int], Sequence[float], bool]:
         limit = self.settings["rollout"]["max_new_tokens"]
@@ -326,7 +353,7 @@ class Oracle:
                         "constant": float(self.settings["rollout"]["max_new_tokens"]),
                     }[aggregate]
                 )
-        if self.settings["routing"]["kind"] in ("hdpo", "cliff"):
+        if self.settings["routing"]["kind"] in ("hdpo", "cliff", "aligned"):
             units = dict.fromkeys(units, sum(units.values()))
         losses = {
             name: self.coefficient(name) * torch.stack(parts).sum() / units[name]
@@ -375,7 +402,7 @@ class Oracle:
         stats.teacher_logprob = log_p.gather(1, labels)[:, 0]
         stats.teacher_entropy = -(log_p.exp() * log_p).sum(-1)
         stats.mismatch = (log_p.argmax(-1) != q.argmax(-1)).double()
-        stats.gate = self._gate(stats)
+        stats.gate = self._gate(stats, row.outcome)
         if gate["kind"] == "sdar" and gate["target"] == "surrogate":
             return stats.teacher_logprob - log_q.gather(1, labels)[:, 0]
         target = self.target(row.strength, views)
@@ -438,12 +465,19 @@ class Oracle:
         whole = parts.sum(-1)
         return whole.clamp(max=loss["clip_tau"]) if loss["clip"] == "token" else whole
 
-    def _gate(self, stats: Scored) -> Tensor:
+    def _gate(self, stats: Scored, outcome: float | None) -> Tensor:
         gate = self.settings["gate"]
         if gate["kind"] == "none":
             return torch.ones_like(stats.logprob)
+        if gate["kind"] == "aligned":
+            return torch.sigmoid(gate["beta"] * self.agreement(stats, outcome))
         value = torch.sigmoid(gate["beta"] * self.opening(stats))
         return value - 0.5 if gate["centered"] else value
+
+    def agreement(self, stats: Scored, outcome: float | None) -> Tensor:
+        """Return A (p_T(y) - p_S(y)); 0 where A is not known."""
+        assert stats.teacher_logprob is not None
+        return (outcome or 0.0) * (stats.teacher_logprob.exp() - stats.logprob.exp())
 
     def opening(self, stats: Scored) -> Tensor:
         """Return what opens SDAR's gate."""

@@ -104,6 +104,8 @@ def record(tree: dict[str, Any], folder: Path, *, skew: float = 0.0) -> Recordin
 
     `skew` shifts the sampler's log-probabilities by skew * cos(place), so that its correction has something to correct.
     """
+    if skew:  # a gap that is meant does not warn
+        tree = tree | {"rollout": tree.get("rollout", {}) | {"gap_warning": 1.0, "gap_limit": 1.0}}
     with pytest.MonkeyPatch.context() as patch:
         found: list[Recording] = []
         _watch_sampler(patch, found, skew)

@@ -204,9 +204,60 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paired": {
         "exposure": {"kind": "paired", "start": 0.5, "delta": 0.25, "hold": 1, "rate": 0.2},
         "gate": {"kind": "sdar", "target": "divergence", "beta": 2.0},
-        "optim": {"lr": 1e-3, "max_grad_norm": 0.02, "schedule": "linear"},
+        "optim": {"lr": 1e-3, "max_grad_norm": 0.02, "schedule": "linear", "weight_decay": 1.0, "betas": [0.8, 0.95]},
         "probe": {"credit_problems": 2},
         "step": {"num_steps": 4, "problems": 4},
+    },
+    # What graded rollouts say of every level: a ratio, a route and a gate, under a bound of the gradient that holds.
+    "aligned": {
+        "task": {"kind": "pico", "train_size": 54, "probe_size": 3, "eval_size": 1},
+        "reward": PARTIAL,
+        "exposure": {
+            "kind": "influence",
+            "reference": "reward",
+            "by": "level",
+            "grid": [0.0, 0.5, 1.0],
+            "hold": 1,
+            "start": 0.25,
+            "decay": 0.6,
+        },
+        "routing": {"kind": "aligned", "margin": 0.5, "grid": [0.0, 1.0], "every": 2, "decay": 0.5},
+        "gate": {"kind": "aligned", "beta": 4.0},
+        "teacher": {"weights": "ema", "ema_decay": 0.5},
+        "optim": {"lr": 1e-3, "max_grad_norm": 0.01, "eps": 1e-4},
+        "probe": {"credit_parameters": "last_layer", "credit_problems": 6, "credit_steps": 2},
+        "rollout": SAMPLING | {"group_size": 3, "max_new_tokens": 40},
+        "step": {"num_steps": 6, "problems": 9},
+    },
+    # The same of lambda, and of one ratio for all, by single attempts, on all weights and without a bound.
+    "aligned_lambda": {
+        "seed": 2,
+        "reward": PARTIAL,
+        "task": {"kind": "pico", "train_size": 30, "probe_size": 3, "eval_size": 1},
+        "exposure": {"kind": "influence", "reference": "reward", "grid": [0.0, 1.0], "hold": 2, "start": 0.5},
+        "target": {"kind": "extrapolate", "lambda_x": 1.5, "aligned": True},
+        "gate": {"kind": "aligned", "beta": 3.0},
+        "optim": {"lr": 1e-3, "max_grad_norm": 0.0},
+        "probe": {"credit_parameters": "all", "credit_problems": 3},
+        "rollout": SAMPLING | {"group_size": 1, "max_new_tokens": 40},
+        "step": {"num_steps": 6, "problems": 5},
+    },
+    # Virtual steps compared by the reward of earlier completions.
+    "paired_reward": {
+        "reward": PARTIAL,
+        "exposure": {"kind": "paired", "reference": "reward", "start": 0.5, "delta": 0.25, "hold": 1},
+        "optim": {"lr": 1e-3, "max_grad_norm": 0.02},
+        "probe": {"credit_problems": 2, "credit_steps": 2},
+        "rollout": SAMPLING | {"group_size": 3, "max_new_tokens": 40},
+        "step": {"num_steps": 4, "problems": 3},
+    },
+    # The learned policy rewarded by the credit of what it drew.
+    "beta_aligned": {
+        "reward": PARTIAL,
+        "exposure": {"kind": "beta", "reward": "aligned", "hold": 1, "decisions_per_update": 2},
+        "probe": {"credit_problems": 2, "credit_steps": 2},
+        "rollout": SAMPLING | {"group_size": 3, "max_new_tokens": 40},
+        "step": {"num_steps": 5, "problems": 3},
     },
     # The learned policy: draws stretched between bounds; a frozen teacher's grounded term from a table.
     "beta": {

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from atesd.cli.compare import BUILT_IN_ARMS
 from atesd.config import RunConfig
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.overlap import Overlap
+from atesd.exposure.prompt import hint_text
 from atesd.exposure.schedules import Fixed, Uniform
 from atesd.exposure.segments import Segments
 from atesd.recipe import apply_overrides, build_config, load_config, with_overrides
@@ -332,3 +334,23 @@ def test_an_arm_means_the_same_over_a_recipe_and_over_its_config(path: Path) -> 
 
 def test_there_are_recipes() -> None:
     assert "pico" in {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("arm", "recipe"), [("learned", "atesd"), ("aligned", "aligned"), ("sft", "sft"), ("full", "opsd")]
+)
+def test_the_arms_of_the_study_on_a_real_model_are_recipes_of_their_own(arm: str, recipe: str) -> None:
+    folder = RECIPES[0].parent
+    study = load_config(folder / "smollm2-cpu-opsd.toml")
+    overrides = {**BUILT_IN_ARMS, **study.arms}[arm]
+    own = load_config(folder / f"smollm2-cpu-{recipe}.toml")
+    assert with_overrides(study, overrides).model_copy(update={"arms": {}}) == own.model_copy(update={"arms": {}})
+
+
+def test_every_ratio_of_that_study_shows_another_part() -> None:
+    config = load_config(RECIPES[0].parent / "smollm2-cpu-opsd.toml", ["task.train_size=8", "task.eval_size=1"])
+    revealer = config.reveal.build(config.facts())
+    for problem in config.task.build(config.facts()).train():
+        shown = [hint_text(problem, revealer.reveal(problem, r), config.prompt) for r in (0, 0.25, 0.5, 0.75, 1)]
+        assert len(set(shown)) == 5
+        assert all(f"#### {problem.answer}" in hint for hint in shown)

@@ -55,7 +55,7 @@ def test_what_each_router_says_of_itself() -> None:
     """reinforces, distils, shared, reads_exposure, reads_lambda, distils_failures_only, distils_uniform, source."""
     said = {
         method.model_fields["kind"].default: (
-            method.reinforces, method.distils, method.shared, method.reads_exposure, method.reads_lambda,
+            method().reinforces, method.distils, method.shared, method.reads_exposure, method.reads_lambda,
             method.distils_failures_only, method().distils_uniform, method.source,
         )
         for method in get_args(get_args(RoutingSection)[0])
@@ -67,6 +67,7 @@ def test_what_each_router_says_of_itself() -> None:
         "hdpo": (True, True, True, False, False, True, True, "student"),
         "retire": (True, True, False, False, False, False, False, "student"),
         "cliff": (True, True, True, True, True, False, True, "student"),
+        "aligned": (True, True, True, True, False, False, False, "student"),
         "sft": (False, False, False, False, False, False, False, "reference"),
     }
     assert not Cliff(uniform="skip").distils_uniform

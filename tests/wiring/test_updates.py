@@ -121,6 +121,10 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
             numbers |= {
                 "gate/gap": float(gap.mean()),
             }
+        if truth.settings["gate"]["kind"] == "aligned":
+            pulls = [truth.agreement(stats, row.outcome) for row, stats in heard if row.outcome]
+            if pulls:
+                numbers["gate/agree_frac"] = float((cat([*pulls]) > 0).double().mean())
     if "rl" in latest:
         forced = [stats for _, stats in scored([latest["rl"]], "rl")]
         numbers |= {

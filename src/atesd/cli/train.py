@@ -20,20 +20,22 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
 
     console = make_console()
     if resume is not None:
-        if recipe is not None or out is not None:
-            raise UserError("--resume continues a run with its own recipe: give neither a recipe, overrides nor --out")
-        trainer = Trainer.resume(resume, before=lambda config: announce_code(config, console))
+        overrides = [*([] if recipe is None else [str(recipe)]), *overrides]
+        if out is not None or (recipe is not None and "=" not in str(recipe)):
+            raise UserError("--resume continues a run with its own recipe: give neither a recipe nor --out")
+        trainer = Trainer.resume(resume, overrides, before=lambda config: announce_code(config, console))
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
         config = load_config(recipe, overrides)
         trainer = Trainer.start(config, out or Path("runs") / f"{recipe.stem}-{config.seed}", say=console.print)
         console.print(f"run directory {trainer.run.path}")
     else:
-        raise UserError("nothing to train: give a recipe, such as recipes/pico.toml, or --resume RUN_DIR")
+        raise UserError("nothing to train: give a recipe, such as pico, or --resume RUN_DIR")
     path = trainer.run.path
     carry_on = f"continue with: atesd train --resume {quote(str(path))}"
     progress = RunProgress(trainer.config.step.num_steps, console)
     trainer.listener = progress
+    trainer.report = _report
     try:
         with progress.shown():
             result = trainer.train()
@@ -51,6 +53,12 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     title = f"after step {result['step']}, on {trainer.parts.task.name}"
     console.print(metrics_table(result["final"], title, start=start_of(trainer.run.metrics())))
     console.print(f"{clock(result['seconds'])}; models in {path}/final and {path}/best")
+
+
+def _report(run: Path) -> Path:
+    from atesd.report.html import write_report
+
+    return write_report([run], run / "report.html")
 
 
 def start_of(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:

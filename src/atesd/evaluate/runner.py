@@ -101,6 +101,9 @@ def _rows(group: Group, traits: Traits) -> list[dict[str, Any]]:
             **({"rewards": dict(trajectory.rewards)} if trajectory.rewards else {}),
             "stop": str(trajectory.final.stop),
             "turns": len(trajectory.turns),
+            "ended": str(trajectory.ended),
+            "invalid": trajectory.invalid,
+            **({"replies": [turn.text for turn in trajectory.turns]} if len(trajectory.turns) > 1 else {}),
             "length": trajectory.num_tokens,
             "traits": traits(group.problem, trajectory.final.text),
         }
@@ -114,6 +117,11 @@ def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "truncated_frac": float(np.mean([row["stop"] == StopReason.LENGTH for row in rows])),
         "ungradable": float(sum(row["reward"] is None for row in rows)),
     }
+    if any(row["turns"] > 1 for row in rows):
+        metrics["turns_mean"] = float(np.mean([row["turns"] for row in rows]))
+        metrics["invalid_mean"] = float(np.mean([row["invalid"] for row in rows]))
+        for ending in sorted({row["ended"] for row in rows}):
+            metrics[f"ended/{ending}"] = float(np.mean([row["ended"] == ending for row in rows]))
     for name in rows[0]["traits"]:
         metrics[f"trait/{name}"] = float(np.mean([row["traits"][name] for row in rows]))
     return metrics

@@ -61,12 +61,26 @@ class Influence(HeldMethod):
             raise ValueError("exposure.grid needs at least two ratios, rising, each once")
         return self
 
+    @model_validator(mode="after")
+    def _check_reference(self) -> Influence:
+        if self.reference == "probe" and self.by != "none":
+            raise ValueError(
+                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", '
+                "or remove exposure.by"
+            )
+        if self.reference == "reward" and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(
+                f"exposure.temperature = {self.temperature:g} mixes candidates, which are played as they are with "
+                'exposure.reference = "reward": remove exposure.temperature'
+            )
+        return self
+
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
         if self.reference == "probe":
             return InfluenceController(self)
         credits = Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels)
-        return AlignedController(self.grid, credits, start=self.start, hold=self.hold)
+        return AlignedController(self.grid, credits, start=self.start, hold=self.hold, decay=self.decay)
 
 
 class InfluenceController(Held):

@@ -118,6 +118,12 @@ def teacher_messages(problem: Problem, hint: str | None, prompt: PromptConfig) -
     return _messages(text, prompt.system, prompt.system_teacher)
 
 
+def with_opening(messages: Sequence[Message], opening: str) -> list[Message]:
+    """Return a prompt with what an environment said first behind its last message, as the student read it."""
+    *before, last = messages
+    return [*before, Message(role=last["role"], content=last["content"] + opening)]
+
+
 def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     """Return what `{hint}` stands for: the revealed part and the final answer, joined as the module text says.
 
@@ -126,7 +132,7 @@ def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     """
     if prompt.hint == "none":
         return ""
-    if shown.complete:
+    if shown.complete and not shown.foreign:
         return source.solution
     visible = shown.text.rstrip()
     if not source.answer or not prompt.answer:

@@ -57,6 +57,8 @@ class Reveal:
     shown: int
     total: int
     hidden_spans: tuple[tuple[int, int], ...] = ()
+    foreign: bool = False
+    """Whether the text is no part of the solution, as a retrieved skill is: then it is never replaced by it."""
 
     @property
     def complete(self) -> bool:

@@ -135,8 +135,10 @@ def _score_label(z: Tensor, labels_r: Tensor, *, is_wanted: bool) -> tuple[Score
     mass_r1 = weights.sum(-1, keepdim=True)
     logprob_r = torch.where(is_label_r, (above_r1 - mass_r1.log())[:, 0], torch.nan)
     slope = _onehot_less(weights.div_(mass_r1), labels_r1) if is_wanted else None
-    loss, *others, is_reversed = (torch.zeros_like(logprob_r) for _ in range(10))
-    return Scores(*(loss, logprob_r, logprob_r[:, None].clone(), *others, is_reversed > 0)), Slopes(None, slope)
+    none_r = torch.zeros_like(logprob_r)
+    unknown = dict.fromkeys(Scores._fields, none_r) | {"is_reversed": none_r > 0}
+    scores = Scores(**unknown | {"logprob": logprob_r, "view_logprobs_NW": logprob_r[:, None].clone()})
+    return scores, Slopes(None, slope)
 
 
 def _labels(labels_r: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +166,7 @@ def _argmax(x: Tensor) -> Tensor:
     whole = x.shape[1] // _STRETCH * _STRETCH
     if x.is_cuda or whole < 4 * _STRETCH:
         return x.argmax(-1, keepdim=True)
-    largest = torch.unflatten(x[:, :whole], 1, (-1, _STRETCH)).amax(-1)
+    largest = x[:, :whole].reshape(len(x), -1, _STRETCH).amax(-1)
     if whole < x.shape[1]:
         largest = torch.cat([largest, x[:, whole:].amax(-1, keepdim=True)], dim=1)
     start_r1 = largest.argmax(-1, keepdim=True) * _STRETCH

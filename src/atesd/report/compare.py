@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from atesd.evaluate.metrics import Difference, arm_interval, avg_at_k, paired_difference
+from atesd.evaluate.metrics import FEW_SEEDS, Difference, arm_interval, avg_at_k, few_seeds_interval, paired_difference
 from atesd.report.load import Arm, Evaluation, Floats, Study, load_comparison
 from atesd.types import UserError
 
 LEARNED, HALF, FULL = "learned", "half", "full"
 RESAMPLES = 4_000
+COUNTS = {2: "Two", 3: "Three", 4: "Four"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def find(study: Study) -> Findings:
 def leaders(study: Study, found: Mapping[str, Mapping[str, float] | None]) -> tuple[str, ...]:
     """Return the arm of highest accuracy and, behind it, those that are not told apart from it, highest first.
 
-    Two arms of a comparison are told apart by a paired interval without 0. Runs that were named together are no pairs:
+    Two arms of a comparison are told apart by paired intervals without 0. Runs that were named together are no pairs:
     theirs are told apart where their own intervals have nothing in common.
     """
     known = {name: entry for name, entry in found.items() if entry is not None}
@@ -81,7 +82,7 @@ def leaders(study: Study, found: Mapping[str, Mapping[str, float] | None]) -> tu
         if not study.is_comparison:
             return known[name]["high"] < known[best]["low"]
         pair = difference(arms[best], arms[name]) if have_same_problems(arms[best], arms[name]) else None
-        return pair is not None and pair.low > 0
+        return pair is not None and pair.sign > 0
 
     return (best, *(name for name in others if not is_told_apart(name))) if best else ()
 
@@ -101,14 +102,34 @@ def finals(arm: Arm) -> list[Evaluation]:
 
 
 def accuracy(evaluations: Sequence[Evaluation], *, resamples: int = RESAMPLES) -> dict[str, float] | None:
-    """Return Average@k over seeds and its interval, or None where nothing can be graded."""
+    """Return Average@k over seeds and its interval, or None where nothing can be graded.
+
+    `t_low` and `t_high`, the t interval over seeds cut to [0, 1], are there for two to four of them.
+    """
     if not evaluations:
         return None
     matrix_SP = accuracy_matrix(evaluations)
     if not matrix_SP.size:
         return None
     low, high = arm_interval(matrix_SP, shared=are_shared(evaluations), resamples=resamples)
-    return {"average_at_k": avg_at_k(matrix_SP), "low": low, "high": high}
+    found = {"average_at_k": avg_at_k(matrix_SP), "low": low, "high": high, "seeds": len(matrix_SP)}
+    over_seeds = few_seeds_interval(matrix_SP)
+    if over_seeds is None:
+        return found
+    return found | {"t_low": max(0.0, over_seeds.low), "t_high": min(1.0, over_seeds.high)}
+
+
+def caution(seeds: int) -> str:
+    """Say what intervals over so few seeds are worth; nothing where there are enough."""
+    if seeds >= FEW_SEEDS:
+        return ""
+    if seeds == 1:
+        return "One seed: the intervals know of the held-out problems alone. Another seed may lie far outside them."
+    return (
+        f"{COUNTS[seeds]} seeds: a bootstrap interval is too narrow where seeds differ (over two, its 95 % may be 80 % "
+        "or less) and too wide where they do not. The t interval over seeds stands beside it, and arms are told apart "
+        "only where both tell them apart. Run five seeds or more."
+    )
 
 
 def paired(study: Study) -> dict[str, Difference]:

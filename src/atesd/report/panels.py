@@ -37,6 +37,8 @@ CURVES = (
     Quantity("route/mismatch_ema", "Mismatch that the teacher's retirement follows", shown=changes),
     Quantity("route/retired", "Whether the teacher has retired, 0 or 1", shown=changes),
     Quantity("exposure/paired_credit", "Paired credit: what more exposure would gain, nats", shown=changes),
+    Quantity("exposure/progress", "Progress of a hold window", shown=changes),
+    Quantity("exposure/bandit_best", "Ratio that the regression finds best", shown=changes),
     Quantity("cliff/b/{}", "Base's probability of the forced token, {}"),
     Quantity("cliff/p/{}", "Teacher's probability of the forced token, {}"),
 )

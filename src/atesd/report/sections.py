@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from atesd.evaluate.metrics import Difference
-from atesd.report.compare import Findings
+from atesd.report.compare import Findings, caution
 from atesd.report.load import Run, Study
 from atesd.report.panels import PANELS
 from atesd.report.plots import Shown
@@ -137,7 +137,7 @@ def _against(findings: Findings) -> str:
 
 
 def _untold(entry: Difference) -> str:
-    word = verdict(entry.low, entry.high)
+    word = verdict(entry.sign)
     return f", {word}" if word == NOT_TOLD_APART else ""
 
 
@@ -164,6 +164,7 @@ def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
         f"<p>Average@{study.k} is the share of right answers when every held-out problem is answered {study.k} times. "
         "Intervals hold 95 % of what resampling seeds and problems gives; the dashed line marks the start.</p>"
     )
+    words += f"<p>{caution(len(study.seeds))}</p>" if caution(len(study.seeds)) else ""
     pairs = paired_table(study, findings)
     return Section("results", title, note + words + result_table(study, findings) + (PAIRS + pairs if pairs else ""))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, seen_in_words
 
 NOT_TOLD_APART = "not told apart"
+OVER_SEEDS = "t over seeds, 95\u00a0%"
 WIDTH, HEIGHT = 190, 20  # of an interval's drawing, CSS pixels
 
 
@@ -26,11 +28,13 @@ def result_table(study: Study, findings: Findings) -> str:
     low = math.floor(10 * min(entry["low"] for entry in known)) / 10
     high = max(math.ceil(10 * max(entry["high"] for entry in known)) / 10, low + 0.1)
     reference = None if start is None else start["average_at_k"]
+    few = any("t_low" in entry for entry in known)
 
     def interval(entry: Mapping[str, float], index: int | None) -> str:
         drawn = interval_drawing((entry["low"], entry["average_at_k"], entry["high"]), (low, high), index, reference)
         return f"<td class=number><strong>{percent(entry['average_at_k'])}</strong></td><td>{drawn}</td>" + (
             f"<td class=number>{percent(entry['low'])} to {percent(entry['high'])}</td>"
+            f"{over_seeds(entry, percent) if few else ''}"
         )
 
     rows = []
@@ -40,7 +44,7 @@ def result_table(study: Study, findings: Findings) -> str:
         )
     for index, arm, entry in found:
         state = "no final accuracy" if any(run.result is not None for run in arm.runs) else "no complete run yet"
-        shown = interval(entry, index) if entry else f"<td class=muted colspan=3>{state}</td>"
+        shown = interval(entry, index) if entry else f"<td class=muted colspan={4 if few else 3}>{state}</td>"
         took = duration(seconds(arm)) if seconds(arm) else ""
         words = escape(seen_in_words(arm.runs[0]))
         name = f"{swatch(index)}{escape(arm.name)}"
@@ -54,9 +58,10 @@ def result_table(study: Study, findings: Findings) -> str:
         f"Average@{study.k}",
         scale,
         "95 % interval",
+        *([OVER_SEEDS] if few else []),
         "Time a run",
     ]
-    return table(head, rows, numeric=(2, 4, 5))
+    return table(head, rows, numeric=(2, 4, 5, 6))
 
 
 def paired_table(study: Study, findings: Findings) -> str:
@@ -64,7 +69,8 @@ def paired_table(study: Study, findings: Findings) -> str:
     found = findings.paired
     if not found:
         return ""
-    reach = max(0.05, math.ceil(20 * max(abs(bound) for entry in found.values() for bound in entry[1:])) / 20)
+    few = any(entry.t_low is not None for entry in found.values())
+    reach = max(0.05, math.ceil(20 * max(abs(bound) for entry in found.values() for bound in entry[1:3])) / 20)
     names = [arm.name for arm in study.arms]
     rows = []
     for pair, entry in found.items():
@@ -74,10 +80,18 @@ def paired_table(study: Study, findings: Findings) -> str:
             f"<tr><th scope=row>{escape(first)} \u2212 {escape(second)}</th>"
             f"<td class=number><strong>{points(entry.difference)}</strong></td><td>{drawn}</td>"
             f"<td class=number>{points(entry.low)} to {points(entry.high)}</td>"
-            f"<td class=verdict>{verdict(entry.low, entry.high)}</td></tr>"
+            f"{over_seeds(entry._asdict(), points) if few else ''}"
+            f"<td class=verdict>{verdict(entry.sign)}</td></tr>"
         )
     scale = f"<span class=scale><span>{points(-reach)}</span><span>{points(reach)}</span></span>"
-    return table(["Pair", "Points", scale, "95 % interval", "Reading"], rows, numeric=(1, 3))
+    head = ["Pair", "Points", scale, "95 % interval", *([OVER_SEEDS] if few else []), "Reading"]
+    return table(head, rows, numeric=(1, 3, 4) if few else (1, 3))
+
+
+def over_seeds(entry: Mapping[str, Any], write: Callable[[float], str]) -> str:
+    """The cell of the t interval; empty where there is none."""
+    low, high = entry.get("t_low"), entry.get("t_high")
+    return f"<td class=number>{'' if low is None or high is None else f'{write(low)} to {write(high)}'}</td>"
 
 
 def behaviour_table(study: Study) -> str:
@@ -173,11 +187,9 @@ def swatch(index: int) -> str:
     )
 
 
-def verdict(low: float, high: float) -> str:
-    """Say what the interval of a difference allows to say."""
-    if low > 0:
-        return "higher"
-    return "lower" if high < 0 else NOT_TOLD_APART
+def verdict(sign: int) -> str:
+    """Say what the intervals of a difference allow to say."""
+    return {1: "higher", -1: "lower"}.get(sign, NOT_TOLD_APART)
 
 
 def percent(value: float) -> str:

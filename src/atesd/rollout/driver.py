@@ -13,11 +13,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
-from atesd.envs.base import Environment, Episode
+from atesd.envs.base import Environment
+from atesd.rollout.attempt import Attempt
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import Sampler, SamplingConfig
 from atesd.seeds import derive_seed
-from atesd.types import Group, Message, Problem, StopReason, Trajectory, Turn, UserError, reward_columns, shown
+from atesd.types import (
+    Ending,
+    Group,
+    Message,
+    Problem,
+    StopReason,
+    Trajectory,
+    Turn,
+    UserError,
+    reward_columns,
+    shown,
+)
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
@@ -38,15 +50,6 @@ class Composite(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """An attempt under way: what the student reads next, and its turns so far."""
-
-    episode: Episode
-    prompt: list[int]
-    turns: list[Turn] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class Driver:
     """Samples and grades attempts of the student, who never sees a hint."""
@@ -56,24 +59,19 @@ class Driver:
     environment: Environment
     student_messages: Callable[[Problem], list[Message]]
     reward: RewardFunction
+    room: int | None = None
+    """Most tokens of a conversation and the reply that follows it; an attempt that would need more is over."""
     warned: list[str] = field(default_factory=list, repr=False)
     """What the user was told already; a copy of the driver shares it."""
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
-        """Return one graded group a problem. Attempts cut off by the length limit grade as wrong."""
-        prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(problems)}
-        rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        """Return one graded group a problem. Attempts cut off by the length limit grade as wrong.
 
-        def open_attempt(problem: Problem, place: int) -> _Attempt:
-            episode = self.environment.episode(problem, derive_seed(seed, "episode", place))
-            messages = episode.reset(prompts[problem])
-            key = tuple((message["role"], message["content"]) for message in messages)
-            if key not in rendered:
-                rendered[key] = self.renderer.student_ids(messages)
-            return _Attempt(episode, rendered[key])
+        UserError where the environment fails in every attempt.
+        """
 
         asked = [problem for problem in problems for _ in range(sampling.group_size)]
-        attempts = [open_attempt(problem, place) for place, problem in enumerate(asked)]
+        attempts = self._opened(asked, seed)
         active, turn = attempts, 0
         while active:
             sampled = self.sampler.sample(
@@ -81,33 +79,85 @@ class Driver:
                 sampling,
                 seed=derive_seed(seed, "turn", turn) if turn else seed,
             )
-            active = [attempt for attempt, new in zip(active, sampled, strict=True) if self._goes_on(attempt, new)]
+            for attempt, new in zip(active, sampled, strict=True):
+                attempt.begin(new)
+            longest = sampling.max_new_tokens
+            active = [
+                attempt for attempt, new in zip(active, sampled, strict=True) if self._goes_on(attempt, new, longest)
+            ]
             turn += 1
         return self._grouped(problems, attempts)
 
-    def _goes_on(self, attempt: _Attempt, turn: Turn) -> bool:
-        """Take in a sampled turn; tell whether another one follows. A reply that was cut off ends its attempt."""
-        attempt.turns.append(turn)
-        said = attempt.episode.step(turn.text) if turn.stop is StopReason.EOS else ()
-        if not said or len(attempt.turns) == self.environment.limit:
+    def replay(self, problems: Sequence[Problem]) -> list[Group]:
+        """Play the expert's replies, closed by the end token, in place of samples; they are graded alike.
+
+        An expert that has nothing more to say before the environment is over has reached its limit.
+        """
+        attempts = self._opened(problems, derive_seed(0, "replay"))
+        for attempt, problem in zip(attempts, problems, strict=True):
+            assert problem.expert, "only an expert's trajectory can be replayed"
+            if all(self._goes_on(attempt, self._spoken(attempt.prompt, turn.reply), 0) for turn in problem.expert):
+                attempt.ended = Ending.LIMIT
+        return self._grouped(problems, attempts)
+
+    def _opened(self, asked: Sequence[Problem], seed: int) -> list[Attempt]:
+        """Open an episode for each problem and render what its student reads first."""
+        prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
+        rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        episodes = (
+            self.environment.episode(problem, derive_seed(seed, "episode", place))
+            for place, problem in enumerate(asked)
+        )
+        attempts = [Attempt(episode) for episode in episodes]
+        for attempt in attempts:
+            attempt.begin(None)
+        for attempt, problem in zip(attempts, asked, strict=True):
+            messages = attempt.reset(prompts[problem])
+            key = tuple((message["role"], message["content"]) for message in messages)
+            if key not in rendered:
+                rendered[key] = self.renderer.student_ids(messages)
+            attempt.prompt = rendered[key]
+        return attempts
+
+    def _goes_on(self, attempt: Attempt, turn: Turn, longest: int) -> bool:
+        """Take in a sampled turn; tell whether another one follows."""
+        said = attempt.step(turn, self.environment.limit)
+        if not said:
             return False
         attempt.prompt = [*turn.prompt_ids, *turn.completion_ids, *self.renderer.continuation_ids(said)]
-        return True
+        if self.room is not None and len(attempt.prompt) + longest > self.room:
+            attempt.ended = Ending.CONTEXT
+        return attempt.ended is None
 
-    def _grouped(self, problems: Sequence[Problem], attempts: Sequence[_Attempt]) -> list[Group]:
+    def _grouped(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Group]:
         """Put attempts back under their problems, graded by the environment or by the reward function."""
         size = len(attempts) // max(1, len(problems))
-        parts = [attempts[start : start + size] for start in range(0, len(attempts), size or 1)]
-        groups = [
-            Group(problem, tuple(Trajectory(tuple(attempt.turns)) for attempt in part))
-            for problem, part in zip(problems, parts, strict=True)
-        ]
-        if self.environment.grades:
-            return self._rewarded(groups, [attempt.episode.reward() for attempt in attempts])
-        return self.grade(groups)
+        rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
+        closed = [attempt.close() for attempt in attempts]
+        self._report_failures(attempts)
+        parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
+        groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
+        return self._rewarded(groups, rewards) if self.environment.grades else self.grade(groups)
+
+    def _report_failures(self, attempts: Sequence[Attempt]) -> None:
+        """Say once that the environment fails. UserError where it does in every attempt."""
+        failed = [attempt for attempt in attempts if attempt.ended is not None and attempt.ended.failed]
+        if not failed:
+            return
+        what = f"the environment failed in {len(failed)} of {len(attempts)} attempts; in the first {failed[0].why}"
+        if len(failed) == len(attempts):
+            raise UserError(f"{what}: mend it, or give it more time with env.timeout_s if it has that setting")
+        if "failed" not in self.warned:
+            self.warned.append("failed")
+            warnings.warn(f"{what}. Such attempts are counted (env/ended), not graded, and train nothing", stacklevel=2)
 
     def reference(self, problems: Sequence[Problem], limit: int) -> list[Group]:
-        """Return the reference solutions, closed by the end token, in place of samples; they are graded alike."""
+        """Return the reference solutions, closed by the end token, in place of samples; they are graded alike.
+
+        In an environment they are the expert's turns.
+        """
+        if any(problem.expert for problem in problems):
+            return self.replay(problems)
         return self.grade([Group(problem, (Trajectory((self._reference(problem, limit),)),)) for problem in problems])
 
     def grade(self, groups: Sequence[Group]) -> list[Group]:
@@ -140,13 +190,17 @@ class Driver:
         return _rewarded(groups, rewards)
 
     def _reference(self, problem: Problem, limit: int) -> Turn:
-        ids = [*self.renderer.solution_ids(problem.solution), self.renderer.eos_ids[0]]
-        stop = StopReason.EOS if len(ids) <= limit else StopReason.LENGTH
+        return self._spoken(self.renderer.student_ids(self.student_messages(problem)), problem.solution, limit)
+
+    def _spoken(self, prompt: Sequence[int], text: str, limit: int | None = None) -> Turn:
+        """Return a text, closed by the end token, as if it had been sampled."""
+        ids = [*self.renderer.solution_ids(text), self.renderer.eos_ids[0]]
+        stop = StopReason.EOS if limit is None or len(ids) <= limit else StopReason.LENGTH
         return Turn(
-            prompt_ids=tuple(self.renderer.student_ids(self.student_messages(problem))),
+            prompt_ids=tuple(prompt),
             completion_ids=tuple(ids[:limit]),
             logprobs=(),
-            text=problem.solution,
+            text=text,
             stop=stop,
             weights_version=0,
         )

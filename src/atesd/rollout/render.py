@@ -83,6 +83,12 @@ class Renderer:
         self._check_cuts([*conversation[:2], *messages], self._student_options)
         return self._verbatim.encode_rendered(rest, marks)
 
+    def rewrites_history(self) -> bool:
+        """Tell whether the chat template changes a reply once the conversation goes on, as thinking models' do."""
+        thought = "<think>\nA thought.\n</think>\n\nA reply."
+        talk = [_user("?"), Message(role="assistant", content=thought), _user("And?")]
+        return thought not in self._text(talk, self._student_options)
+
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text of data, without special tokens."""
         return self._verbatim.encode(text)

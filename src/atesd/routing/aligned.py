@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atesd.alignment import Credits
 from atesd.exposure.held import Ratio
@@ -37,6 +37,15 @@ class Aligned(RoutingMethod):
     distils: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     reads_exposure: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Aligned:
+        if self.otherwise == "skip" and self.uniform != "skip":
+            raise ValueError(
+                f'routing.uniform = "{self.uniform}" is about groups that would be reinforced, but '
+                'routing.otherwise = "skip" reinforces none: remove routing.uniform'
+            )
+        return self
 
     @property
     def reinforces(self) -> bool:

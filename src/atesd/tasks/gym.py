@@ -1,4 +1,4 @@
-"""Problems of a reasoning-gym data set whose metadata carry a worked solution, such as gsm_symbolic."""
+"""Problems of a reasoning-gym data set with worked solutions: in its metadata (gsm_symbolic) or our own (chain_sum)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from pydantic import Field
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import Grader, MathConfig
 from atesd.tasks.base import TaskMethod, cites_hint
+from atesd.tasks.worked import RENDERERS
 from atesd.types import Problem, UserError
 
 _SOLUTION_FIELDS = ("answer_cot", "solution_cot", "worked_solution")
+_APART = 1_000_003
+"""Between two data seeds, as entry i of a data set is drawn by seed + i: neighbours would share all but one."""
 
 
 class GymConfig(TaskMethod):
@@ -27,7 +30,10 @@ class GymConfig(TaskMethod):
     options: dict[str, float | int | bool | str] = Field(default_factory=dict)
     """Settings of the data set, as reasoning-gym names them."""
     solution_field: str | None = None
-    """Metadata field with the worked solution; unset, `answer_cot` and its like are tried."""
+    """Metadata field with the worked solution; unset, `answer_cot` and its like are tried, then our own for chain_sum.
+    """
+    level_field: str | None = None
+    """Metadata field that serves as a problem's level, such as num_digits; no levels where unset."""
     train_size: Annotated[int, Field(ge=1)] = 1024
     """Training problems."""
     probe_size: Annotated[int, Field(ge=0)] = 32
@@ -97,7 +103,7 @@ def _dataset(config: GymConfig, size: int) -> Any:
     import reasoning_gym
 
     try:
-        return reasoning_gym.create_dataset(config.dataset, size=size, seed=config.data_seed, **config.options)
+        return reasoning_gym.create_dataset(config.dataset, size=size, seed=config.data_seed * _APART, **config.options)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"reasoning-gym does not make {config.dataset!r} with {config.options}: {error}") from error
 
@@ -106,10 +112,21 @@ def _problem(entry: Mapping[str, Any], index: int, config: GymConfig) -> Problem
     metadata = entry["metadata"]
     fields = [config.solution_field] if config.solution_field else _SOLUTION_FIELDS
     solution = next((metadata[name] for name in fields if isinstance(metadata.get(name), str)), None)
+    if solution is None and config.solution_field is None and config.dataset in RENDERERS:
+        solution = RENDERERS[config.dataset](metadata)
     if solution is None:
         raise UserError(
             f"reasoning-gym's {config.dataset} has no worked solution in its metadata (fields: {', '.join(metadata)}): "
             "name the field in task.solution_field, or choose a data set with one, such as gsm_symbolic"
         )
-    answer = str(entry["answer"])
-    return Problem(f"{config.dataset}-{index}", entry["question"], solution.strip(), answer)
+    level = "" if config.level_field is None else _level(metadata, config.level_field, config.dataset)
+    return Problem(f"{config.dataset}-{index}", entry["question"], solution.strip(), str(entry["answer"]), level)
+
+
+def _level(metadata: Mapping[str, Any], field: str, dataset: str) -> str:
+    if field not in metadata:
+        raise UserError(
+            f"reasoning-gym's {dataset} has no metadata field {field!r} (fields: {', '.join(metadata)}): name another "
+            "in task.level_field, or remove it"
+        )
+    return str(metadata[field])

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,11 +38,24 @@ _ASIDE = ".old"
 _NAME = re.compile(r"step_\d{6,}")
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete."""
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    beside: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete.
+
+    `beside` holds further files, such as the model's card: their texts by name.
+    """
     partial = _fresh_partial(folder)
     try:
         _write_model(partial, model, tokenizer)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # which adapters do not save themselves
+            generation.save_pretrained(partial)
+        for name, text in beside.items():
+            (partial / name).write_text(text, encoding="utf-8")
         _seal(partial)
         _replace(partial, folder)
     except BaseException:

@@ -18,17 +18,17 @@ from atesd.cliff import CLAMP, CliffConfig
 from atesd.losses.divergence import Scored
 from atesd.rollout.render import Renderer
 from atesd.train.batch import Passage
-from atesd.train.probe import Probe
+from atesd.train.probe import Probe, Told
+from atesd.train.rows import turns_of
 from atesd.train.scorer import Scorer
 from atesd.train.teacher import Teachers
-from atesd.types import ContractPoint, Problem, StopReason, Turn
+from atesd.types import ContractPoint, StopReason, Turn
 
 
 class _Marked(NamedTuple):
     """A probe completion with the places of its tokens of forced form and their classes."""
 
-    problem: Problem
-    turn: Turn
+    told: Told
     places: list[tuple[int, str]]
 
 
@@ -47,33 +47,33 @@ class Contract:
     def points(self, ratios: Sequence[float]) -> list[dict[str, ContractPoint]]:
         """Return p, b and hits of every class at each ratio; nothing where no completion has a token of forced form."""
         marked = [
-            _Marked(group.problem, turn, contract_places(self._renderer, turn, self._config))
-            for group in self._probe.samples()
-            for attempt in group.trajectories
-            for turn in (attempt.final,)
+            _Marked(told, contract_places(self._renderer, turn, self._config))
+            for told, turn in zip(self._probe.turns_of_samples(), self._turns(), strict=True)
         ]
         names = [name for each in marked for _, name in each.places]
         if not names:
             return [{} for _ in ratios]
         with self._teachers.of("base").in_place():
-            base = self._states(marked, [each.turn.prompt_ids for each in marked])
+            base = self._states(marked, [each.told.student for each in marked])
         return [self._at(ratio, marked, names, base) for ratio in ratios]
 
     def _at(
         self, ratio: float, marked: Sequence[_Marked], names: Sequence[str], base: Tensor
     ) -> dict[str, ContractPoint]:
         with self._teachers.own.in_place():
-            prompts = [self._probe.hints.teacher_ids(each.problem, ratio) for each in marked]
-            states = self._states(marked, prompts)
+            states = self._states(marked, [self._probe.hinted(each.told, ratio) for each in marked])
             modal = self._most_probable(states)
             p = self._logits(states, modal)
         with self._teachers.of("base").in_place():
             b = self._logits(base, modal)
         return {name: _point(p, b, [other == name for other in names]) for name in sorted(set(names))}
 
-    def _states(self, marked: Sequence[_Marked], prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return the hidden states [P, H] at the contract positions behind the given prompts."""
-        passages = [Passage(prompt, each.turn.completion_ids) for prompt, each in zip(prompts, marked, strict=True)]
+    def _turns(self) -> list[Turn]:
+        """Return the turns of the hint-free probe completions."""
+        return [turn for _, _, turn in turns_of(self._probe.samples())]
+
+    def _states(self, marked: Sequence[_Marked], passages: Sequence[Passage]) -> Tensor:
+        """Return the hidden states [P, H] at the contract positions of passages."""
         found = self._scorer.each(passages, lambda chosen: self._scorer.hidden(chosen).hidden_NH)
         at_places = [states[[place for place, _ in each.places]] for states, each in zip(found, marked, strict=True)]
         return torch.cat(at_places)

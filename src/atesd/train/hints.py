@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages
+from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages, with_opening
 from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Revealer
 from atesd.rollout.render import Renderer
@@ -32,25 +32,36 @@ class Hints:
         self._renderer = renderer
         self._donors = donors
 
-    def hint(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Hint:
-        """Return the hint at a ratio, for a rollout where there is one."""
+    def hint(
+        self, problem: Problem, ratio: float, rollout: Trajectory | None = None, *, opening: str | None = None
+    ) -> Hint:
+        """Return the hint at a ratio, for a rollout where there is one.
+
+        `opening` is what an environment said first, behind the prompt: unset, the rollout's.
+        """
         source = self._donors.get(problem.id, problem)
         shown = self._revealer.reveal(source, ratio, rollout)
         text = "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt)
-        messages = teacher_messages(problem, text, self._prompt)
+        if opening is None:
+            opening = rollout.opening if rollout is not None else ""
+        messages = with_opening(teacher_messages(problem, text, self._prompt), opening)
         return Hint(text, shown.ratio, tuple(self._renderer.teacher_ids(messages)))
 
     def shown(self, problem: Problem, ratio: float) -> Reveal:
         """Return what of the problem's own solution is visible at a ratio."""
         return self._revealer.reveal(problem, ratio)
 
-    def teacher_ids(self, problem: Problem, ratio: float) -> tuple[int, ...]:
-        """Return the teacher's prompt at a ratio, whatever the rollout."""
-        return self.hint(problem, ratio).prompt_ids
+    def teacher_ids(self, problem: Problem, ratio: float, opening: str = "") -> tuple[int, ...]:
+        """Return the teacher's prompt at a ratio, whatever the rollout but for what the environment said first."""
+        return self.hint(problem, ratio, opening=opening).prompt_ids
 
     def student_ids(self, problem: Problem) -> tuple[int, ...]:
         """Return the student's prompt."""
         return tuple(self._renderer.student_ids(student_messages(problem, self._prompt)))
+
+    def solution_ids(self, problem: Problem) -> tuple[int, ...]:
+        """Return the reference solution as the assistant would write it, without an end token."""
+        return tuple(self._renderer.solution_ids(problem.solution))
 
     def fitting(
         self, problems: Sequence[Problem], context: int | None, completion: int
@@ -61,16 +72,23 @@ class Hints:
         """
         if context is None:
             return list(problems), []
-        answer = len(self._renderer.text_ids(self._prompt.answer))
         fitting, overlong = [], []
         for problem in problems:
-            extra = answer + len(self._renderer.text_ids(problem.answer or ""))
-            longest = max(len(self.teacher_ids(problem, 1.0)) + extra, len(self.student_ids(problem)))
+            longest = max(self._longest(problem), len(self.student_ids(problem)))
             if longest + completion <= context:
                 fitting.append(problem)
             else:
                 overlong.append(problem.id)
         return fitting, overlong
+
+    def surplus(self, problems: Sequence[Problem]) -> int:
+        """Return by how many tokens a teacher's prompt exceeds the student's at most: what every turn has less room."""
+        return max((max(0, self._longest(each) - len(self.student_ids(each))) for each in problems), default=0)
+
+    def _longest(self, problem: Problem) -> int:
+        """Return a bound on the length of a problem's teacher prompt at any ratio."""
+        answer = len(self._renderer.text_ids(self._prompt.answer))
+        return len(self.teacher_ids(problem, 1.0)) + answer + len(self._renderer.text_ids(problem.answer or ""))
 
 
 def refuse_overlong(overlong: Sequence[str], context: int | None) -> None:

@@ -31,6 +31,10 @@ def locate(path: str, revision: str | None = None) -> dict[str, Any]:
                 f"model.revision = {revision!r} has no effect on the folder {path!r}: remove it, or give a hub id"
             )
         return {}
+    if Path(path).parts[:1] == ("runs",):  # a place of ours, not an owner on the hub
+        raise UserError(
+            f"there is no folder {path!r} yet: a run or a warm-up writes it; the head of the recipe says how"
+        )
     named = {} if revision is None else {"revision": revision}
     try:
         _ask(path, revision)

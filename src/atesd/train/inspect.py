@@ -12,7 +12,9 @@ from typing import Any
 from atesd.config import RunConfig
 from atesd.evaluate.kept import Progress, evaluate_kept
 from atesd.evaluate.runner import Evaluation, evaluate
-from atesd.rollout.sampler import SamplingConfig
+from atesd.exposure.prompt import student_messages
+from atesd.rollout.driver import Driver
+from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
@@ -20,13 +22,33 @@ from atesd.train.hints import Hints
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
 from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
 from atesd.train.tokens import load_tokenizer
-from atesd.types import Problem, UserError
+from atesd.types import Problem, Trajectory, Turn, UserError
 
 SHOWN_RATIOS = (0.0, 0.5, 1.0)
 
 
+class Silent:
+    """No engine: what is shown is not sampled."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],  # noqa: ARG002
+        sampling: SamplingConfig,  # noqa: ARG002
+        *,
+        seed: int,  # noqa: ARG002
+    ) -> list[Turn]:
+        """Never asked."""
+        raise AssertionError("nothing is sampled here")
+
+    def sync(self, weights: Weights) -> None:
+        """Take nothing over."""
+
+
 def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dict[str, str]]:
-    """Return the exact prompts of the first training problems, at one ratio or at 0, 0.5 and 1."""
+    """Return the exact prompts of the first training problems, at one ratio or at 0, 0.5 and 1.
+
+    In an environment they are the whole conversations of both roles, with the expert's replies in the student's place.
+    """
     renderer = make_renderer(
         config, load_tokenizer(resolve(config.model.path), config.model.revision, config.prompt.chat_template)
     )
@@ -34,14 +56,39 @@ def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dic
     problems = config.task.build(facts).train()
     hints = Hints(config.prompt, config.reveal.build(facts), renderer, shown_instead(config, problems))
     ratios: Sequence[float] = SHOWN_RATIOS if ratio is None else (ratio,)
+    driver = Driver(
+        sampler=Silent(),
+        renderer=renderer,
+        environment=config.env.build(facts),
+        student_messages=lambda problem: student_messages(problem, config.prompt),
+        reward=lambda **columns: [None] * len(columns["prompts"]),
+    )
+    played = {
+        problem.id: driver.replay([problem])[0].trajectories[0]
+        for problem in problems[:count]
+        if config.env.limit > 1 and problem.expert
+    }
+
+    def whole(prompt: tuple[int, ...], attempt: Trajectory | None) -> str:
+        last = () if attempt is None else attempt.told(attempt.final) + attempt.final.completion_ids
+        return renderer.prompt_text(prompt + last)
+
+    def student(problem: Problem) -> tuple[int, ...]:
+        attempt = played.get(problem.id)
+        return hints.student_ids(problem) if attempt is None else attempt.turns[0].prompt_ids
+
+    def teacher(problem: Problem, shown: float) -> tuple[int, ...]:
+        attempt = played.get(problem.id)
+        return hints.teacher_ids(problem, shown, "" if attempt is None else attempt.opening)
+
     return [
         {
             "problem_id": problem.id,
             "level": problem.level,
             "ratio": f"{shown:g}",
             "hint": hints.hint(problem, shown).text,
-            "student_prompt": renderer.prompt_text(hints.student_ids(problem)),
-            "teacher_prompt": renderer.prompt_text(hints.teacher_ids(problem, shown)),
+            "student_prompt": whole(student(problem), played.get(problem.id)),
+            "teacher_prompt": whole(teacher(problem, shown), played.get(problem.id)),
         }
         for problem in problems[:count]
         for shown in ratios

@@ -16,6 +16,7 @@ from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.runlog import Phases, RunDir
 from atesd.seeds import derive_seed
+from atesd.train.card import model_card
 from atesd.train.checkpoint import (
     load_optimizer,
     load_teacher,
@@ -30,6 +31,7 @@ from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import newest_whole, open_for_resume, resumed_config
 from atesd.train.setup import Parts, assemble, for_evaluation
+from atesd.train.track import Trackers, refuse_missing
 from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
@@ -58,6 +60,9 @@ class Trainer:
         self._best: dict[str, float] | None = None
         self._latest_eval: dict[str, float] = {}
         self._stop_asked = False
+        self._trackers = Trackers(config.track, run.path)
+        self.report: Callable[[Path], Path] | None = None
+        """Writes the report of a run's directory, for trackers that keep files; unset, they get none."""
 
     @classmethod
     def start(
@@ -74,6 +79,7 @@ class Trainer:
         The directory is made last, so that a start that fails leaves nothing behind.
         """
         RunDir.check_free(out)
+        refuse_missing(config.track)
         config = decide_dtype(config, say)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
@@ -85,10 +91,16 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, out: Path, *, listener: Listener | None = None, before: Callable[[RunConfig], None] | None = None
+        cls,
+        out: Path,
+        overrides: Sequence[str] = (),
+        *,
+        listener: Listener | None = None,
+        before: Callable[[RunConfig], None] | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint; from the beginning where it has none.
 
+        `overrides` may ask for more steps, or change what is saved and how much memory is used (`train/resume.py`).
         `before` sees the recipe before anything that it names is loaded or run.
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
@@ -97,9 +109,10 @@ class Trainer:
         for name in ("best", "final"):
             restore_interrupted(out / name)
         found = newest_whole(run)
-        config = resumed_config(run, found[1]["config"] if found else None)
+        config = resumed_config(run, found[1]["config"] if found else None, overrides)
         if before is not None:
             before(config)
+        refuse_missing(config.track)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
         trainer = cls(config, run, parts, listener)
@@ -114,6 +127,7 @@ class Trainer:
             return done
         try:
             with self._stoppable():
+                self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
                     self._begin()
                 while self.step < self.config.step.num_steps:
@@ -123,6 +137,7 @@ class Trainer:
                         raise Interrupted(self.step, self.run.path)
             return self._finish()
         finally:
+            self._trackers.finish()
             self.run.unlock()
 
     def _begin(self) -> None:
@@ -144,8 +159,8 @@ class Trainer:
             ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
+            parts.credit.remember(groups, routes, ratios, target)
             rows = parts.rows.build(groups, routes, ratios, target.views)
-        parts.credit.remember(groups, routes, ratios, target)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)
@@ -214,14 +229,20 @@ class Trainer:
         score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
         if score is not None and (self._best is None or score > self._best["score"]):
             self._best = {"step": self.step, "score": score}
-            save_model(self.run.path / "best", parts.model, parts.tokenizer)
+            save_model(self.run.path / "best", parts.model, parts.tokenizer, {"README.md": self._card()})
         return result.metrics
+
+    def _card(self) -> str:
+        """Return the card of the model as it is now."""
+        begun = next((row for row in self.run.metrics() if row["step"] == 0), {})
+        return model_card(self.config, step=self.step, metrics=self._latest_eval, start=begun)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.step.num_steps
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.run.log(self.step, metrics)
+        self._trackers.log(self.step, metrics)
         if self.listener is not None:
             self.listener({"step": self.step, **metrics})
 
@@ -269,9 +290,11 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the final model and the result."""
-        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer)
+        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer, {"README.md": self._card()})
         result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
         self.run.finish(result)
+        if self.report is not None and self._trackers.keep_files:
+            self._trackers.attach(self.report(self.run.path))
         return result
 
     @contextmanager

@@ -56,11 +56,9 @@ class Measurer:
             "probe_nll": Taker(_each(lambda _: probe.nll())),
             "probe_kl": Taker(_each(lambda _: probe.kl())),
             "probe_accuracy": Taker(_each(lambda _: probe.accuracy())),
-            "gt_solution": Taker(_each(lambda ratio: likelihood(ratio, lambda problem: problem.solution))),
-            "gt_answer": Taker(_each(lambda ratio: likelihood(ratio, lambda problem: problem.answer or ""))),
-            "gt_hidden_only": Taker(
-                _each(lambda ratio: likelihood(ratio, lambda problem: probe.unrevealed(problem, ratio)))
-            ),
+            "gt_solution": Taker(_each(lambda ratio: likelihood(ratio, "solution"))),
+            "gt_answer": Taker(_each(lambda ratio: likelihood(ratio, "answer"))),
+            "gt_hidden_only": Taker(_each(lambda ratio: likelihood(ratio, "hidden"))),
             "contract": Taker(contract.points),
         }
 

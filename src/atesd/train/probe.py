@@ -6,9 +6,10 @@ to measure; `train/measure.py` says under which name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,21 @@ from atesd.train.hints import Hints
 from atesd.train.scorer import Scorer
 from atesd.train.teacher import Teacher
 from atesd.types import Group, Problem
+
+Part = Literal["solution", "answer", "hidden"]
+"""What of a reference the teacher is asked about: all of it, its answer, or what the ratio hides."""
+
+
+class Told(NamedTuple):
+    """A turn of a probe problem's conversation, as any role can be put before it."""
+
+    problem: int
+    """Its place in the probe set."""
+    opening: str
+    """What the environment said first."""
+    told: tuple[int, ...]
+    """What stands between the first prompt and the reply, in ids: nothing in a first turn."""
+    student: Passage
 
 
 class Probe:
@@ -50,8 +66,9 @@ class Probe:
         self._completions = completions
         self._max_tokens = max_tokens
         self._seed = seed
-        self._stored: list[Passage] | None = None
+        self._stored: list[Told] | None = None
         self._groups: list[Group] | None = None
+        self._experts: dict[str, list[Told]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stored completions, which later weights could not sample again."""
@@ -60,7 +77,14 @@ class Probe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         stored = state["stored"]
-        self._stored = None if stored is None else [Passage(*map(tuple, passage)) for passage in stored]
+        self._stored = (
+            None
+            if stored is None
+            else [
+                Told(place, opening, tuple(told), Passage(*map(tuple, passage)))
+                for place, opening, told, passage in stored
+            ]
+        )
 
     def forget(self) -> None:
         """Drop the samples of weights that have moved on."""
@@ -68,8 +92,8 @@ class Probe:
 
     @cached_property
     def references(self) -> list[Passage]:
-        """The reference solutions behind the student's prompts."""
-        return [self._reference(problem) for problem in self.problems]
+        """The reference solutions behind the student's prompts; an expert's replies in their conversations."""
+        return [passage for problem in self.problems for passage in self._reference(problem)]
 
     def nll(self) -> float:
         """Return the token-mean NLL of the references under the student, without any hint."""
@@ -77,43 +101,77 @@ class Probe:
 
     def nll_of(self, problems: Sequence[Problem]) -> dict[str, float]:
         """Return the token-mean NLL of any problems' references under the student, hint-free, by problem id."""
-        passages = [self._reference(problem) for problem in problems]
+        passages = [(problem.id, passage) for problem in problems for passage in self._reference(problem)]
         with torch.no_grad():
-            tokens = self._scorer.each(passages, self._scorer.log_likelihood)
-        return {problem.id: -float(each.double().mean()) for problem, each in zip(problems, tokens, strict=True)}
+            tokens = self._scorer.each([passage for _, passage in passages], self._scorer.log_likelihood)
+        own: dict[str, list[Tensor]] = {}
+        for (name, _), each in zip(passages, tokens, strict=True):
+            own.setdefault(name, []).append(each)
+        return {name: -float(torch.cat(found).double().mean()) for name, found in own.items()}
 
     def kl(self) -> float:
         """Return the token-mean KL(teacher at ratio 1 || student) on completions kept since it was first taken."""
-        hinted = {
-            passage: Passage(self.hints.teacher_ids(problem, 1.0), passage.completion)
-            for problem, passage in zip(self.problems, self._stored_passages(), strict=True)
-        }
+        stored = self._stored_turns()
+        hinted = {each.student: self.hinted(each, 1.0) for each in stored}
 
         def divergence(chosen: Sequence[Passage]) -> Tensor:
             view = self._scorer.view([hinted[passage] for passage in chosen], self._teacher)
             return self._scorer.against(self._scorer.hidden(chosen), [view], chosen, Plain(), plain=True).divergence_N
 
-        return self._scorer.mean(self._stored_passages(), divergence)
+        return self._scorer.mean([each.student for each in stored], divergence)
 
     def accuracy(self) -> float | None:
         """Return the mean reward of hint-free completions, with one sampling seed; None if none is graded."""
         rewards = [reward for group in self.samples() for reward in group.rewards]
         return float(np.mean(rewards)) if rewards else None
 
-    def teacher_log_likelihood(self, ratio: float, text_of: Callable[[Problem], str]) -> float | None:
-        """Return the token-mean log-probability of texts under the teacher at a ratio; None where no text is left."""
-        texts = [(problem, text_of(problem)) for problem in self.problems]
+    def hinted(self, turn: Told, ratio: float) -> Passage:
+        """Return a turn as the teacher reads it at a ratio, whatever the rollout."""
+        prompt = self.hints.teacher_ids(self.problems[turn.problem], ratio, turn.opening)
+        return Passage(prompt + turn.told, turn.student.completion)
+
+    def teacher_log_likelihood(self, ratio: float, part: Part) -> float | None:
+        """Return the token-mean log-probability of a part of the references under the teacher at a ratio.
+
+        An expert's answer is its last turn. None where nothing of any reference is left.
+        """
         passages = [
-            Passage(self.hints.teacher_ids(problem, ratio), self._ids(text)) for problem, text in texts if text.strip()
+            passage
+            for place, problem in enumerate(self.problems)
+            for passage in self._part(place, problem, ratio, part)
         ]
         if not passages:
             return None
         with self._teacher.in_place():
             return self._mean_log_likelihood(passages)
 
+    def _part(self, place: int, problem: Problem, ratio: float, part: Part) -> list[Passage]:
+        """Return what is asked of one problem, behind the teacher's prompt."""
+        if problem.expert:
+            turns = self._replayed(problem)
+            spans = self.hints.shown(problem, ratio).hidden_spans
+            starts = accumulate((len(turn.text) for turn in problem.expert), initial=0)
+            hidden = [any(low <= start < high for low, high in spans) for start, _ in zip(starts, turns, strict=False)]
+            chosen = {
+                "solution": turns,
+                "answer": turns[-1:],
+                "hidden": [turn for turn, hides in zip(turns, hidden, strict=True) if hides],
+            }[part]
+            return [self.hinted(turn._replace(problem=place), ratio) for turn in chosen]
+        text = {
+            "solution": problem.solution,
+            "answer": problem.answer or "",
+            "hidden": self.unrevealed(problem, ratio),
+        }[part]
+        return [Passage(self.hints.teacher_ids(problem, ratio), self._ids(text))] if text.strip() else []
+
     def unrevealed(self, problem: Problem, ratio: float) -> str:
         """Return the hidden segments of a solution, joined."""
         return "".join(problem.solution[start:end] for start, end in self.hints.shown(problem, ratio).hidden_spans)
+
+    def turns_of_samples(self) -> list[Told]:
+        """Return every turn of the hint-free completions, problem by problem."""
+        return [turn for place, group in enumerate(self.samples()) for turn in _told(place, group)]
 
     def samples(self) -> list[Group]:
         """Return hint-free completions of the probe problems, the same seed every time, until they are forgotten."""
@@ -125,17 +183,34 @@ class Probe:
     def _mean_log_likelihood(self, passages: Sequence[Passage]) -> float:
         return self._scorer.mean(passages, self._scorer.log_likelihood)
 
-    def _stored_passages(self) -> list[Passage]:
-        """Return one completion a problem, sampled when first asked for: at step 0."""
+    def _stored_turns(self) -> list[Told]:
+        """Return the turns of one attempt at each problem, sampled when first asked for: at step 0."""
         if self._stored is None:
             sampling = self._sampling.model_copy(update={"group_size": 1})
             groups = self._driver.rollout(self.problems, sampling, seed=derive_seed(self._seed, "probe_kl"))
-            finals = [group.trajectories[0].final for group in groups]
-            self._stored = [Passage(turn.prompt_ids, turn.completion_ids) for turn in finals]
+            self._stored = [turn for place, group in enumerate(groups) for turn in _told(place, group)]
         return self._stored
 
-    def _reference(self, problem: Problem) -> Passage:
-        return Passage(self.hints.student_ids(problem), self._ids(problem.solution))
+    def _reference(self, problem: Problem) -> list[Passage]:
+        if problem.expert:
+            return [turn.student for turn in self._replayed(problem)]
+        return [Passage(self.hints.student_ids(problem), self._ids(problem.solution))]
+
+    def _replayed(self, problem: Problem) -> list[Told]:
+        """Return the expert's turns, played in the environment once."""
+        if problem.id not in self._experts:
+            (group,) = self._driver.replay([problem])
+            self._experts[problem.id] = _told(0, group)
+        return self._experts[problem.id]
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._driver.renderer.solution_ids(text, self._max_tokens))
+
+
+def _told(place: int, group: Group) -> list[Told]:
+    """Return the turns of a group's attempts."""
+    return [
+        Told(place, attempt.opening, attempt.told(turn), Passage(turn.prompt_ids, turn.completion_ids))
+        for attempt in group.trajectories
+        for turn in attempt.turns
+    ]

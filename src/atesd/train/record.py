@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from atesd.routing.route import Route
 from atesd.train.batch import Row
 from atesd.train.rows import turns_of
 from atesd.train.stats import StepOutcome
-from atesd.types import Group, Problem
+from atesd.types import Ending, Group, Problem, Trajectory
 
 Traits = Callable[[Problem, str], dict[str, bool]]
 
@@ -58,6 +59,7 @@ def batch_metrics(
         }
     if graded:
         metrics["reward/mean"] = float(np.mean(graded))
+    metrics |= ending_metrics([trajectory for _, trajectory in attempts])
     for name in attempts[0][1].rewards:
         given = [trajectory.rewards[name] for _, trajectory in attempts]
         known = [reward for reward in given if reward is not None]
@@ -66,6 +68,17 @@ def batch_metrics(
             metrics[f"reward/{name}/mean"] = float(np.mean(known))
     found = [traits(problem, trajectory.final.text) for problem, trajectory in attempts]
     return metrics | {f"rollout/trait/{name}": float(np.mean([traits[name] for traits in found])) for name in found[0]}
+
+
+def ending_metrics(attempts: Sequence[Trajectory]) -> dict[str, float]:
+    """Count how attempts ended and what was no action; nothing where all are of one turn that nobody answered."""
+    if all(len(each.turns) == 1 and not each.ended.failed for each in attempts):
+        return {}
+    counts = Counter(each.ended for each in attempts)
+    return {
+        **{f"env/ended/{ending}": float(counts[ending]) for ending in Ending if counts[ending]},
+        "env/invalid": float(sum(each.invalid for each in attempts)),
+    }
 
 
 def group_rows(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from atesd.config import RunConfig
-from atesd.recipe import build_config
+from atesd.recipe import apply_overrides, build_config
 from atesd.runlog import FORMAT, RunDir
 from atesd.seals import folder_flaw
 from atesd.train.checkpoint import find_checkpoints, load_state
 from atesd.types import UserError
+
+_MEMORY = ("step.token_budget", "rollout.batch_tokens")
+_CHANGEABLE = (*_MEMORY, "save.", "track.")
+"""What a run may change under way, besides its length: none of it decides what is computed, but for rounding."""
 
 
 def open_for_resume(path: Path) -> RunDir:
@@ -55,43 +59,56 @@ def newest_whole(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def resumed_config(run: RunDir, began: Mapping[str, Any] | None) -> RunConfig:
+def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the recipe to go on with; `began` is the one of the checkpoint, None where there is none.
 
-    An edited config.json is told from the run's own: a longer run is allowed where nothing depends on its length, every
-    other change is refused by name.
+    What overrides or an edited config.json change is told from the run's own: a longer run is allowed where nothing
+    depends on its length, what is saved and how much memory is used always; every other change is refused by name.
     """
     path = run.path / "config.json"
-    config = build_config(run.config(), source=str(path))
-    if run.flaw("config.json") is None:
-        return config
-    if began is None:
+    source = f"--resume {run.path}" if overrides else str(path)
+    stored = run.config()
+    config = build_config(apply_overrides(stored, overrides, source=str(path)), source=source)
+    is_edited = run.flaw("config.json") is not None
+    if not is_edited:
+        if not overrides:
+            return config
+        began = build_config(stored, source=str(path)).model_dump(mode="json")
+    elif began is None:
         raise UserError(f"{path} is not the one that this run began with: start a new run with the recipe you want")
-    now = config.model_dump(mode="json")
-    changed = {key: (was, now_) for key, was, now_ in _differences(began, now)}
-    steps = changed.pop("step.num_steps", None)
-    for key, (was, value) in changed.items():
-        raise UserError(
-            f"{path}: {key} is {value!r}, but this run began with {was!r} and cannot change it under way: put it back, "
-            "or start a new run"
-        )
-    if steps is not None:
-        _check_longer(path, config, *steps)
-        warnings.warn(f"the run goes on to step {steps[1]} instead of {steps[0]}", stacklevel=2)
-        run.lengthen(*steps)
+    changes = list(_differences(began, config.model_dump(mode="json")))
+    for key, was, now in changes:
+        if key == "step.num_steps":
+            _check_longer(source, config, was, now)
+        elif not key.startswith(_CHANGEABLE):
+            raise UserError(
+                f"{source}: {key} is {now!r}, but this run began with {was!r} and cannot change it under way: "
+                "put it back, or start a new run"
+            )
+    for key, was, now in changes:
+        if key == "step.num_steps":
+            warnings.warn(f"the run goes on to step {now} instead of {was}", stacklevel=2)
+        elif key.startswith(_MEMORY):
+            warnings.warn(
+                f"{key} is {now} from here on instead of {was}: sums are taken in another order, so that the run is no "
+                "longer bit for bit the one that it would have been",
+                stacklevel=2,
+            )
+    if changes:
+        run.amend(config.model_dump(mode="json"), changes)
     return config
 
 
-def _check_longer(path: Path, config: RunConfig, was: int, now: int) -> None:
+def _check_longer(source: str, config: RunConfig, was: int, now: int) -> None:
     if now < was:
-        raise UserError(f"{path}: step.num_steps is {now}, but this run was to have {was} steps: put it back")
+        raise UserError(f"{source}: step.num_steps is {now}, but this run was to have {was} steps: put it back")
     for name, depends in (
         (f'optim.schedule = "{config.optim.schedule}"', config.optim.schedule != "constant"),
         (f'exposure.kind = "{config.exposure.kind}"', config.exposure.reads_length),
     ):
         if depends:
             raise UserError(
-                f"{path}: step.num_steps is {now} instead of {was}, but {name} depends on the length of the run, so "
+                f"{source}: step.num_steps is {now} instead of {was}, but {name} depends on the length of the run, so "
                 "that its first steps would have been others: put it back, or start a new run"
             )
 

@@ -69,9 +69,9 @@ class Rows:
         first: dict[View, tuple[int, ...]] = {}
         if hint is not None:
             own = {view: OWN_RATIO[view] for view in views if view in OWN_RATIO}
-            first = {view: self._hints.teacher_ids(group.problem, fixed) for view, fixed in own.items()}
+            opening = attempt.opening
+            first = {view: self._hints.teacher_ids(group.problem, fixed, opening) for view, fixed in own.items()}
             first["teacher"] = hint.prompt_ids
-        begun = len(attempt.turns[0].prompt_ids)
         return [
             Row(
                 prompt=turn.prompt_ids,
@@ -80,7 +80,7 @@ class Rows:
                 group=index,
                 ratio=hint.ratio if hint else ratio,
                 hint=hint.text if hint else "",
-                view_prompts={view: prompt + turn.prompt_ids[begun:] for view, prompt in first.items()},
+                view_prompts={view: prompt + attempt.told(turn) for view, prompt in first.items()},
                 sampler_logprobs=turn.logprobs,
                 advantage=advantage or 0.0,
                 weight=self._weight(group),
@@ -89,8 +89,8 @@ class Rows:
         ]
 
     def _components(self, attempt: Trajectory, route: Route, *, reinforced: bool) -> tuple[str, ...]:
-        """Return the losses that an attempt feeds."""
-        if self._mask_truncated and attempt.truncated:
+        """Return the losses that an attempt feeds: none where the environment failed in it."""
+        if attempt.ended.failed or (self._mask_truncated and attempt.truncated):
             return ()
         return tuple(name for name in route.components if name != "rl" or reinforced)
 

@@ -118,7 +118,9 @@ def assemble(config: RunConfig) -> Parts:
         problem_ids=[problem.id for problem in problems],
         levels={problem.id: problem.level for problem in problems},
     )
-    _warn(config, problems)
+    _warn(config, problems, renderer)
+    if driver.room is not None:
+        driver = replace(driver, room=driver.room - hints.surplus([*problems, *sets["probe"]]))
 
     teacher = Teacher(config.teacher, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
@@ -239,6 +241,8 @@ def sampling_side(
         student_messages=lambda problem: student_messages(problem, config.prompt),
         reward=build_reward(config.reward, task.default_reward, facts),
     )
+    if driver.environment.limit > 1:
+        driver = replace(driver, room=context_length(model))
     return driver, renderer, task
 
 
@@ -284,7 +288,13 @@ def _fitting(
     return fitting, overlong
 
 
-def _warn(config: RunConfig, problems: Sequence[Problem]) -> None:
+def _warn(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:
+    if config.env.limit > 1 and renderer.rewrites_history():
+        warnings.warn(
+            "the chat template drops the thinking of earlier replies from a conversation; here every reply stays as it "
+            "was sampled, in training and evaluation: a server that renders the template anew will not do so",
+            stacklevel=2,
+        )
     for warning in (config.reveal.warning([problem.solution for problem in problems]), config.gate.warning()):
         if warning:
             warnings.warn(warning, stacklevel=2)

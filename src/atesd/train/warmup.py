@@ -114,7 +114,7 @@ def train_warm_start(
     loss_value = float("nan")
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = max(learning_rate * _schedule(step, steps), 1e-5)
+            group["lr"] = max(learning_rate * rate(step, steps), 1e-5)
         num_unhinted = int(batch_size * UNHINTED_SHARE)
         samples = [_draw(rng, hinted=i >= num_unhinted, shortcut=shortcut) for i in range(batch_size)]
         sums = [_loss_sum(model, tokenizer, part) for part in (samples[:num_unhinted], samples[num_unhinted:]) if part]
@@ -146,7 +146,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def _schedule(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
+    """Return the factor of the learning rate: 50 steps up, constant until 30 % of the run, then linear to 0."""
     return min(1.0, (step + 1) / 50) * (1 - max(0.0, step / steps - 0.3) / 0.7)
 
 

@@ -27,15 +27,39 @@ def printed(table: Table) -> str:
 
 
 def test_pairs_are_read_by_their_intervals() -> None:
-    pairs = {
-        "learned-a": {"difference": 0.2, "low": 0.1, "high": 0.3},
-        "learned-b": {"difference": -0.2, "low": -0.3, "high": -0.1},
-        "learned-c": {"difference": 0.2, "low": -0.1, "high": 0.5},
-        "learned-d": {"difference": 0.0, "low": 0.0, "high": 0.0},
+    many = {"seeds": 8, "t_low": None, "t_high": None}
+    pairs: dict[str, dict[str, float | None]] = {
+        "learned-a": {"difference": 0.2, "low": 0.1, "high": 0.3, **many},
+        "learned-b": {"difference": -0.2, "low": -0.3, "high": -0.1, **many},
+        "learned-c": {"difference": 0.2, "low": -0.1, "high": 0.5, **many},
+        "learned-d": {"difference": 0.0, "low": 0.0, "high": 0.0, **many},
     }
+    assert [row[-1] for row in rows_of(pairs)] == ["higher", "lower", "not told apart", "not told apart"]
+    assert {len(row) for row in rows_of(pairs)} == {4}
+    pairs["learned-a"] |= {"seeds": 2, "t_low": -0.4, "t_high": 0.8}
+    assert rows_of(pairs)[0][2:] == ["+0.100 to +0.300", "-0.400 to +0.800", "not told apart"]
+    assert rows_of(pairs)[1][2:] == ["-0.300 to -0.100", "", "lower"]
+
+
+def rows_of(pairs: dict[str, dict[str, float | None]]) -> list[list[str]]:
+    """Cells of the printed table of pairs."""
     text = printed(paired_table({"paired": pairs}))
-    rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in text.splitlines() if "learned" in line]
-    assert [row[-1] for row in rows] == ["higher", "lower", "not told apart", "not told apart"]
+    return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in text.splitlines() if "learned" in line]
+
+
+def test_the_end_of_a_comparison_of_few_seeds_says_so(tmp_path: Path) -> None:
+    """Accuracies .5 and 1: mean .75, error .25; 12.7062 errors reach beyond 0 and 1."""
+    folder = write_graded(tmp_path / "cmp", {"half": {1: [[1.0, 0.0]], 2: [[1.0, 1.0]]}})
+    out = io.StringIO()
+    finish(folder, Console(file=out, width=120))
+    row = next(line for line in out.getvalue().splitlines() if "half" in line and "\u2502" in line)
+    assert [cell.strip() for cell in row.split("\u2502")[1:-2]] == ["half", "0.750", "0.500 to 1.000", "0.000 to 1.000"]
+    assert "Two seeds: a bootstrap interval is too narrow where seeds differ" in out.getvalue()
+    folder = write_graded(tmp_path / "many", {"half": {seed: [[1.0, 0.0]] for seed in range(5)}})
+    out = io.StringIO()
+    finish(folder, Console(file=out, width=120))
+    assert "seeds:" not in out.getvalue()
+    assert "t over seeds" not in out.getvalue()
 
 
 @pytest.mark.parametrize(

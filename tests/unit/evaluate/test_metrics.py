@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 
 from atesd.evaluate.metrics import (
     Array,
+    Difference,
+    Interval,
     arm_interval,
     avg_at_k,
     bootstrap_interval,
+    few_seeds_interval,
     maj_at_k,
     paired_difference,
     pass_at_k,
+    t_interval,
 )
 
 # Problem 0 has 1 of 4 right, problem 1 has 3, problem 2 none.
@@ -28,9 +32,9 @@ CORRECT = np.array([[0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]], dtype=np.float64)
 WIDTH = 2 * NormalDist().inv_cdf(0.975)  # of a 95 % interval, in standard errors
 
 
-def width(bounds: Sequence[float]) -> float:
-    """Return high - low of an `Interval` or a `Difference`."""
-    return bounds[-1] - bounds[-2]
+def width(bounds: Interval | Difference) -> float:
+    """Return high - low."""
+    return bounds.high - bounds.low
 
 
 def test_average_at_k_is_the_share_of_correct_samples() -> None:
@@ -122,7 +126,7 @@ def test_pairing_removes_what_both_arms_share() -> None:
 
 
 def test_the_difference_is_first_minus_second() -> None:
-    assert paired_difference(np.full((2, 3), 0.75), np.full((2, 3), 0.5)) == (0.25, 0.25, 0.25)
+    assert paired_difference(np.full((2, 3), 0.75), np.full((2, 3), 0.5)) == (0.25, 0.25, 0.25, 2, 0.25, 0.25)
 
 
 SEED_EFFECT = np.random.default_rng(4).normal(0.0, 0.5, size=(40, 1))
@@ -140,7 +144,7 @@ def test_intervals_add_the_variances_of_seeds_and_problems(shared: bool) -> None
     error = sqrt(SEED_EFFECT.var() / 40 + PROBLEM_EFFECT.var() / draws + noise.var() / (40 * 50))
     interval = arm_interval(values, shared=shared)
     assert width(interval) == pytest.approx(WIDTH * error, rel=0.05)
-    assert paired_difference(values + 3.0, np.full(values.shape, 3.0), shared=shared)[1:] == pytest.approx(interval)
+    assert paired_difference(values + 3.0, np.full(values.shape, 3.0), shared=shared)[1:3] == pytest.approx(interval)
 
 
 def exact_interval(values_SP: Array, *, shared: bool) -> tuple[float, float]:
@@ -178,3 +182,62 @@ def test_shared_problems_by_hand() -> None:
 def test_arms_of_other_shapes_are_not_paired() -> None:
     with pytest.raises(ValueError, match=r"equal seeds and problems: \(2, 3\) against \(2, 4\)"):
         paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_the_interval_over_seeds_by_hand() -> None:
+    """Means .4 and .6: std sqrt(2 * .1^2 / 1), error sqrt(.02 / 2) = .1, and t(.975, 1) = tan(.475 pi) = 12.7062."""
+    assert t_interval(np.array([0.4, 0.6])) == pytest.approx((0.5 - 1.27062, 0.5 + 1.27062), abs=1e-5)
+    # .2, .5, .5, .8: std sqrt(.18 / 3), error sqrt(.06 / 4) = .122474, t(.975, 3) = 3.182446
+    assert t_interval(np.array([0.2, 0.5, 0.5, 0.8])) == pytest.approx((0.5 - 0.389768, 0.5 + 0.389768), abs=1e-5)
+    with pytest.raises(ValueError, match="at least two of them, there are 1: run more seeds"):
+        t_interval(np.array([0.4]))
+
+
+def test_only_two_to_four_seeds_get_an_interval_of_their_own() -> None:
+    """It is that of the seeds' means over problems: .25 and .75."""
+    table = np.array([[0.0, 0.5], [0.5, 1.0]])
+    assert few_seeds_interval(table) == t_interval(np.array([0.25, 0.75]))
+    assert few_seeds_interval(table[:1]) is None
+    assert [few_seeds_interval(np.tile(table[:1], (seeds, 1))) is None for seeds in (4, 5)] == [False, True]
+    found = paired_difference(table, np.zeros((2, 2)))
+    assert (found.seeds, found.t_low, found.t_high) == (2, *t_interval(np.array([0.25, 0.75])))
+    assert paired_difference(np.ones((5, 2)), np.zeros((5, 2)))[3:] == (5, None, None)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_over_few_differing_seeds_the_bootstrap_covers_too_little_and_t_what_it_should(seeds: int) -> None:
+    """Seeds differ, problems do not: two seeds resample to their smaller and larger mean, right in one case of two."""
+    rng = np.random.default_rng(seeds)
+    tables = rng.normal(0.0, 0.05, size=(400, seeds, 1)).repeat(4, axis=2)
+    resampled = fmean(low <= 0 <= high for low, high in (arm_interval(table, resamples=200) for table in tables))
+    over_seeds = fmean(low <= 0 <= high for low, high in (t_interval(table.mean(axis=1)) for table in tables))
+    assert resampled == pytest.approx(
+        {2: 0.5, 3: 0.75, 4: 0.83}[seeds], abs=0.08
+    )  # 3 and 4: extremes of 3^3, 4^4 draws
+    assert over_seeds == pytest.approx(0.95, abs=0.035)  # the error of .95 over 400 samples is .011
+
+
+def test_without_spread_of_seeds_the_bootstrap_covers_too_much() -> None:
+    """Only problems differ, drawn anew for each of two seeds: resampling their means as well adds what is not there."""
+    rng = np.random.default_rng(9)
+    tables = rng.normal(0.0, 1.0, size=(300, 2, 40))
+    resampled = [arm_interval(table, resamples=300) for table in tables]
+    assert fmean(low <= 0 <= high for low, high in resampled) > 0.965
+
+
+@pytest.mark.parametrize(("bounds", "sign"), [
+    ((0.1, 0.3, None, None), 1),
+    ((-0.3, -0.1, None, None), -1),
+    ((-0.1, 0.3, None, None), 0),
+    ((0.1, 0.3, 0.05, 0.35), 1),
+    ((0.1, 0.3, -0.9, 1.3), 0),  # resampling two seeds is not believed alone
+    ((-0.3, -0.1, -1.3, 0.9), 0),
+    ((-0.01, 0.3, 0.05, 0.24), 0),
+    ((-0.3, -0.1, -0.35, -0.05), -1),
+    ((0.0, 0.3, None, None), 0),
+])  # fmt: skip
+def test_arms_are_told_apart_by_every_interval_that_there_is(bounds: tuple[float | None, ...], sign: int) -> None:
+    low, high, t_low, t_high = bounds
+    assert low is not None
+    assert high is not None
+    assert Difference((low + high) / 2, low, high, 3, t_low, t_high).sign == sign

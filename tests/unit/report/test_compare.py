@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from atesd.report.compare import find, summarise
+from atesd.report.compare import caution, find, summarise
 from atesd.report.load import load_study
 from atesd.runlog import RunDir
 from atesd.types import UserError
@@ -17,11 +17,13 @@ RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]
 def test_the_summary_has_the_schema_of_the_command(tmp_path: Path) -> None:
     summary = summarise(write_compare(tmp_path / "cmp", steps=6, problems=6))
     assert list(summary) == ["start", "arms", "leaders", "paired", "k", "seeds", "seconds"]
-    assert set(summary["start"]) == {"average_at_k", "low", "high"}
+    own = {"average_at_k", "low", "high", "seeds", "t_low", "t_high"}
+    assert set(summary["start"]) == own
     assert list(summary["arms"]) == ["full", "half", "random", "learned"]
-    assert all(set(arm) == {"average_at_k", "low", "high", "seconds"} for arm in summary["arms"].values())
+    assert all(set(arm) == own | {"seconds"} for arm in summary["arms"].values())
     assert list(summary["paired"]) == ["learned-full", "learned-half", "learned-random", "half-full"]
-    assert all(set(pair) == {"difference", "low", "high"} for pair in summary["paired"].values())
+    keys = {"difference", "low", "high", "seeds", "t_low", "t_high"}
+    assert all(set(pair) == keys for pair in summary["paired"].values())
     assert (summary["k"], summary["seeds"], summary["seconds"]) == (4, [1, 2], 604.0)
 
 
@@ -32,7 +34,7 @@ def test_accuracies_are_means_over_seeds_and_problems(tmp_path: Path) -> None:
         {"full": {1: [RIGHT, WRONG], 2: [MIXED, WRONG]}, "learned": {1: [RIGHT, MIXED], 2: [MIXED, RIGHT]}},
     )
     summary = summarise(folder)
-    assert summary["start"] == {"average_at_k": 0, "low": 0, "high": 0}
+    assert summary["start"] == {"average_at_k": 0, "low": 0, "high": 0, "seeds": 2, "t_low": 0, "t_high": 0}
     assert summary["arms"]["full"]["average_at_k"] == pytest.approx(0.375)
     assert summary["arms"]["learned"]["average_at_k"] == pytest.approx(0.75)
     assert summary["arms"]["full"]["seconds"] == 3.0  # mean of 2 s and 4 s
@@ -40,12 +42,40 @@ def test_accuracies_are_means_over_seeds_and_problems(tmp_path: Path) -> None:
     pair = summary["paired"]["learned-full"]
     assert pair["difference"] == pytest.approx(0.375)
     assert 0 <= pair["low"] <= 0.375 <= pair["high"] <= 1
+    # by seed .25 and .5: mean .375, error .125, t(.975, 1) = 12.7062
+    assert (pair["seeds"], pair["t_low"]) == (2, pytest.approx(0.375 - 1.588275, abs=1e-5))
+    assert pair["t_high"] == pytest.approx(0.375 + 1.588275, abs=1e-5)
+    # full has .5 and .25: the same reach, cut to [0, 1]
+    assert (summary["arms"]["full"]["t_low"], summary["arms"]["full"]["t_high"]) == (0.0, 1.0)
+    # learned has .75 twice
+    assert (summary["arms"]["learned"]["t_low"], summary["arms"]["learned"]["t_high"]) == (0.75, 0.75)
     assert list(summary["paired"]) == ["learned-full"]
+
+
+@pytest.mark.parametrize(("seeds", "words"), [
+    (1, "One seed: the intervals know of the held-out problems alone"),
+    (2, "Two seeds: a bootstrap interval is too narrow"),
+    (4, "Four seeds: a bootstrap interval is too narrow"),
+    (5, ""),
+])  # fmt: skip
+def test_few_seeds_are_warned_of(seeds: int, words: str) -> None:
+    assert caution(seeds).startswith(words)
+    assert bool(caution(seeds)) == bool(words)
+
+
+def test_two_seeds_that_differ_crown_nobody(tmp_path: Path) -> None:
+    """Ahead by 1 and by .5: resampling says .5 to 1, but over two seeds that is no more than a hint."""
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [WRONG], 2: [WRONG]}, "learned": {1: [RIGHT], 2: [MIXED]}})
+    assert summarise(folder)["leaders"] == ["learned", "full"]
+    same = write_graded(tmp_path / "same", {"full": {1: [WRONG], 2: [WRONG]}, "learned": {1: [RIGHT], 2: [RIGHT]}})
+    assert summarise(same)["leaders"] == ["learned"]
 
 
 def test_a_constant_difference_has_an_interval_of_no_width(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"full": {1: [WRONG, WRONG]}, "half": {1: [RIGHT, RIGHT]}})
-    assert summarise(folder)["paired"]["half-full"] == {"difference": 1.0, "low": 1.0, "high": 1.0}
+    assert summarise(folder)["paired"]["half-full"] == {
+        "difference": 1.0, "low": 1.0, "high": 1.0, "seeds": 1, "t_low": None, "t_high": None,
+    }  # fmt: skip
 
 
 def test_pairs_use_the_seeds_that_both_arms_have(tmp_path: Path) -> None:

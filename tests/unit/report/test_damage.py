@@ -308,7 +308,7 @@ def test_every_file_that_differs_is_noted_and_runs_of_version_1_have_no_seals(tm
 
 def test_the_logs_of_a_run_that_goes_on_may_grow(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=6, problems=4)
-    run.lengthen(6, 8)
+    run.amend(run.config(), [("step.num_steps", 6, 8)])
     run.log(7, {"loss/total": 0.5})
     assert load_run(run.path, "a", None).notes == ()
     (run.path / "config.json").write_text("{}")

@@ -45,11 +45,30 @@ def test_the_paired_table_reads_its_intervals(tmp_path: Path) -> None:
     assert (difference, interval, reading) == ("+100.0", "+100.0 to +100.0", "higher")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "word"), [(0.01, 0.2, "higher"), (-0.2, -0.01, "lower"), (-0.1, 0.1, "not told apart")]
-)
-def test_an_interval_that_holds_0_decides_nothing(low: float, high: float, word: str) -> None:
-    assert verdict(low, high) == word
+@pytest.mark.parametrize(("sign", "word"), [(1, "higher"), (-1, "lower"), (0, "not told apart")])
+def test_a_reading_is_the_sign_of_the_difference(sign: int, word: str) -> None:
+    assert verdict(sign) == word
+
+
+def test_two_seeds_have_their_own_interval_beside_that_of_resampling(tmp_path: Path) -> None:
+    """learned - full is 1 and .5: mean .75, error .25, t(.975, 1) = 12.7062, so -2.42655 to 3.92655.
+
+    An accuracy's is the same, cut where no accuracy can be.
+    """
+    wrong, half, right = [[0.0, 0.0]], [[1.0, 0.0]], [[1.0, 1.0]]
+    two = {"full": {1: wrong, 2: wrong}, "learned": {1: right, 2: half}}
+    study = load_study([write_graded(tmp_path / "two", two)])
+    pairs, arms = paired_table(study, find(study)), result_table(study, find(study))
+    assert "<th scope=col class=number>t over seeds, 95\u00a0%</th>" in pairs
+    assert "<th scope=col class=number>t over seeds, 95\u00a0%</th>" in arms
+    assert cells(pairs)[0][3:] == ["+50.0 to +100.0", "\u2212242.7 to +392.7", "not told apart"]
+    assert cells(arms)[2][4:6] == ["50.0\u00a0% to 100.0\u00a0%", "0.0\u00a0% to 100.0\u00a0%"]
+
+
+def test_five_seeds_need_no_interval_of_their_own(tmp_path: Path) -> None:
+    seeds = {seed: [[1.0, 0.0]] for seed in range(5)}
+    study = load_study([write_graded(tmp_path / "five", {"full": seeds, "learned": seeds})])
+    assert "t over seeds" not in paired_table(study, find(study)) + result_table(study, find(study))
 
 
 def test_an_interval_is_drawn_in_place() -> None:

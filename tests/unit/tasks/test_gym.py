@@ -32,7 +32,8 @@ def test_gym_gives_different_worked_problems_in_disjoint_sets() -> None:
     ("config", "message"),
     [
         (GymConfig(dataset="nosuch"), "does not make 'nosuch'"),
-        (GymConfig(dataset="chain_sum", train_size=2), "has no worked solution in its metadata"),
+        (GymConfig(dataset="basic_arithmetic", train_size=2), "has no worked solution in its metadata"),
+        (GymConfig(dataset="chain_sum", solution_field="nosuch"), "has no worked solution in its metadata"),
         (GymConfig(options={"colour": 1}), "does not make 'gsm_symbolic'"),
     ],
 )

@@ -113,3 +113,9 @@ def test_the_base_of_an_adapter_is_what_its_config_names(tmp_path: Path) -> None
         config.write_text(content)
         with pytest.raises(UserError, match=words):
             base_of_adapter(str(tmp_path))
+
+
+def test_a_folder_that_a_command_will_write_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atesd.train.hub._ask", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match="there is no folder 'runs/smollm2-warm' yet: a run or a warm-up writes it"):
+        locate("runs/smollm2-warm")

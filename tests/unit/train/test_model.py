@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import head, output_layer
 from atesd.train.hub import first_line
-from atesd.train.model import _with_lora, context_length, load, resolve, set_threads
+from atesd.train.model import add_lora, context_length, load, resolve, set_threads
 from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
 
@@ -205,9 +205,9 @@ def test_the_papers_lora_fits_by_name_and_a_model_with_other_names_says_which() 
     with pytest.raises(
         UserError, match=r"q_proj, k_proj, v_proj, gate_proj, up_proj, but Phi3.*down_proj, gate_up_proj, o"
     ):
-        _with_lora(family("phi3"), LoraConfig(), 0)
+        add_lora(family("phi3"), LoraConfig(), 0)
     for name in ("qwen3", "llama", "gemma3", "smollm3", "olmo2", "granite"):
-        adapted = _with_lora(family(name), LoraConfig(), 0)
+        adapted = add_lora(family(name), LoraConfig(), 0)
         layers = [layer for layer in adapted.modules() if hasattr(layer, "lora_A")]
         assert len(layers) == 2 * 7
         assert {(layer.r["default"], layer.scaling["default"]) for layer in layers} == {(64, 128 / 64)}

@@ -1,11 +1,11 @@
-"""The pico tier's task: problems drawn by `pico.py`, new ones for every seed of a run."""
+"""The pico tier's tasks: problems drawn by `pico.py` and `doors.py`, new ones for every seed of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from atesd.rewards.kinds import ExactConfig, Grader
-from atesd.tasks.synthetic import pico
+from atesd.tasks.synthetic import doors, pico
 from atesd.types import Problem
 
 
@@ -35,3 +35,31 @@ class PicoTask:
     def traits(self, problem: Problem, completion: str) -> dict[str, bool]:
         """Count completions that answer before all steps are worked: the imitated shortcut."""
         return {"answers_early": pico.answers_early(problem, completion)}
+
+
+@dataclass(frozen=True, slots=True)
+class DoorsTask:
+    """Rows of doors. Training and evaluation problems follow the run's seed; the probe set is fixed."""
+
+    train_size: int
+    probe_size: int
+    eval_size: int
+    seed: int
+    name: str = "doors"
+    default_reward: Grader = field(default_factory=ExactConfig)
+
+    def train(self) -> list[Problem]:
+        """Return the training problems."""
+        return doors.problems("train", self.train_size, self.seed)
+
+    def probe(self) -> list[Problem]:
+        """Return the probe problems."""
+        return doors.problems("probe", self.probe_size, 0)
+
+    def evaluation(self) -> list[Problem]:
+        """Return the held-out problems."""
+        return doors.problems("eval", self.eval_size, self.seed)
+
+    def traits(self, problem: Problem, completion: str) -> dict[str, bool]:  # noqa: ARG002
+        """Count nothing: a single reply says little."""
+        return {}

@@ -1,0 +1,145 @@
+"""`atesd plan`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from atesd.cli.progress import clock, make_console, silence_libraries
+from atesd.types import UserError
+
+if TYPE_CHECKING:
+    from atesd.config import RunConfig
+    from atesd.train.plan import Device, Lengths, Plan
+
+_MARGIN = 0.08
+"""Share of a device's memory that is left to the allocator."""
+
+
+def run_plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    device: str | None,
+    memory: float | None,
+    flops: float | None,
+    bandwidth: float | None,
+    prompt: int,
+    solution: int,
+) -> None:
+    """Print memory and time of a recipe, and what to lower where it does not fit. Loads no weight."""
+    silence_libraries()
+    from atesd.recipe import load_config
+    from atesd.train.plan import GIB, Lengths, lower_until_it_fits, make_plan
+
+    config = load_config(recipe, overrides)
+    chosen = device_of(device, memory, flops, bandwidth)
+    lengths = Lengths(prompt, solution)
+    plan = make_plan(config, chosen, lengths)
+    console = make_console()
+    console.print(memory_table(plan, chosen))
+    console.print(time_line(plan, config))
+    console.print(assumptions(config, chosen, lengths, plan))
+    limit = chosen.memory * (1 - _MARGIN)
+    if plan.peak <= limit:
+        console.print(f"it fits: {plan.peak / GIB:.1f} of {chosen.memory / GIB:.1f} GiB at the worst moment")
+        return
+    remedy = lower_until_it_fits(config, chosen, lengths, limit)
+    short = f"{plan.peak / GIB:.1f} GiB are needed, {chosen.memory / GIB:.1f} are there"
+    asked = " ".join(remedy.overrides)
+    if remedy.fits:
+        console.print(f"warning: it does not fit ({short}); it would ({remedy.plan.peak / GIB:.1f}) with: {asked}")
+        return
+    console.print(
+        f"warning: it does not fit ({short}), nor with {asked or 'any setting'} ({remedy.plan.peak / GIB:.1f} GiB): "
+        "take a smaller model, lower rollout.max_new_tokens, or choose a larger device"
+    )
+
+
+def device_of(name: str | None, memory: float | None, flops: float | None, bandwidth: float | None) -> Device:
+    """Return a known device, or this machine, with what the options say of it."""
+    from dataclasses import replace
+
+    from atesd.train.plan import DEVICES, GIB
+
+    if name is None or name == "this":
+        found = this_machine()
+    elif name.lower() in DEVICES:
+        found = DEVICES[name.lower()]
+    else:
+        raise UserError(
+            f"device {name!r} is not known: give one of this, {', '.join(DEVICES)}, and --device-memory (GiB), --flops "
+            "(10^12 a second) and --bandwidth (10^9 bytes a second) for what it is not"
+        )
+    given: dict[str, Any] = {
+        "memory": memory and memory * GIB,
+        "flops": flops and flops * 1e12,
+        "bandwidth": bandwidth and bandwidth * 1e9,
+    }
+    return replace(found, **{key: value for key, value in given.items() if value})
+
+
+def this_machine() -> Device:
+    """Return the GPU that runs would use, or this machine's memory and the rate of a product tried for a moment."""
+    import torch
+
+    from atesd.train.plan import DEVICES, GIB, Device
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        words = properties.name.lower().replace(" ", "")
+        known = next((device for name, device in DEVICES.items() if name in words), DEVICES["a100"])
+        return Device(properties.name, float(properties.total_memory), known.flops, known.bandwidth)
+    left, right = torch.ones(512, 512), torch.ones(512, 512)
+    taken = []
+    for _ in range(4):
+        begin = perf_counter()
+        left @ right
+        taken.append(perf_counter() - begin)
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Device("this CPU", memory, 2 * 512**3 / min(taken), 1e10, is_gpu=False, share=0.7, context=0.5 * GIB)
+
+
+def memory_table(plan: Plan, device: Device) -> Table:
+    """Return bytes by part: a column for each phase."""
+    from atesd.train.plan import GIB
+
+    table = Table(title=f"memory on {device.name}, GiB", title_justify="left")
+    table.add_column("part")
+    for phase in plan.phases:
+        table.add_column(phase, justify="right")
+    for part, size in plan.always.items():
+        if size:
+            table.add_row(part, *[f"{size / GIB:.2f}"] * len(plan.phases))
+    for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
+        table.add_row(part, *[f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in plan.phases.values()])
+    table.add_row("all", *[f"{plan.total(phase) / GIB:.2f}" for phase in plan.phases])
+    return table
+
+
+def time_line(plan: Plan, config: RunConfig) -> str:
+    """Say what a step and the run take."""
+    parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in plan.seconds.items())
+    return (
+        f"a step: {_seconds(plan.step_s)} ({parts}); {config.step.num_steps} steps: "
+        f"{clock(plan.step_s * config.step.num_steps)}, without evaluation, probe and graders"
+    )
+
+
+def assumptions(config: RunConfig, device: Device, lengths: Lengths, plan: Plan) -> str:
+    """Say what the numbers rest on."""
+    return (
+        f"{plan.parameters / 1e6:,.0f} million weights, {plan.trained / 1e6:,.1f} train; assumed: prompts of "
+        f"{lengths.prompt} tokens, solutions of {lengths.solution}, completions of full length "
+        f"({config.rollout.max_new_tokens}), {plan.rows} rows a micro-batch; {device.flops / 1e12:,.3g} x 10^12 "
+        f"operations and {device.bandwidth / 1e9:,.0f} x 10^9 bytes a second, of which {device.share:.0%} are reached"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return clock(seconds) if seconds >= 10 else f"{seconds:.2g} s"

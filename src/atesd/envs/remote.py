@@ -1,0 +1,280 @@
+"""Environments of libraries, in worker processes with a time limit for every answer.
+
+A worker plays many episodes, one question at a time. One that does not answer in time is ended: the episode that it was
+asked about has hung, and its others are played again in a new worker, with the same seeds and replies, when they are
+next asked. So does a worker that ends by itself: then that episode has failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from time import monotonic
+from typing import Annotated, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from atesd.envs.base import EnvMethod, EpisodeError, opened
+from atesd.facts import RunFacts
+from atesd.types import Ending, Message, Problem, UserError
+
+_START_S = 120.0  # a worker imports its library at its first question
+
+
+class Session(Protocol):
+    """What plays one episode inside a worker. `invalid`, where it has one, counts replies that were no action."""
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> str:
+        """Begin, and return what is said first; `row` holds the problem's columns."""
+        ...
+
+    def step(self, reply: str) -> str | None:
+        """Take a reply and return what is said; None where the episode is over."""
+        ...
+
+    def reward(self) -> float | None:
+        """Return the reward."""
+        ...
+
+
+class RemoteMethod(EnvMethod):
+    """Base of sections whose episodes run in worker processes."""
+
+    limit: Annotated[int, Field(ge=1)] = 20
+    """Most turns."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds for one answer of the environment; an attempt whose environment takes longer is not graded."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    """Processes that play episodes."""
+
+    grades: ClassVar[bool] = True
+    declares: ClassVar[tuple[str, ...]] = ("limit", "grades", "describe", "build", "session", "library")
+    session: ClassVar[str]
+    """Where the session is: `module:class`."""
+    library: ClassVar[tuple[str, str]] = ("", "")
+    """Module that sessions import, and the extra that installs it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a session is made with."""
+        return {}
+
+    def build(self, run: RunFacts) -> Remote:  # noqa: ARG002
+        """Return the environment. UserError where its library is not installed."""
+        module, extra = self.library
+        if module and find_spec(module) is None:
+            raise UserError(f"env needs the library {module}: pip install 'atesd[{extra}]'")
+        return Remote(self)
+
+
+class Remote:
+    """Opens episodes in worker processes, which end with it."""
+
+    def __init__(self, section: RemoteMethod) -> None:
+        self.limit = section.limit
+        self.grades = section.grades
+        self._section = section
+        self._workers = [Worker(section.session, section.settings(), section.timeout_s) for _ in range(section.workers)]
+        self._opened = 0
+        weakref.finalize(self, _end_all, self._workers)
+
+    def episode(self, problem: Problem, seed: int) -> RemoteEpisode:
+        """Open an episode. A problem with a seed of its own is played with it, so that a group plays the same game."""
+        if self._section.needs and self._section.needs not in problem.extra:
+            raise UserError(
+                f"this environment plays problems with a {self._section.needs!r}, which {problem.id!r} has not: take "
+                "the task that makes them (docs/agents.md)"
+            )
+        row = {**problem.extra, "id": problem.id, "problem": problem.problem, "answer": problem.answer}
+        self._opened += 1
+        worker = self._workers[self._opened % len(self._workers)]
+        return RemoteEpisode(self, worker, self._opened, row, int(problem.extra.get("seed", seed)))
+
+
+class RemoteEpisode:
+    """One attempt, played elsewhere."""
+
+    def __init__(self, home: Remote, worker: Worker, number: int, row: Mapping[str, Any], seed: int) -> None:
+        self._home = home  # whose end is the worker's
+        self._worker = worker
+        self.number = number
+        self.opening = {"row": dict(row), "seed": seed % 2**31}
+        self.replies: list[str] = []
+        self.invalid = 0
+        self._begun = False
+
+    def begin(self, reply: str | None) -> None:
+        """Ask without waiting."""
+        self._begun = True
+        self._worker.ask(self, "reset" if reply is None else "step", self.opening if reply is None else reply)
+
+    def reset(self, prompt: Sequence[Message]) -> Sequence[Message]:
+        """Return the prompt, and what is said behind it."""
+        if not self._begun:
+            self.begin(None)
+        said = self._answer()
+        return opened(prompt, said or "")
+
+    def step(self, reply: str) -> Sequence[Message]:
+        """Take a reply."""
+        if not self._begun:
+            self.begin(reply)
+        said = self._answer()
+        self.replies.append(reply)
+        return () if said is None else (Message(role="user", content=said),)
+
+    def reward(self) -> float | None:
+        """Ask for the reward."""
+        self._worker.ask(self, "reward", None)
+        given: float | None = self._worker.answer(self).get("given")
+        return given
+
+    def close(self) -> None:
+        """Let the worker forget it."""
+        self._worker.forget(self)
+
+    def _answer(self) -> str | None:
+        self._begun = False
+        reply = self._worker.answer(self)
+        if "not_text" in reply:
+            raise EpisodeError(Ending.NOT_TEXT, reply["not_text"])
+        self.invalid = reply.get("invalid", 0)
+        said: str | None = reply.get("given")
+        return said
+
+
+class Worker:
+    """A process and the questions that wait for it, in their order; one is on its way at a time."""
+
+    def __init__(self, session: str, settings: Mapping[str, Any], timeout_s: float) -> None:
+        self._line = [session, dict(settings)]
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._known: set[int] = set()
+        """Episodes that this process plays."""
+        self._waiting: deque[tuple[RemoteEpisode, str, Any]] = deque()
+        self._asked: tuple[RemoteEpisode, str, Any] | None = None
+        self._deadline = 0.0
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._buffer = b""
+
+    def ask(self, episode: RemoteEpisode, ask: str, given: Any) -> None:
+        """Queue a question, and send it where nothing is on its way."""
+        self._waiting.append((episode, ask, given))
+        self._send()
+
+    def answer(self, episode: RemoteEpisode) -> dict[str, Any]:
+        """Wait for an episode's answer. EpisodeError where it hangs or fails."""
+        while episode.number not in self._answers:
+            self._receive()
+            self._send()
+        reply = self._answers.pop(episode.number)
+        if "ending" in reply:
+            raise EpisodeError(Ending(reply["ending"]), reply["failed"])
+        if "failed" in reply:
+            raise EpisodeError(Ending.ERROR, reply["failed"])
+        return reply
+
+    def forget(self, episode: RemoteEpisode) -> None:
+        """Drop an episode's questions and answers, and close it where it is open."""
+        self._waiting = deque(each for each in self._waiting if each[0] is not episode)
+        while self._asked is not None and self._asked[0] is episode:
+            self._receive()
+        self._answers.pop(episode.number, None)
+        if episode.number in self._known:
+            self._known.discard(episode.number)
+            self.ask(episode, "close", None)
+
+    def end(self) -> None:
+        """End the process; its episodes are played again when they are asked."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self._process, self._known, self._asked, self._buffer = None, set(), None, b""
+
+    def _send(self) -> None:
+        """Send the next question, with all that its episode was asked before where this process does not know it."""
+        if self._asked is not None or not self._waiting:
+            return
+        episode, ask, given = self._waiting.popleft()
+        if ask == "close" and self._process is None:
+            return
+        self._asked = (episode, ask, given)
+        lines = []
+        fresh = self._process is None
+        self._deadline = monotonic() + self._timeout_s + (_START_S if fresh else 0.0)
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "atesd.envs.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+            lines.append(json.dumps(self._line))
+        self._silent = 0
+        if ask not in ("reset", "close") and episode.number not in self._known:
+            lines.append(json.dumps([episode.number, "reset", episode.opening]))
+            lines += [json.dumps([episode.number, "step", reply]) for reply in episode.replies]
+            self._silent = 1 + len(episode.replies)
+        if ask != "close":
+            self._known.add(episode.number)
+        lines.append(json.dumps([episode.number, ask, given]))
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("".join(line + "\n" for line in lines).encode())
+            self._process.stdin.flush()
+        except OSError:
+            self._lost(Ending.ERROR, "its process has ended")
+
+    def _receive(self) -> None:
+        """Wait for the answer that is on its way, or for its time to be over."""
+        if self._asked is None:
+            return
+        assert self._process is not None
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        ready, _, _ = select.select([pipe], [], [], max(0.0, self._deadline - monotonic()))
+        if not ready:
+            self._lost(Ending.HANG, f"it did not answer within {self._timeout_s:g} s (env.timeout_s)")
+            return
+        read = os.read(pipe, 2**16)
+        if not read:
+            self._lost(Ending.ERROR, "its process has ended")
+            return
+        *whole, self._buffer = (self._buffer + read).split(b"\n")
+        for line in whole:
+            if self._silent:
+                self._silent -= 1
+            else:
+                self._take(json.loads(line))
+
+    def _take(self, reply: dict[str, Any]) -> None:
+        assert self._asked is not None
+        episode, ask, _ = self._asked
+        self._asked = None
+        if ask != "close":
+            self._answers[episode.number] = reply
+
+    def _lost(self, ending: Ending, why: str) -> None:
+        """End the process that failed at a question."""
+        assert self._asked is not None
+        episode, ask, _ = self._asked
+        self.end()
+        if ask != "close":
+            self._answers[episode.number] = {"ending": str(ending), "failed": why}
+
+
+def _end_all(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.end()

@@ -1,0 +1,52 @@
+"""The recipes that come with the package, by name: `pico` stands for `recipes/pico.toml`.
+
+In the repository `src/atesd/recipes` is a link to `recipes/`; a wheel holds the files themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("recipes")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the packaged recipes by name, in alphabetical order."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)}
+
+
+def find_recipe(given: str | Path) -> Path:
+    """Return the file that is meant: one of that path, else the packaged recipe of that name.
+
+    UserError where neither exists, with the nearest name.
+    """
+    path, known = Path(given), packaged_recipes()
+    if path.is_file():
+        return path
+    if str(given) in known:
+        return known[str(given)]
+    from atesd.types import UserError, one_line
+
+    if path.stem in known:
+        raise UserError(
+            f"recipe {one_line(str(path))} cannot be read (there is no such file), but {path.stem!r} is packaged: "
+            "name it so"
+        )
+    near = difflib.get_close_matches(str(given)[:100], known, n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(
+        f"recipe {one_line(str(given))} cannot be read (there is no such file, nor a packaged recipe of that name): "
+        f"{meant}give the path of a TOML file, or one of {', '.join(known)}"
+    )
+
+
+def title_of(recipe: Path) -> str:
+    """Return what a recipe's first comment says, its first sentence."""
+    lines: list[str] = []
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return re.split(r"(?<=[?]) |[.] ", " ".join(lines))[0].rstrip(".")

@@ -1,0 +1,121 @@
+"""One attempt under way, and what comes of an environment that fails in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+from atesd.envs.base import Elsewhere, Episode, EpisodeError
+from atesd.types import Ending, Message, StopReason, Trajectory, Turn, UserError, one_line, shown
+
+T = TypeVar("T")
+_LARGEST_REWARD = 1e9
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What the student reads next, and its turns so far.
+
+    Every question to the episode is asked here, so that an exception, a hang or nonsense ends this attempt alone.
+    """
+
+    episode: Episode
+    prompt: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    opening: str = ""
+    ended: Ending | None = None
+    why: str = ""
+    """What the environment failed at."""
+
+    def begin(self, turn: Turn | None) -> None:
+        """Let an episode in another process begin with what it is asked next: its reset, or a turn's step."""
+        cut_off = turn is not None and turn.stop is StopReason.LENGTH
+        if isinstance(self.episode, Elsewhere) and self.ended is None and not cut_off:
+            self.guarded(lambda: cast("Elsewhere", self.episode).begin(None if turn is None else turn.text))
+
+    def reset(self, prompt: Sequence[Message]) -> Sequence[Message]:
+        """Return what the student reads first: the recipe's prompt alone where the environment fails at once."""
+        said = self.guarded(lambda: messages_of(self.episode.reset(prompt)))
+        if not said:
+            self.fail(Ending.NOT_TEXT, "it says nothing at the reset")
+            return prompt
+        whole, last = prompt[-1]["content"], said[-1]["content"]
+        if list(said[:-1]) == list(prompt[:-1]) and last.startswith(whole):
+            self.opening = last[len(whole) :]
+        else:
+            self.fail(Ending.NOT_TEXT, "its reset does not begin with the recipe's prompt")
+            return prompt
+        return said
+
+    def step(self, turn: Turn, limit: int) -> Sequence[Message]:
+        """Take in a sampled turn and return what the student reads next; nothing where the attempt is over."""
+        self.turns.append(turn)
+        if self.ended is not None:
+            return ()
+        if turn.stop is StopReason.LENGTH:
+            self.ended = Ending.LENGTH
+            return ()
+        said = self.guarded(lambda: messages_of(self.episode.step(turn.text)))
+        if not said:
+            self.ended = self.ended or Ending.OVER
+        elif len(self.turns) == limit:
+            self.ended = Ending.LIMIT
+            return ()
+        return said or ()
+
+    def reward(self) -> float | None:
+        """Ask for the reward: None where the environment failed."""
+        if self.ended is not None and self.ended.failed:
+            return None
+        given = self.guarded(self.episode.reward)
+        if given is None:
+            return None
+        try:
+            number = float(given)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) <= _LARGEST_REWARD:
+            self.fail(Ending.BAD_REWARD, f"its reward is {shown(given, 60)}")
+            return None
+        return number
+
+    def close(self) -> Trajectory:
+        """End the episode and return what came of it, not graded yet."""
+        close = getattr(self.episode, "close", None)
+        if close is not None:
+            close()
+        invalid = int(getattr(self.episode, "invalid", 0))
+        return Trajectory(tuple(self.turns), opening=self.opening, ended=self.ended or Ending.OVER, invalid=invalid)
+
+    def fail(self, ending: Ending, why: str) -> None:
+        """Note what the environment failed at; what failed first counts."""
+        if self.ended is None or not self.ended.failed:
+            self.ended, self.why = ending, one_line(why)[:200]
+
+    def guarded(self, ask: Callable[[], T]) -> T | None:
+        """Return what a question gives; None where it fails."""
+        if self.ended is not None and self.ended.failed:
+            return None
+        try:
+            return ask()
+        except UserError:
+            raise
+        except EpisodeError as error:
+            self.fail(error.ending, str(error))
+        except Exception as error:  # an environment is anybody's code
+            first = (str(error).splitlines() or [""])[0]
+            self.fail(Ending.ERROR, f"it raised {type(error).__name__}{first and ': '}{first}")
+        return None
+
+
+def messages_of(said: object) -> Sequence[Message]:
+    """Return an environment's messages. EpisodeError unless they are some of text."""
+    if isinstance(said, str | bytes) or not isinstance(said, Sequence):
+        raise EpisodeError(Ending.NOT_TEXT, f"it says {shown(said, 60)}, which is no list of messages")
+    for message in said:
+        is_text = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not is_text:
+            raise EpisodeError(Ending.NOT_TEXT, f"it says {shown(message, 60)}, which is no message of text")
+    return cast("Sequence[Message]", said)

@@ -1,0 +1,192 @@
+"""Environments in worker processes: errors, hangs, deaths and nonsense are told apart, and neighbours go on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.envs.base import EpisodeError
+from atesd.envs.libraries import Gymnasium, TrlEnvironment, TrlSession, loaded
+from atesd.facts import RunFacts
+from atesd.rollout.sampler import SamplingConfig
+from atesd.types import Ending, Message, Problem, UserError
+
+from support.rollouts import fake_driver
+
+GYM = '''
+import time, sys, os
+
+class Count:
+    """Counts the replies; the reply names what goes wrong."""
+
+    def reset(self, seed=None, options=None):
+        self.said, self.seed = 0, seed
+        print("a library that prints")
+        if options.get("slow"):
+            time.sleep(60)
+        return f"seed {seed}", {}
+
+    def step(self, action):
+        self.said += 1
+        if action == "hang":
+            time.sleep(60)
+        if action == "die":
+            os._exit(3)
+        if action == "raise":
+            raise ValueError("no such\\ndoor")
+        said = 7 if action == "number" else f"{self.said} after {self.seed}"
+        reward = float("inf") if action == "infinite" else 0.5
+        return said, reward, action == "stop", False, {}
+
+    def close(self):
+        pass
+'''
+
+TRL = '''
+class Shop:
+    def __init__(self):
+        self.reward = 0.0
+
+    def reset(self, **kwargs):
+        self.want = kwargs["want"]
+        return f"Buy {self.want}."
+
+    def buy(self, thing: str, count: int = 1) -> str:
+        """Buy a thing.
+
+        Args:
+            thing: what
+            count: how many
+        """
+        if thing != self.want:
+            raise ValueError(f"no {thing}")
+        self.reward = 1.0
+        return f"bought {count} {thing}"
+
+    def _hidden(self):
+        return "no tool"
+'''
+
+
+@pytest.fixture
+def gym(tmp_path: Path) -> str:
+    (tmp_path / "count.py").write_text(GYM)
+    return f"{tmp_path / 'count.py'}:Count"
+
+
+@pytest.fixture
+def trl(tmp_path: Path) -> str:
+    (tmp_path / "shop.py").write_text(TRL)
+    return f"{tmp_path / 'shop.py'}:Shop"
+
+
+def environment(gym: str, **settings: Any) -> Any:
+    return Gymnasium.model_validate({"kind": "gymnasium", "make": gym, "workers": 1, **settings}).build(RunFacts())
+
+
+PROMPT = [Message(role="user", content="count")]
+PROBLEM = Problem("p", "count", "x", extra={"seed": 5})
+
+
+def heard(messages: Any) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def test_an_episode_elsewhere_is_played_like_any_other(gym: str) -> None:
+    episode = environment(gym).episode(PROBLEM, 0)
+    assert heard(episode.reset(PROMPT)) == ["count\nseed 5"]
+    assert heard(episode.step("a")) == ["1 after 5"]
+    assert heard(episode.step("b")) == ["2 after 5"]
+    assert episode.step("stop") == ()
+    assert episode.reward() == 1.5
+    episode.close()
+
+
+def test_attempts_at_a_problem_without_a_seed_follow_the_attempts_own(gym: str) -> None:
+    episode = environment(gym).episode(Problem("q", "count", "x"), 9)
+    assert heard(episode.reset(PROMPT)) == ["count\nseed 9"]
+
+
+@pytest.mark.parametrize(("reply", "ending", "why"), [
+    ("raise", Ending.ERROR, "it raised ValueError: no such door"),
+    ("die", Ending.ERROR, "its process has ended"),
+    ("number", Ending.NOT_TEXT, "it says int 7, which is no text"),
+    ("hang", Ending.HANG, r"it did not answer within 2 s \(env\.timeout_s\)"),
+])  # fmt: skip
+def test_what_goes_wrong_is_told_apart_and_neighbours_go_on(gym: str, reply: str, ending: Ending, why: str) -> None:
+    """Both episodes are in one process, which a hang or a death ends: the other one is played again from its seed."""
+    world = environment(gym, timeout_s=2.0)
+    bad, good = world.episode(PROBLEM, 0), world.episode(Problem("q", "count", "x", extra={"seed": 8}), 0)
+    for episode in (bad, good):
+        episode.begin(None)
+    for episode in (bad, good):
+        episode.reset(PROMPT)
+    assert heard(good.step("a")) == ["1 after 8"]
+    bad.begin(reply)
+    good.begin("b")
+    begun = time.monotonic()
+    with pytest.raises(EpisodeError, match=why) as caught:
+        bad.step(reply)
+    assert caught.value.ending is ending
+    assert time.monotonic() - begun < 30
+    assert heard(good.step("b")) == ["2 after 8"]
+    assert good.step("stop") == ()
+    assert good.reward() == 1.5
+    bad.close()
+    good.close()
+
+
+def test_a_batch_with_hangs_and_infinite_rewards_is_counted(gym: str) -> None:
+    replies = ["stop", "hang", "infinite"]
+    driver, _ = fake_driver(lambda prompt, place: replies[place % 3] if "after" not in prompt else "stop",
+                            lambda **_: [], environment(gym, timeout_s=2.0, workers=2))  # fmt: skip
+    with pytest.warns(UserWarning, match="failed in 2 of 3 attempts; in the first it did not answer within 2 s"):
+        (group,) = driver.rollout([PROBLEM], SamplingConfig(max_new_tokens=40, group_size=3), seed=0)
+    assert [each.ended for each in group.trajectories] == [Ending.OVER, Ending.HANG, Ending.BAD_REWARD]
+    assert [each.reward for each in group.trajectories] == [0.5, None, None]
+
+
+def test_trl_classes_are_played_as_they_are(trl: str) -> None:
+    session = TrlSession({"factory": trl})
+    told = session.reset({"want": "tea", "id": "p"}, 0)
+    assert told.startswith("Buy tea.\n\nTools, one a line:\n")
+    assert '"name": "buy"' in told
+    assert '"arguments": {"thing": "str", "count": "int"}' in told
+    assert "_hidden" not in told
+    call = '<tool_call>\n{"name": "buy", "arguments": {"thing": "%s"}}\n</tool_call>'
+    assert session.step(call % "jam") == "<tool_response>\n{'error': 'no jam'}\n</tool_response>"
+    assert (session.invalid, session.reward()) == (1, 0.0)
+    assert session.step(call % "tea") == "<tool_response>\nbought 1 tea\n</tool_response>"
+    assert (session.invalid, session.reward()) == (1, 1.0)
+    assert "not found" in str(session.step('<tool_call>{"name": "reset", "arguments": {}}</tool_call>'))
+    assert "error" in str(session.step("<tool_call>{no json</tool_call>"))
+    assert session.step("I am done.") is None
+
+
+def test_trl_classes_run_in_a_worker_with_the_rows_columns(trl: str) -> None:
+    section = TrlEnvironment.model_validate({"kind": "trl", "factory": trl, "workers": 1})
+    assert section.code == trl
+    episode = section.build(RunFacts()).episode(Problem("p", "Shop.", "x", extra={"want": "tea"}), 0)
+    assert heard(episode.reset([Message(role="user", content="Shop.")]))[0].startswith("Shop.\nBuy tea.")
+    assert heard(episode.step('<tool_call>{"name": "buy", "arguments": {"thing": "tea", "count": 2}}</tool_call>')) == [
+        "<tool_response>\nbought 2 tea\n</tool_response>"
+    ]
+    assert episode.step("done") == ()
+    assert episode.reward() == 1.0
+
+
+@pytest.mark.parametrize(("place", "message"), [
+    ("shop", "names no class: write package.module:Class"),
+    ("missing.py:Shop", "there is no file missing.py: mend the path"),
+])  # fmt: skip
+def test_a_class_that_cannot_be_found_is_named(place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loaded(place)
+
+
+def test_a_class_that_the_file_lacks_is_named(trl: str) -> None:
+    with pytest.raises(UserError, match="has no Store: mend the name"):
+        loaded(trl.replace("Shop", "Store"))
