@@ -16,6 +16,7 @@ from atesd.losses.target import AnchorMix, Extrapolate, Target
 from atesd.recipe import build_config
 from atesd.rollout.weights import largest_weight
 from atesd.routing.route import Route
+from atesd.train.outcomes import Outcomes
 from atesd.train.rows import Rows
 from atesd.types import Group, NonFiniteError, Problem, StopReason, Trajectory, Turn
 
@@ -209,7 +210,7 @@ def test_advantages_beyond_all_bounds_are_named_by_their_problem() -> None:
     """1e308 - (-1e308) has no float64; a driver refuses such rewards, a caller of `Rows` may not."""
     turn = Turn((1,), (2,), (-1.0,), "x", StopReason.EOS, 0)
     group = Group(Problem("p7", "q", "s"), tuple(Trajectory((turn,), reward) for reward in (1.7e308, 1.7e308, 0.0)))
-    rows = Rows(None, policy=build_config({}).rl)  # type: ignore[arg-type]
+    rows = Rows(None, outcomes=Outcomes(1), policy=build_config({}).rl)  # type: ignore[arg-type]
     with pytest.raises(
         NonFiniteError, match=r"advantages of problem 'p7' are not finite \(largest reward 1\.7e\+308\): scale"
     ):

@@ -179,7 +179,7 @@ def _spoil_a_header(rng: random.Random, text: str) -> str:
     lines = text.splitlines()
     headers = [index for index, line in enumerate(lines) if line.startswith("[") and "." not in line]
     index = rng.choice(headers)
-    name = lines[index].strip("[]")
+    name = lines[index].split("]")[0].strip("[]")
     lines[index] = rng.choice([f"[[{name}]]", f"[{name}s]", f"[seed.{name}]", f"[{name}.{name}.x]", f"[{name}"])
     return "\n".join(lines)
 

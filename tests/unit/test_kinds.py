@@ -47,6 +47,11 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "dataset": {"path": "a"},
     "benchmark": {"name": "aime24"},
     "python": {"function": "a:b"},
+    "skills": {"folder": "a"},
+    "episodes": {"text": "a"},
+    "textarena": {"game": "a"},
+    "gymnasium": {"make": "a"},
+    "trl": {"factory": "a:b"},
 }
 
 

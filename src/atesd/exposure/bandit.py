@@ -132,6 +132,7 @@ class BanditController(Held):
     def state_dict(self) -> dict[str, Any]:
         """Return all decisions and the open window."""
         return {
+            "seed": self._seed,
             "decisions": [list(decision) for decision in self._decisions],
             "drawn": self._drawn,
             "start": list(self._start),
@@ -144,6 +145,7 @@ class BanditController(Held):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._decisions = [(int(step), float(ratio), float(gain)) for step, ratio, gain in state["decisions"]]
+        self._seed = state["seed"]
         self._drawn, self._ratio, self._latest = state["drawn"], state["ratio"], dict(state["latest"])
         self._start, self._level = tuple(state["start"]), tuple(state["level"])
         self._clock.held = state["held"]

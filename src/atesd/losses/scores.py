@@ -148,14 +148,13 @@ def _labels(labels_r: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and probabilities of logits [r, V]: on a CPU with one exponential instead of two."""
-    if z.is_cuda:
-        log_p = z.log_softmax(-1)
-        return log_p, log_p.exp()
-    log_p = z - z.amax(-1, keepdim=True)
-    p = log_p.exp()
-    mass_r1 = p.sum(-1, keepdim=True)
-    return log_p.sub_(mass_r1.log()), p.div_(mass_r1)
+    """Return log-probabilities and probabilities of logits [r, V].
+
+    Probabilities are exp(log-probabilities), a second exponential: only so does `Pair.surplus` know of the rounding of
+    the log-normaliser, and takes it out of small divergences.
+    """
+    log_p = z.log_softmax(-1)
+    return log_p, log_p.exp()
 
 
 def _argmax(x: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def test_one_row_a_sample() -> None:
         "reward": 1.0,
         "stop": "eos",
         "turns": 1,
+        "ended": "over",
+        "invalid": 0,
         "length": 3,
         "traits": {"cites_hint": False},
     }

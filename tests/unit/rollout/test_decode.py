@@ -146,7 +146,7 @@ def test_looking_less_often_at_what_has_ended_changes_no_sample(every: int, monk
     seldom = own(model, CUT)
     for one, other in zip(often, seldom, strict=True):
         assert one.completion_ids == other.completion_ids
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     longest = max(len(turn.completion_ids) for turn in often)
     # It ends with the first look behind the longest completion, or at the limit. The first token takes no step, the
     # comparison with the model's own logits takes one.
@@ -155,15 +155,15 @@ def test_looking_less_often_at_what_has_ended_changes_no_sample(every: int, monk
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_head_in_parts_gives_the_logits_of_the_whole(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 7 outputs, the last one shorter."""
+    """Parts of 5 outputs, the last one shorter."""
     model = tiny_model()
     head = model.lm_head
     if has_bias:
         head.bias = torch.nn.Parameter(torch.linspace(-3, 3, head.out_features))
     with torch.no_grad():
-        monkeypatch.setattr(llama, "_PART", 7 * head.in_features)
+        monkeypatch.setattr(llama, "_PART", 5 * head.in_features)
         assert llama._is_tall(head)
-        assert head.out_features % 7
+        assert head.out_features % 5
         parts, _ = Decoder(model).read(PROMPTS, 1)
         monkeypatch.setattr(llama, "_PART", 2**30)
         assert not llama._is_tall(head)

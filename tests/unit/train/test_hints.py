@@ -13,6 +13,7 @@ from atesd.rollout.render import Renderer
 from atesd.routing.route import Route
 from atesd.train.batch import Row
 from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.outcomes import Outcomes
 from atesd.train.rows import Rows
 from atesd.types import Group, Problem, StopReason, Trajectory, Turn, UserError
 
@@ -37,6 +38,7 @@ def maker(**sections: Any) -> Rows:
     config = build_config(SECTIONS | sections)
     return Rows(
         hints(**sections),
+        outcomes=Outcomes(1),
         policy=config.rl,
         prompt_weight=config.loss.prompt_weight,
         mask_truncated=config.step.truncated == "mask",
