@@ -121,10 +121,6 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
             numbers |= {
                 "gate/gap": float(gap.mean()),
             }
-        if truth.settings["gate"]["kind"] == "aligned":
-            pulls = [truth.agreement(stats, row.outcome) for row, stats in heard if row.outcome]
-            if pulls:
-                numbers["gate/agree_frac"] = float((cat([*pulls]) > 0).double().mean())
     if "rl" in latest:
         forced = [stats for _, stats in scored([latest["rl"]], "rl")]
         numbers |= {
@@ -146,6 +142,26 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
         if truth.settings["loss"]["divergence"]["kind"] == "sampled":
             numbers["loss/clip_frac"] = float(cat([stats.clipped for _, stats in taught]).mean())
     return numbers
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, tree in RECIPES.items() if tree.get("gate", {}).get("kind") == "aligned"]
+)
+def test_the_log_says_where_teacher_and_outcome_agree(name: str, oracle: Oracles) -> None:
+    truth = oracle(name)
+    looked = 0
+    for step in range(1, truth.run.steps + 1):
+        parts = [part for part in truth.updates() if part.step == step and "distil" in part.losses]
+        heard = scored(parts[-1:], "distil") if parts else []
+        pulls = [truth.agreement(stats, row.outcome) for row, stats in heard if abs(row.outcome or 0.0) > 1e-6]
+        if not pulls:
+            continue
+        # A pull whose sign float32 cannot tell may count or not.
+        low, high = (float((cat([*pulls]) > edge).double().mean()) for edge in (4e-7, -4e-7))
+        assert low - 1e-9 <= truth.run.metrics[step]["gate/agree_frac"] <= high + 1e-9
+        assert high - low < 0.5
+        looked += 1
+    assert looked
 
 
 @pytest.mark.parametrize("name", [name for name, tree in RECIPES.items() if tree.get("gate", {}).get("kind") == "sdar"])

@@ -26,6 +26,9 @@ from atesd.gates.gate import GateMethod
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 
+NOTHING = 1e-6
+"""An attempt's advantage up to this is rounding: it came out as expected."""
+
 
 class AlignedGate(GateMethod):
     """Tokens listen where teacher and outcome agree (ours)."""
@@ -53,7 +56,7 @@ class AlignedGate(GateMethod):
 
     def metrics(self, stats: TokenStats) -> Mapping[str, float]:
         """Return the share of tokens at which teacher and outcome agree, of those whose outcome is known."""
-        known = agreement(stats)[stats.advantage != 0]
+        known = agreement(stats)[stats.advantage.abs() > NOTHING]
         return {"gate/agree_frac": float((known > 0).double().mean())} if known.numel() else {}
 
 
