@@ -319,7 +319,7 @@ def test_compare_runs_pairs_extends_and_outlives_a_failing_arm(
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"start", "arms", "paired", "leaders", "k", "seeds", "seconds"}
     assert set(summary["arms"]) == {"half", "full"}
-    assert {"difference", "low", "high", "seeds"} < set(summary["paired"]["half-full"])
+    assert set(summary["paired"]["half-full"]) == {"difference", "low", "high", "seeds", "t_low", "t_high"}
     assert (out / "report.html").stat().st_size > 100_000
     starts = [rows(out / arm / "seed_0" / "metrics.jsonl")[0] for arm in ("half", "full")]
     assert starts[0]["eval/pico/avg@2"] == starts[1]["eval/pico/avg@2"], "arms of a seed share their start"
