@@ -107,11 +107,12 @@ class Credit:
         tables: list[dict[str, float] | None] = []
         for levels in found:
             clip = self._clip([sum(parts[1:], parts[0]) for parts in zip(*levels.values(), strict=True)])
+            credit_LJ = clip * _products(list(levels.values()), folds, scale)
             tables.append(
                 {
-                    f"{level}/{number}": clip * _dot(fold, gradient, scale)
-                    for level, gradient in levels.items()
-                    for number, fold in enumerate(folds)
+                    f"{level}/{number}": credit
+                    for level, credit_J in zip(levels, credit_LJ.tolist(), strict=True)
+                    for number, credit in enumerate(credit_J)
                 }
             )
         return tables
@@ -216,6 +217,16 @@ class Credit:
         return cast("Tensor", 1 / (corrected.sqrt() + self._optim.eps))
 
 
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor], scale: Sequence[Tensor]) -> float:
+def _dot(left: Gradient, right: Gradient, scale: Sequence[Tensor]) -> float:
     """Return <left, P right> in float64."""
-    return sum(float((a.double() * b.double() * p.double()).sum()) for a, b, p in zip(left, right, scale, strict=True))
+    return float(_products([left], [right], scale))
+
+
+def _products(left: Sequence[Gradient], right: Sequence[Gradient], scale: Sequence[Tensor]) -> Tensor:
+    """Return <left_a, P right_b> for all pairs, [A, B], in float64; converted weight by weight."""
+    total_AB = scale[0].new_zeros(len(left), len(right), dtype=torch.float64)
+    for index, factor in enumerate(scale):
+        left_AD = torch.stack([gradient[index].flatten() for gradient in left]).double() * factor.flatten().double()
+        right_BD = torch.stack([gradient[index].flatten() for gradient in right]).double()
+        total_AB += left_AD @ right_BD.T
+    return total_AB
