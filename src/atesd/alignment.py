@@ -1,4 +1,5 @@
 """One credit for every control of the teacher's signal: would a step with it raise the reward of graded rollouts?
+(Or lower the probe's NLL: `Source`.)
 
 K candidates, J folds of the graded completions, N(m, C) a normal distribution.
 
@@ -31,6 +32,8 @@ from atesd.types import Measurement, Observation
 
 Array = NDArray[np.float64]
 By = Literal["none", "level"]
+Source = Literal["reward", "probe"]
+"""What a step is asked for: the reward of graded rollouts, or a lower NLL of the probe's references."""
 DRAWS = 4096
 
 
@@ -100,12 +103,23 @@ class CreditSum:
 
 
 class Credits:
-    """The credits of candidate ratios: one sum for all problems, or one a level of problems."""
+    """The credits of candidate ratios: one sum for all problems, or one a level of problems.
 
-    def __init__(self, grid: Sequence[float], *, decay: float, by: By, levels: Mapping[str, str]) -> None:
+    Several sources enter the same sums as windows of their own: each counts by how clearly it speaks.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[float],
+        *,
+        decay: float,
+        by: By,
+        levels: Mapping[str, str],
+        sources: Sequence[Source] = ("reward",),
+    ) -> None:
         self._grid = tuple(grid)
         self._levels = levels if by == "level" else {}
-        self._kind = "reward_influence" if by == "none" else "reward_influence_by_level"
+        self._kinds = [f"{source}_influence{'' if by == 'none' else '_by_level'}" for source in sources]
         self._sums = {level: CreditSum(len(grid), decay) for level in sorted(set(self._levels.values())) or [""]}
 
     def __iter__(self) -> Iterator[tuple[str, CreditSum]]:
@@ -117,18 +131,18 @@ class Credits:
 
     def wanted(self) -> list[Measurement]:
         """Name the measurements of a window."""
-        return [Measurement(self._kind, ratio) for ratio in self._grid]
+        return [Measurement(kind, ratio) for kind in self._kinds for ratio in self._grid]
 
     def add(self, observation: Observation) -> bool:
-        """Add a window up, level by level; False where it could not be measured."""
-        tables = [observation.table(measurement) for measurement in self.wanted()]
-        if not all(tables):
-            return False
-        for level, credits in self:
-            names = [name for name in tables[0] if name.rpartition("/")[0] == level]
-            if names:
-                credits.add([[table[name] for name in names] for table in tables])
-        return True
+        """Add a window up, level by level; False where none of its sources could be measured."""
+        found = [[observation.table(Measurement(kind, ratio)) for ratio in self._grid] for kind in self._kinds]
+        spoke = [tables for tables in found if all(tables)]
+        for tables in spoke:
+            for level, credits in self:
+                names = [name for name in tables[0] if name.rpartition("/")[0] == level]
+                if names:
+                    credits.add([[table[name] for name in names] for table in tables])
+        return bool(spoke)
 
     def metrics(self) -> dict[str, float]:
         """Return every candidate's credit over its error."""

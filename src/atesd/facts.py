@@ -21,6 +21,8 @@ class RunFacts:
     """Of the training problems, in their order."""
     levels: Mapping[str, str] = field(default_factory=dict)
     """Level of each training problem by its id."""
+    has_probe: bool = True
+    """Whether the task keeps problems on which progress is measured."""
     teacher_frozen: bool = True
     """Whether the teacher's answers depend on the hint alone for the whole run."""
     strength: float = 1.0

@@ -64,6 +64,7 @@ METRICS: dict[str, str] = {
     "rollout/logprob_gap": "mean |sampler log-prob - trainer log-prob| of sampled tokens, nats",
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",
+    "reward/std": "standard deviation of the rewards of gradable completions",
     "reward/ungradable": "number of completions without a reward",
     "reward/{}/mean": "mean of one of several rewards, before its weight, over the completions that it graded",
     "reward/{}/ungradable": "number of completions that one of several rewards did not grade",

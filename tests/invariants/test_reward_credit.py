@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from atesd.recipe import build_config
 from atesd.routing.route import Route
+from atesd.runlog import RunDir, read_jsonl
+from atesd.train.loop import Trainer
 from atesd.train.setup import Parts, assemble
 from atesd.types import Group, Measurement
 
@@ -127,6 +130,20 @@ class Dense:
             found.append(list(torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)))
         return found
 
+    def probe_folds(self, references: Sequence[Any]) -> list[list[Tensor]]:
+        """Return the gradient of the references' token-mean NLL by fold: every eighth of them, scaled to a mean."""
+        tokens = sum(len(completion) for _, completion in references)
+        found = []
+        for fold in range(8):
+            part = []
+            for prompt, completion in references[fold::8]:
+                logits = self.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+                logs = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])  # at temperature 1
+                part.append(-logs.sum())
+            loss = 8 * torch.stack(part).sum() / tokens if part else 0 * sum(w.sum() for w in self.weights)
+            found.append(list(torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)))
+        return found
+
     def distillation(
         self, groups: Sequence[Group], ratios: Sequence[float], strength: float = 1.0
     ) -> dict[str, Tensor]:
@@ -207,6 +224,20 @@ def test_credits_by_level_and_fold_are_those_of_dense_gradients(updates: int) ->
         close(whole, summed)
         binds.append(dense.credits(levels, folds, 0.0) != pytest.approx(expected))
     assert set(binds) == {True, False}, "one gradient is clipped, and one is not"
+
+
+def test_the_probes_credits_by_level_and_fold_are_those_of_dense_gradients() -> None:
+    """Nine references: the first fold has two of them, each other one. No grades are needed."""
+    tree = TREE | {"task": {"kind": "pico", "train_size": 24, "probe_size": 9, "eval_size": 1}}
+    parts, steps = began(tree | {"optim": OPTIM | {"max_grad_norm": 0.01}})
+    assert len(parts.probe.references) == 9
+    dense = Dense(parts)
+    folds = dense.probe_folds(parts.probe.references)
+    for ratio, table in zip((0.0, 1.0), tables(parts, "probe_influence_by_level", 0.0, 1.0), strict=True):
+        close(table, dense.credits(dense.distillation(steps[-1][:4], [ratio] * 4), folds, 0.01))
+    (whole,) = tables(parts, "probe_influence", 1.0)
+    together = {"": torch.stack([*dense.distillation(steps[-1][:4], [1.0] * 4).values()]).sum()}
+    close(whole, dense.credits(together, folds, 0.01))
 
 
 def test_lambdas_are_compared_at_the_ratios_in_force() -> None:
@@ -301,3 +332,32 @@ def test_no_gradient_of_the_run_is_touched() -> None:
     tables(parts, "reward_influence", 0.5)
     assert all(weight.grad is None for weight in parts.model.parameters())
     assert [weight.requires_grad for weight in parts.model.parameters()] == flags
+
+
+@pytest.mark.parametrize(("reward", "probe"), [("wrong", 3), ("wrong", 0), ("partly", 3)])
+def test_a_run_asks_the_probe_while_rewards_say_nothing(reward: str, probe: int, tmp_path: Path) -> None:
+    """All wrong, with a probe: its credits choose. Without one, ratios stay, and the run goes on."""
+    (tmp_path / "grades.py").write_text(
+        "def wrong(completions, **_): return [0.0] * len(completions)\n"
+        "def partly(completions, **_): return [sum(map(ord, each)) % 5 / 4 for each in completions]\n"
+    )
+    tree = TREE | {
+        "task": {"kind": "pico", "train_size": 24, "probe_size": probe, "eval_size": 1},
+        "reward": {"kind": "python", "function": f"{tmp_path / 'grades.py'}:{reward}"},
+        "exposure": {"kind": "influence", "reference": "reward", "by": "level", "hold": 1, "grid": [0.0, 1.0]},
+        "step": {"num_steps": 3, "problems": 6},
+    }
+    Trainer.start(build_config(tree), tmp_path / "run").train()
+    rows = RunDir.open(tmp_path / "run").metrics()
+    sources = {key.split("_")[0] for row in rows if row["step"] > 1 for key in row if "_influence_by_level" in key}
+    shown = {group["ratio"] for group in read_jsonl(tmp_path / "run" / "groups.jsonl") if group["step"] > 1}
+    if reward == "partly":
+        assert sources == {"measure/reward"}
+    elif probe:
+        assert sources == {"measure/probe"}
+        assert shown <= {0.0, 1.0}, "chosen by the probe"
+        assert any("exposure/short/credit/0" in row for row in rows)
+    else:
+        assert not sources
+        assert shown == {0.5}
+        assert all(row.get("exposure/discarded") == 1.0 for row in rows if row["step"])

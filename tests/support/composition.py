@@ -22,6 +22,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "influence": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0]},
     "bandit": {"kind": "bandit", "hold": 1},
     "aligned": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "reward", "by": "level"},
+    "aligned_both": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "both"},
     "paired_reward": {"kind": "paired", "hold": 1, "reference": "reward"},
     "beta_aligned": {"kind": "beta", "reward": "aligned", "hold": 1, "decisions_per_update": 1},
 }
@@ -75,6 +76,7 @@ MEASURED = (
     "difficulty_ppl",
     "influence",
     "aligned",
+    "aligned_both",
     "paired_reward",
     "beta_aligned",
 )

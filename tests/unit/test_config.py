@@ -299,7 +299,15 @@ def test_lambda_is_capped_always_by_the_target_and_by_the_router_where_it_asks()
         ),
         (
             {"exposure": {"kind": "influence"}},
-            "a learned share: candidates mixed by what their gradients would do to the probe (influence credit)",
+            "a learned share: candidates mixed by what their gradients would do to the probe",
+        ),
+        (
+            {"exposure": {"kind": "influence", "play": "best"}},
+            "a learned share: candidates chosen by what their gradients would do to the probe",
+        ),
+        (
+            {"exposure": {"kind": "influence", "reference": "reward"}},
+            "a learned share: candidates chosen by what their gradients would do to the reward of graded rollouts",
         ),
         (
             {"exposure": {"kind": "paired"}},

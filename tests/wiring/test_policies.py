@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def test_the_log_describes_groups_routes_and_exposure(name: str, oracle: Oracles
         assert found["rollout/truncated"] == sum(row.cut_off for row in truth.rows(step))
         rewards = [reward for group in groups for reward in group["rewards"] if reward is not None]
         assert found["reward/mean"] == pytest.approx(mean(rewards))
+        assert found["reward/std"] == pytest.approx(pstdev(rewards))
         uniform = sum(len({*group["rewards"]} - {None}) == 1 for group in groups)
         assert found["reward/uniform_groups"] == uniform
 

@@ -9,8 +9,10 @@ ratio is
 
     alpha = sum_k softmax(z_k / temperature) alpha_k,   z_k = (c_k - mean c) / std c.
 
-Ours. Standardising makes the temperature the same for every model. Measured by `train/credit.py` on
-`probe.credit_parameters`. With `reference = "reward"` graded rollouts take the probe's place (exposure/aligned.py).
+Ours. Standardising makes the temperature the same for every model; it also makes as much of noise as of a difference.
+`play = "best"` plays the candidate that is most probably the best by credits over their errors (exposure/aligned.py).
+Measured by `train/credit.py` on `probe.credit_parameters`. With `reference = "reward"` graded rollouts take the probe's
+place, with "both" they stand beside it: each window of either counts by its own error. Neither mixes candidates.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from atesd.alignment import Credits
+from atesd.alignment import Credits, Source
 from atesd.exposure.aligned import AlignedController
 from atesd.exposure.controller import Controller
 from atesd.exposure.held import Held, HeldMethod, Ratio
@@ -43,17 +45,28 @@ class Influence(HeldMethod):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.2
     """Softness of the choice between ratios; towards 0 it takes the best one. From .001 to 1000."""
 
-    reference: Literal["probe", "reward"] = "probe"
-    """What a step is asked for: a lower NLL of the probe's references, or the reward of earlier graded completions."""
+    reference: Literal["probe", "reward", "both"] = "probe"
+    """What a step is asked for: a lower NLL of the probe's references, the reward of earlier graded completions, or
+    both, by their precision."""
+    play: Literal["mixture", "best"] | None = None
+    """A mixture of candidates by their credits (the probe's default), or the one that is most probably the best, by
+    credits over their errors (always so with rewards)."""
     by: Literal["none", "level"] = "none"
-    """Whether each level of problems has a ratio of its own; with `reference = "reward"`."""
+    """Whether each level of problems has a ratio of its own; not with a mixture."""
 
     measured: ClassVar[bool] = True
     reads_length: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Name the credit."""
-        return "a learned share: candidates mixed by what their gradients would do to the probe (influence credit)"
+        what = {"probe": "the probe", "reward": "the reward of graded rollouts", "both": "probe and reward"}
+        how = "mixed by" if self.mixes else "chosen by"
+        return f"a learned share: candidates {how} what their gradients would do to {what[self.reference]}"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether candidates are mixed."""
+        return self.reference == "probe" and self.play != "best"
 
     @model_validator(mode="after")
     def _check_grid(self) -> Influence:
@@ -63,24 +76,34 @@ class Influence(HeldMethod):
 
     @model_validator(mode="after")
     def _check_reference(self) -> Influence:
-        if self.reference == "probe" and self.by != "none":
+        if self.mixes and self.by != "none":
             raise ValueError(
-                f'exposure.by = "{self.by}" tells levels apart by graded rollouts: set exposure.reference = "reward", '
-                "or remove exposure.by"
+                f'exposure.by = "{self.by}" needs candidates that are not mixed: set exposure.play = "best" or '
+                'exposure.reference = "reward", or remove exposure.by'
             )
-        if self.reference == "reward" and self.temperature != type(self).model_fields["temperature"].default:
+        if self.reference != "probe" and self.play == "mixture":
+            raise ValueError(
+                f'exposure.play = "mixture" goes with exposure.reference = "probe" alone, not "{self.reference}": '
+                "remove exposure.play"
+            )
+        if not self.mixes and self.temperature != type(self).model_fields["temperature"].default:
             raise ValueError(
                 f"exposure.temperature = {self.temperature:g} mixes candidates, which are played as they are with "
-                'exposure.reference = "reward": remove exposure.temperature'
+                'exposure.reference = "reward" or exposure.play = "best": remove exposure.temperature'
             )
         return self
 
     def build(self, run: RunFacts) -> Controller:
         """Return the controller."""
-        if self.reference == "probe":
+        if self.mixes:
             return InfluenceController(self)
-        credits = Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels)
-        return AlignedController(self.grid, credits, start=self.start, hold=self.hold, decay=self.decay)
+
+        def credits(*sources: Source) -> Credits:
+            return Credits(self.grid, decay=self.decay, by=self.by, levels=run.levels, sources=sources)
+
+        asked: tuple[Source, ...] = ("reward", "probe") if self.reference == "both" else (self.reference,)
+        instead = credits("probe") if self.reference == "reward" and run.has_probe else None
+        return AlignedController(self.grid, credits(*asked), start=self.start, hold=self.hold, instead=instead)
 
 
 class InfluenceController(Held):

@@ -5,6 +5,7 @@
     virtual_reward@r            -(1/tokens) sum A log p of earlier completions after that step
     reward_influence@r          s_r <g_R, P g_r> by fold of g_R; ..._by_level: by level of the problems as well
     reward_influence_lambda@l   the same of the target's lambda l, at the ratios in force
+    probe_influence@r           s_r <g_probe, P g_r> by fold of g_probe; ..._by_level as above
 
 g_probe is the gradient of the student's hint-free probe NLL; g_R that of -(1/tokens) sum A log p over the graded
 completions of the steps before the latest one (train/outcomes.py); g_r that of the distillation loss on the completions
@@ -13,7 +14,8 @@ weights, `loss.aggregate` and the router's coefficient are not. P = 1 / (sqrt(v)
 before the first update; s_r = min(1, max_grad_norm / ||g_r||), over the credited weights, is what clipping leaves. The
 virtual step is AdamW's with its two moments, weight decay and present rate. Weights come back bit for bit.
 
-Where rewards are asked, all groups of the step are looked at, whatever their route: what would distillation do there?
+Where tables by fold are asked, all groups of the step are looked at, whatever their route: what would distillation do
+there?
 """
 
 from __future__ import annotations
@@ -89,17 +91,35 @@ class Credit:
 
     def reward_influence(self, ratios: Sequence[float], *, by_level: bool) -> list[dict[str, float] | None]:
         """Return each ratio's table of credits by level and fold, `LEVEL/FOLD`; None where nothing can be said."""
-        return self._rewarded([self._every.at(ratio) for ratio in ratios] if self._every else [], ratios, by_level)
+        return self._tables(self._at(ratios), ratios, self._reward_folds, by_level)
+
+    def probe_influence(self, ratios: Sequence[float], *, by_level: bool) -> list[dict[str, float] | None]:
+        """Return the same tables with the probe's NLL in the place of minus the reward, by fold of its references."""
+        return self._tables(self._at(ratios), ratios, self._probe_folds, by_level)
 
     def reward_influence_lambda(self, strengths: Sequence[float]) -> list[dict[str, float] | None]:
         """Return the table of each lambda, as above, at the ratios in force."""
-        return self._rewarded([self._every.beyond(each) for each in strengths] if self._every else [], strengths, False)
+        candidates = [self._every.beyond(each) for each in strengths] if self._every else []
+        return self._tables(candidates, strengths, self._reward_folds, by_level=False)
 
-    def _rewarded(
-        self, candidates: Sequence[Batch], asked: Sequence[float], by_level: bool
+    def _at(self, ratios: Sequence[float]) -> list[Batch]:
+        return [self._every.at(ratio) for ratio in ratios] if self._every else []
+
+    def _reward_folds(self, weights: Sequence[nn.Parameter]) -> list[Gradient]:
+        return self._directions.of_rewards(self.outcomes.earlier(), weights)
+
+    def _probe_folds(self, weights: Sequence[nn.Parameter]) -> list[Gradient]:
+        return self._directions.of_references_by_fold(self._references, weights)
+
+    def _tables(
+        self,
+        candidates: Sequence[Batch],
+        asked: Sequence[float],
+        reference: Callable[[Sequence[nn.Parameter]], list[Gradient]],
+        by_level: bool,
     ) -> list[dict[str, float] | None]:
         weights = self._weights(self._parameters)
-        folds = self._directions.of_rewards(self.outcomes.earlier(), weights) if candidates else []
+        folds = reference(weights) if candidates else []
         found = self._directions.of_distillation(candidates, weights, by_level=by_level) if folds else None
         if found is None:
             return [None] * len(asked)

@@ -29,7 +29,7 @@ from atesd.types import Group
 Gradient = list[Tensor]
 
 FOLDS = 8
-"""Parts into which graded completions are split, problem by problem, for the error of their direction."""
+"""Parts into which graded completions or references are split, problem by problem, for the error of their direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,12 @@ class Directions:
         """Return the gradient of the token-mean NLL of references."""
         count = sum(len(passage.completion) for passage in references)
         return self._of_labels(references, [1.0 / count] * len(references), weights, temperature=1.0)
+
+    def of_references_by_fold(self, references: Sequence[Passage], weights: Sequence[nn.Parameter]) -> list[Gradient]:
+        """Return each fold's gradient of the token-mean NLL of references, whose mean over folds is that of all."""
+        scale = FOLDS / sum(len(passage.completion) for passage in references)
+        parts = [references[fold::FOLDS] for fold in range(FOLDS)]
+        return [self._of_labels(part, [scale] * len(part), weights, temperature=1.0) for part in parts]
 
     def of_rewards(self, graded: Sequence[Graded], weights: Sequence[nn.Parameter]) -> list[Gradient]:
         """Return each fold's gradient of -(1/tokens) sum A log p, whose mean over folds is that of all completions.

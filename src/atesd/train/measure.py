@@ -8,8 +8,8 @@ gt_answer@r           the same of the final answer alone
 gt_hidden_only@r      the same of the segments that ratio r does not reveal: no credit for copying
 contract@r            at positions of forced form in probe completions, by class: what the teacher at ratio r and
                       the base give to the teacher's modal token, and the number of positions
-influence@r           and virtual_nll@r, virtual_reward@r, reward_influence@r, reward_influence_by_level@r: credit of a
-                      ratio, reward_influence_lambda@l of a lambda (train/credit.py)
+influence@r           and virtual_nll@r, virtual_reward@r, reward_influence@r, probe_influence@r, each of the last two
+                      with _by_level@r: credit of a ratio; reward_influence_lambda@l of a lambda (train/credit.py)
 reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
 """
 
@@ -49,6 +49,8 @@ class Measurer:
             "reward_influence_by_level": Taker(
                 lambda ratios: credit.reward_influence(ratios, by_level=True), "credit", needs_probe=False
             ),
+            "probe_influence": Taker(lambda ratios: credit.probe_influence(ratios, by_level=False), "credit"),
+            "probe_influence_by_level": Taker(lambda ratios: credit.probe_influence(ratios, by_level=True), "credit"),
             "reward_influence_lambda": Taker(credit.reward_influence_lambda, "credit", needs_probe=False),
             "virtual_reward": Taker(credit.virtual_reward, "credit", needs_probe=False),
             "virtual_nll": Taker(lambda ratios: credit.virtual(ratios, probe.nll), "credit"),

@@ -58,7 +58,7 @@ def batch_metrics(
             "exposure/ratio_max": max(ratios),
         }
     if graded:
-        metrics["reward/mean"] = float(np.mean(graded))
+        metrics |= {"reward/mean": float(np.mean(graded)), "reward/std": float(np.std(graded))}
     metrics |= ending_metrics([trajectory for _, trajectory in attempts])
     for name in attempts[0][1].rewards:
         given = [trajectory.rewards[name] for _, trajectory in attempts]

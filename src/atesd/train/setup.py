@@ -117,6 +117,7 @@ def assemble(config: RunConfig) -> Parts:
         facts,
         problem_ids=[problem.id for problem in problems],
         levels={problem.id: problem.level for problem in problems},
+        has_probe=bool(sets["probe"]),
     )
     _warn(config, problems, renderer)
     if driver.room is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def credit(step: int, *, stats: Mapping[str, float] = {}, **best: int) -> Observ
             for fold in (0, 1)
         }
         found[Measurement("reward_influence_by_level", ratio)] = table
-    return Observation(step, {"reward/mean": 0.5, **stats}, found)
+    return Observation(step, {"reward/mean": 0.5, "reward/std": 0.5, **stats}, found)
 
 
 def play(controller: Controller, step: int) -> list[float]:
@@ -77,57 +78,132 @@ def test_one_ratio_for_all() -> None:
     controller.observe(Observation(0))
     play(controller, 0)
     assert controller.wants(1)[:3] == [Measurement("reward_influence", ratio) for ratio in GRID]
+    assert controller.wants(1)[3:] == [Measurement("probe_influence", ratio) for ratio in GRID]
     found = {Measurement("reward_influence", ratio): {"/0": 1.0 * ratio, "/1": 1.2 * ratio + 0.01} for ratio in GRID}
     controller.observe(Observation(1, measured=found))
     assert play(controller, 1) == [0.8] * 4
 
 
-def by_probe(step: int, *credits: float, **stats: float) -> Observation:
-    """What is measured where nothing can be graded: the probe's credits alone."""
-    found = {Measurement("influence", ratio): credit for ratio, credit in zip(GRID, credits, strict=True)}
+def by_probe(step: int, best: int, level: str = "easy", **stats: float) -> Observation:
+    """What is measured where rewards say nothing: the probe's credits alone, 9 to 1, errors of 1/2."""
+    found = credit(step, **{level: best}).measured
+    found = {Measurement("probe_influence_by_level", each.ratio): value for each, value in found.items()}
     return Observation(step, {"route/distil_groups": 1.0, **stats}, found)
 
 
-def test_while_nothing_can_be_graded_the_probe_takes_the_place_of_rewards() -> None:
-    controller = build(by="level", hold=1, decay=0.5)
+REWARDS = [Measurement("reward_influence_by_level", ratio) for ratio in GRID]
+PROBE = [Measurement("probe_influence_by_level", ratio) for ratio in GRID]
+
+
+def test_while_rewards_say_nothing_the_probe_takes_their_place() -> None:
+    """None given, then all equal: the probe's sums are the credit's own, level by level, with their decay."""
+    controller = build(by="level", hold=1, decay=0.0)
     controller.observe(Observation(0))
     assert play(controller, 0) == [0.5] * 4
-    asked = [Measurement("reward_influence_by_level", ratio) for ratio in GRID]
-    assert controller.wants(1) == asked + [Measurement("influence", ratio) for ratio in GRID]
-    controller.observe(by_probe(1, 0.1, 0.4, 0.3))
-    assert controller.metrics() == {"exposure/credit/0": 0.1, "exposure/credit/0.3": 0.4, "exposure/credit/0.8": 0.3}
-    assert play(controller, 1) == [0.3, 0.3, 0.3, 0.5]
-    controller.observe(by_probe(2, 0.2, 0.1, 0.3))  # averages .15, .25, .3
-    assert play(controller, 2) == [0.8, 0.8, 0.8, 0.5]
-    again = build(by="level", hold=1, decay=0.5)
+    assert controller.wants(1) == REWARDS + PROBE
+    controller.observe(by_probe(1, 1))
+    assert controller.metrics()["exposure/easy/credit/0.3"] > 5
+    assert play(controller, 1) == [0.3, 0.5, 0.3, 0.5]
+    controller.observe(by_probe(2, 2, "hard", **{"reward/mean": 0.0, "reward/std": 0.0}))
+    assert play(controller, 2) == [0.3, 0.8, 0.3, 0.5], "all wrong is as good as ungraded"
+    controller.observe(by_probe(3, 0))
+    assert play(controller, 3) == [0.0, 0.8, 0.0, 0.5], "with a decay of 0 the latest window says all"
+
+
+def test_the_probes_sums_are_kept_and_restored() -> None:
+    """Two windows for .3, then one for 0, as clear as either: with a decay of .9 two outweigh one."""
+    controller = build(by="level", hold=1, decay=0.9)
+    controller.observe(Observation(0))
+    for step in (1, 2):
+        play(controller, step - 1)
+        controller.observe(by_probe(step, 1))
+    again = build(by="level", hold=1, decay=0.9)
     again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     for held in (controller, again):
-        held.observe(by_probe(3, 0.9, 0.0, 0.0))  # .525, .125, .15
-        assert play(held, 3) == [0.0, 0.0, 0.0, 0.5]
+        play(held, 2)
+        held.observe(by_probe(3, 0))
+        assert play(held, 3) == [0.3, 0.5, 0.3, 0.5]
 
 
 def test_a_missing_credit_of_the_probe_spoils_its_window() -> None:
     controller = build(by="level", hold=1)
     controller.observe(Observation(0))
     play(controller, 0)
-    found = {Measurement("influence", 0.0): 1.0}
+    found = dict(list(by_probe(1, 1).measured.items())[:2])
     controller.observe(Observation(1, {"route/distil_groups": 1.0}, found))
     assert controller.metrics() == {"exposure/discarded": 1.0}
     assert play(controller, 1) == [0.5] * 4
 
 
-def test_the_probe_has_no_say_once_anything_was_graded() -> None:
+def test_the_probe_has_no_say_once_rewards_differed() -> None:
     controller = build(by="level", hold=1)
     controller.observe(Observation(0))
     play(controller, 0)
-    controller.observe(by_probe(1, 0.1, 0.1, 0.4))
-    assert play(controller, 1) == [0.8, 0.8, 0.8, 0.5]
-    controller.observe(by_probe(2, 0.9, 0.1, 0.4, **{"reward/mean": 0.0}))
+    controller.observe(by_probe(1, 2))
+    assert play(controller, 1) == [0.8, 0.5, 0.8, 0.5]
+    controller.observe(by_probe(2, 0, **{"reward/std": 0.1}))
     assert controller.metrics() == {"exposure/discarded": 1.0}
-    assert play(controller, 2) == [0.8, 0.8, 0.8, 0.5], "what was chosen before is kept until rewards speak"
-    assert controller.wants(3) == [Measurement("reward_influence_by_level", ratio) for ratio in GRID]
+    assert play(controller, 2) == [0.8, 0.5, 0.8, 0.5], "what was chosen before is kept until rewards speak"
+    assert controller.wants(3) == REWARDS
+    again = build(by="level", hold=1)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert again.wants(3) == REWARDS
     controller.observe(credit(3, easy=0))
-    assert play(controller, 3) == [0.0, 0.8, 0.0, 0.5]
+    assert play(controller, 3) == [0.0, 0.5, 0.0, 0.5]
+
+
+def test_rewards_speak_before_the_probe_where_both_do() -> None:
+    controller = build(by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    both = {**by_probe(1, 2, "easy").measured, **credit(1, easy=0).measured}
+    controller.observe(Observation(1, {}, both))
+    assert play(controller, 1) == [0.0, 0.5, 0.0, 0.5]
+
+
+def test_a_task_without_probe_problems_is_asked_for_rewards_alone() -> None:
+    controller = build(replace(FACTS, has_probe=False), by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    assert controller.wants(1) == REWARDS
+
+
+def test_the_probe_alone_can_be_asked_by_errors() -> None:
+    controller = build(reference="probe", play="best", by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    assert controller.wants(1) == PROBE
+    controller.observe(by_probe(1, 1, **{"reward/std": 0.5}))
+    assert play(controller, 1) == [0.3, 0.5, 0.3, 0.5], "graded or not"
+
+
+def test_both_references_enter_one_sum_by_their_precision() -> None:
+    """Folds 0 and 8 of the one candidate: error 4; 3.9 and 4.1: error .1. In units of error the second counts more."""
+    for vague, clear, best in ((0.0, 1.0, 0.8), (1.0, 0.0, 0.0)):
+        controller = build(reference="both", hold=1, grid=(0.0, 0.8))
+        controller.observe(Observation(0))
+        play(controller, 0)
+        low, high = 0.0, 0.8
+        assert controller.wants(1) == [
+            Measurement(f"{source}_influence", ratio) for source in ("reward", "probe") for ratio in (low, high)
+        ]
+        loud = {low: 5 * clear, high: 5 * vague}  # prefers the one that the clear source does not
+        quiet = {low: vague, high: clear}
+        found: dict[Measurement, dict[str, float]] = {}
+        for ratio in (low, high):
+            found[Measurement("reward_influence", ratio)] = {"/0": loud[ratio] - 4, "/1": loud[ratio] + 4 + ratio}
+            found[Measurement("probe_influence", ratio)] = {
+                "/0": quiet[ratio] - 0.1,
+                "/1": quiet[ratio] + 0.1 + ratio / 9,
+            }
+        controller.observe(Observation(1, {}, found))
+        assert play(controller, 1) == [best] * 4
+        one = build(reference="both", hold=1, grid=(0.0, 0.8))
+        one.observe(Observation(0))
+        play(one, 0)
+        one.observe(Observation(1, {}, {key: value for key, value in found.items() if key.kind == "reward_influence"}))
+        assert play(one, 1) == [0.8 - best] * 4, "a source that is missing leaves the other one"
+        assert "exposure/credit/0" in one.metrics()
 
 
 def test_a_window_that_could_not_be_measured_is_discarded_and_said() -> None:
@@ -186,8 +262,12 @@ def test_a_controller_is_restored_in_the_middle_of_a_window() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"by": "level"}, 'exposure.reference = "reward"'),
-        ({"reference": "reward", "temperature": 0.5}, "temperature"),
+        ({"by": "level"}, 'exposure.play = "best" or exposure.reference = "reward"'),
+        ({"by": "level", "play": "mixture"}, 'exposure.play = "best"'),
+        ({"reference": "reward", "temperature": 0.5}, "remove exposure.temperature"),
+        ({"play": "best", "temperature": 0.5}, "remove exposure.temperature"),
+        ({"reference": "reward", "play": "mixture"}, "remove exposure.play"),
+        ({"reference": "both", "play": "mixture"}, 'not "both": remove exposure.play'),
     ],
 )
 def test_settings_that_the_reference_does_not_read_are_refused(fields: dict[str, Any], message: str) -> None:
