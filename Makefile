@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## train OPSD, fixed, random and learned exposure side by side; ends in runs/demo/report.html
-	$(BIN)/atesd compare recipes/pico.toml --arms full,half,random,learned --seeds 2 --out runs/demo
+	$(BIN)/atesd compare recipes/pico.toml --arms full,half,learned,aligned --seeds 2 --out runs/demo
 
 test: $(STAMP)  ## unit, invariant and smoke tests
 	$(BIN)/pytest -m 'not slow and not gpu'

@@ -1,7 +1,7 @@
 """Where the seconds of a step go, from the log of runs.
 
     python -m bench.phases runs/demo/learned/seed_0 [RUN_DIR...]
-    python -m bench.phases                # 20 fresh steps of recipes/pico.toml
+    python -m bench.phases                # 20 fresh steps of recipes/pico.toml with ATESD's exposure
 
 Steps with an evaluation are left out: their time is mostly that of the evaluation.
 """
@@ -21,6 +21,7 @@ from atesd.train.loop import Trainer
 
 Row = Mapping[str, float]
 ROOT = Path(__file__).parents[1]
+ATESD = ('exposure={kind="beta"}', 'routing={kind="distil"}')
 
 
 def share(rows: Sequence[Row], phase: str) -> float:
@@ -56,7 +57,8 @@ def main(runs: Sequence[Path]) -> None:
         print(table(logged(runs)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(ROOT / "recipes" / "pico.toml", ["step.num_steps=21", "eval.every=21", "eval.problems=4"])
+        overrides = ["step.num_steps=21", "eval.every=21", "eval.problems=4", *ATESD]
+        config = load_config(ROOT / "recipes" / "pico.toml", overrides)
         Trainer.start(config, Path(folder) / "run").train()
         print(table(logged([Path(folder) / "run"])))
 

@@ -1,7 +1,7 @@
 """A whole step with rollouts: atesd's Trainer against TRL's, on the same model, problems, prompts and settings.
 
-The step alone has full exposure and no probe (arm `atesd`); `atesd_beta` is the same with the learned exposure that the
-recipe ships, its probe and its controller. The learning rate is tiny, so that completions keep their length. Rounds are
+The step alone has full exposure and no probe (arm `atesd`); `atesd_beta` is the same with ATESD's learned exposure,
+its probe and its controller. The learning rate is tiny, so that completions keep their length. Rounds are
 interleaved: TRL's loop gives the others their turn before each of its steps.
 """
 
@@ -41,6 +41,8 @@ QUIET = (
     "eval.k=1",
 )
 FULL_EXPOSURE = 'exposure={kind="fixed", ratio=1.0}'
+ATESD = 'exposure={kind="beta"}'
+DISTIL = 'routing={kind="distil"}'
 SMOLLM2_PROMPTS = ('prompt.student="{problem}"', 'prompt.teacher="{problem}\\n\\n{hint}"')
 
 
@@ -59,7 +61,7 @@ class Setting:
     """Of torch; 0 leaves what is set."""
     lora: bool = False
     learned: bool = False
-    """Whether the recipe's own learned exposure is an arm, too."""
+    """Whether ATESD's learned exposure is an arm, too."""
 
 
 SETTINGS = (
@@ -147,9 +149,9 @@ def configs(setting: Setting, folder: Path, steps: int) -> dict[str, RunConfig]:
     else:
         overrides += [f"task.train_size={TASK_SIZE}"]
     recipe = ROOT / "recipes" / setting.recipe
-    arms = {"atesd": load_config(recipe, [*overrides, FULL_EXPOSURE])}
+    arms = {"atesd": load_config(recipe, [*overrides, FULL_EXPOSURE, DISTIL])}
     if setting.learned:
-        arms["atesd_beta"] = load_config(recipe, overrides)
+        arms["atesd_beta"] = load_config(recipe, [*overrides, ATESD, DISTIL])
     return arms
 
 

@@ -303,7 +303,7 @@ class RunConfig(Config):
                 f"{router} needs the probabilities that were sampled from: remove "
                 f"loss.temperature_student = {self.loss.temperature_student} or set it to rollout.temperature"
             )
-        if self.routing.shared and self.rl.aggregate != self.loss.aggregate:
+        if self.routing.shared and self.routing.reinforces and self.rl.aggregate != self.loss.aggregate:
             raise ValueError(
                 f'{router} divides both losses by one count, but rl.aggregate = "{self.rl.aggregate}" and '
                 f'loss.aggregate = "{self.loss.aggregate}" count differently: set them alike'

@@ -1,8 +1,8 @@
 """Do the estimators of influence and paired credit say what a real step of the optimizer does? On the packaged model.
 
-After five steps of recipes/pico.toml, on the completions of the fifth: how far the probe's NLL falls when the optimizer
-itself steps at each ratio, what influence credit and a cosine say of it beforehand, and where paired's virtual step
-leads. Gradients are taken here, one completion at a time. `python tests/slow/test_credit.py` prints the numbers.
+After five steps of recipes/pico.toml with ATESD's exposure, on the completions of the fifth: how far the probe's NLL
+falls when the optimizer itself steps at each ratio, what influence credit and a cosine say of it beforehand, and where
+paired's virtual step leads. Gradients are taken here, one completion at a time. `python tests/slow/test_credit.py` prints the numbers.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def really(parts: Parts, groups: Any, ratio: float) -> float:
 def found(seed: int, steps: int = 5) -> Found:
     """Train so many steps, and ask about one more."""
     overrides = [f"seed={seed}", "eval.k=1", "eval.problems=1", "probe.credit_problems=32", "save.every=1000"]
+    overrides += ['exposure={kind="beta"}', 'routing={kind="distil"}']
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer.start(load_config(RECIPE, overrides), Path(folder) / "run")
         trainer._begin()

@@ -110,6 +110,14 @@ def test_a_run_moves_on_step_by_step(tmp_path: Path) -> None:
     assert not any("time/probe_s" in row or "time/eval_s" in row for row in moved.metrics)
 
 
+def test_the_arms_differ_in_exposure_alone(tmp_path: Path) -> None:
+    found = step.configs(step.SETTINGS[0], tmp_path, steps=2)
+    assert {name: config.exposure.kind for name, config in found.items()} == {"atesd": "fixed", "atesd_beta": "beta"}
+    plain, beta = (config.model_dump(exclude={"exposure"}) for config in found.values())
+    assert plain == beta
+    assert plain["routing"]["kind"] == "distil"
+
+
 def test_an_error_in_the_run_reaches_the_caller(tmp_path: Path) -> None:
     small = ("task.train_size=4", "task.probe_size=2", "task.eval_size=2", "step.problems=2")
     config = step.configs(replace(step.SETTINGS[0], overrides=small, learned=False), tmp_path, steps=2)["atesd"]

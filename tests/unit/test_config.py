@@ -51,6 +51,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("shared", routed("hdpo") | {"rl": {"aggregate": "sequence"}},
      'routing.kind = "hdpo" divides both losses by one count, but rl.aggregate = "sequence" and loss.aggregate = '
      '"token" count differently: set them alike', routed("both") | {"rl": {"aggregate": "sequence"}}),
+    ("shared aligned", routed("aligned") | {"loss": {"aggregate": "sequence"}}, "count differently: set them alike",
+     {"routing": {"kind": "aligned", "otherwise": "skip"}, "loss": {"aggregate": "sequence"}}),
     ("shared cliff", CLIFF | {"loss": {"aggregate": "sequence"}}, "count differently: set them alike",
      CLIFF | {"loss": {"aggregate": "sequence"}, "rl": {"aggregate": "sequence"}}),
     ("paced hdpo", routed("hdpo") | PACED,

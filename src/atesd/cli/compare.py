@@ -36,6 +36,10 @@ BUILT_IN_ARMS: dict[str, tuple[str, ...]] = {
     "full": ('exposure={kind="fixed", ratio=1.0}',),
     "random": ('exposure={kind="random"}',),
     "learned": ('exposure={kind="beta"}',),
+    "aligned": (
+        'exposure={kind="influence", reference="reward", by="level"}',
+        'routing={kind="aligned", otherwise="skip"}',
+    ),
     "sft": ('exposure={kind="fixed"}', 'routing={kind="sft"}'),
 }
 

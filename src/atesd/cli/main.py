@@ -89,7 +89,7 @@ def compare(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,random,learned",
+    arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,learned,aligned",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 means one a core, and one on a GPU.")] = 0,
@@ -102,9 +102,9 @@ def compare(
     A run has the recipe's number of threads, or one where it names none, so that no result depends on what runs beside.
 
     Arms are lists of overrides in the recipe's `[arms]` table; `none`, `quarter`, `half`, `three_quarters`, `full`,
-    `random`, `learned` and `sft` are known without one. Writes a run directory and a log for each arm and seed, and at
-    the end `summary.json` and `report.html`. Ctrl-C saves every run; the same command continues, and may name more arms
-    or seeds.
+    `random`, `learned` (ATESD), `aligned` (exposure and route by graded rollouts) and `sft` are known without one.
+    Writes a run directory and a log for each arm and seed, and at the end `summary.json` and `report.html`. Ctrl-C
+    saves every run; the same command continues, and may name more arms or seeds.
     """
     from atesd.cli.compare import run_compare
 
