@@ -33,7 +33,7 @@ for part in $parts; do
       study "$out/policy" recipes/pico.toml --arms learned,untrained,draws_half,often,learned_aligned,bandit
       "$python" repro/evidence.py comparison "$out/policy" policy learned ;;
     cost)
-      "$atesd" compare recipes/pico.toml step.num_steps=60 eval.every=60 --arms aligned,quarter \
+      "$atesd" compare recipes/pico.toml step.num_steps=60 --arms aligned,quarter \
         --first-seed 100 --seeds 3 --jobs 1 --out "$out/cost" ;;
     *) echo "unknown part $part: tiers, composition, policy or cost" >&2; exit 2 ;;
   esac

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def aligned(folder: Path, cost: str = "") -> None:
     runs of their own costs are those of the study, which a shared machine distorts.
     """
     tiers: dict[str, Any] = {}
-    quiet = relative_cost(Path(cost)) if cost else None
+    quiet = Path(cost) if cost else None
     print("| tier | seeds | best fixed ratio | aligned | deficit | 95 % | minus learned | 95 % | time |")
     print("|---|---|---|---|---|---|---|---|---|")
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -89,7 +89,7 @@ def aligned(folder: Path, cost: str = "") -> None:
         lost, gained = difference(arms[best], arms["aligned"]), difference(arms["aligned"], arms["learned"])
         if own is None or fixed is None or lost is None or gained is None:
             raise SystemExit(f"{place} has no seed with complete runs of all three arms: let the comparison go on")
-        times = relative_cost(place) if quiet is None else quiet
+        times, steps = relative_cost(quiet or place, run_seconds), relative_cost(quiet or place, step_seconds)
         tiers[place.name] = {
             "seeds": len(study.seeds),
             "best_fixed": fixed["average_at_k"],
@@ -100,6 +100,8 @@ def aligned(folder: Path, cost: str = "") -> None:
             "deficit_high": lost.high,
             "cost": float(np.median(times)),
             "cost_range": [min(times), max(times)],
+            "cost_of_steps": float(np.median(steps)),
+            "cost_of_steps_range": [min(steps), max(steps)],
             "seeds_listed": list(study.seeds),
             "minus_learned": gained.difference,
             "minus_learned_low": gained.low,
@@ -113,15 +115,20 @@ def aligned(folder: Path, cost: str = "") -> None:
     write_atomic(OUT / "aligned.json", dump_json({"tiers": tiers}))
 
 
-def relative_cost(place: Path) -> list[float]:
-    """Return `aligned`'s seconds over those of the fixed ratio, seed by seed, without evaluations and start."""
+def relative_cost(place: Path, seconds_of: Callable[[Path], float]) -> list[float]:
+    """Return `aligned`'s seconds over those of the fixed ratio, seed by seed."""
     (best,) = {path.parent.name for path in place.glob("*/seed_*")} - {"aligned", "learned"}
     found = []
     for run in runs_of(place / "aligned"):
         other = place / best / run.name
         if (other / "result.json").is_file():
-            found.append(step_seconds(run) / step_seconds(other))
+            found.append(seconds_of(run) / seconds_of(other))
     return found
+
+
+def run_seconds(run: Path) -> float:
+    """Return the seconds of a run with the recipe's evaluations, without loading."""
+    return sum(row.get("time/step_s", row.get("time/eval_s", 0.0)) for row in RunDir.open(run).metrics())
 
 
 def step_seconds(run: Path) -> float:
