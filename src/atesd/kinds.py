@@ -29,6 +29,7 @@ from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
+from atesd.gradients.longact import LongAct
 from atesd.gradients.rule import AllGradients
 from atesd.losses.avsd import Avsd
 from atesd.losses.paint import Paint
@@ -139,7 +140,8 @@ CurriculumSection = Annotated[
 ]
 
 GradientSection = Annotated[
-    AllGradients,  # every gradient as it is
+    AllGradients  # every gradient as it is
+    | LongAct,  # rows of query and key projections with large activations: LongAct
     Field(discriminator="kind"),
 ]
 

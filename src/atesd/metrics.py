@@ -106,6 +106,8 @@ METRICS: dict[str, str] = {
     "rl/kl": "mean k3 estimate of KL(student || step-0 weights) over reinforced tokens, nats; 0 without kl_coef",
     "rl/credit": "mean factor by which the teacher scales the advantages of reinforced tokens (rl.teacher_credit); 1 "
     "without",
+    "gradient/salient_share": "share of the activations' norms that the kept rows of query and key projections hold "
+    "(gradient `longact`)",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "gradient norm before clipping",
     "optim/tokens": "completion tokens scored in the step",

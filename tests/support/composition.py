@@ -75,6 +75,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 GRADIENTS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
+    "longact": {"kind": "longact", "ratio": 0.5},
+    "longact_strict": {"kind": "longact", "score": "random", "strict": True},
 }
 MEASURED = (
     "beta",

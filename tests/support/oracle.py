@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -371,7 +372,43 @@ class Oracle:
         named = [(name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad]
         found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), [weight for _, weight in named])
         gradient = {name: part for (name, _), part in zip(named, found, strict=True)}
+        if self.settings["gradient"]["kind"] == "longact":
+            gradient = self._masked(gradient, [row for row in rows if self._feeds(row, losses)])
         return Expected(step, rows, gradient, {name: float(loss.detach()) for name, loss in losses.items()}, scored)
+
+    def _feeds(self, row: Row, losses: dict[str, Tensor]) -> bool:
+        return bool(set(row.components) & set(losses))
+
+    def _masked(self, gradient: Weights, rows: Sequence[Row]) -> Weights:
+        """Zero the rows of query and key projections whose activations are not the largest of their head."""
+        rule, size = self.settings["gradient"], self.student.config.head_dim  # type: ignore[union-attr]
+        names = [f"model.layers.{layer}.self_attn.{which}_proj" for layer in rule["layers"] for which in "qk"]
+        norms: dict[str, Tensor] = {}
+        for row in rows:
+            outputs: dict[str, Tensor] = {}
+
+            def keep(
+                module: nn.Module, given: object, output: Tensor, *, name: str, outputs: dict[str, Tensor] = outputs
+            ) -> None:
+                outputs[name] = output[0]
+
+            handles = [
+                self.student.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in names
+            ]
+            with torch.no_grad():
+                self.student(input_ids=torch.tensor([[*row.prompt, *row.completion[:-1]]]), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                norms[name] = norms.get(name, torch.zeros(())) + outputs[name].square().sum(0).sqrt()
+        masked = dict(gradient)
+        for name, norm in norms.items():
+            kept = torch.zeros_like(norm)
+            for start in range(0, len(norm), size):
+                best = norm[start : start + size].topk(math.floor(rule["ratio"] * size + 1e-9)).indices
+                kept[start + best] = 1.0
+            masked[f"{name}.weight"] = gradient[f"{name}.weight"] * kept[:, None]
+        return masked
 
     def _silent(self, row: Row) -> Scored:
         nothing = torch.zeros(len(row.completion)).double()

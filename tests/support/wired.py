@@ -195,6 +195,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 3e-3, "max_grad_norm": 1.0},
         "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2},
     },
+    # Rows of salient dimensions, under both losses with teachers' passes between, before the gradient is clipped.
+    "longact": {
+        "reward": PARTIAL,
+        "gradient": {"kind": "longact", "ratio": 0.4, "layers": [1]},
+        "routing": {"kind": "both", "coef": 0.3},
+        "target": {"kind": "residual"},
+        "rl": {"kl_coef": 0.1},
+        "rollout": GROUPS,
+        "optim": {"lr": 2e-3, "max_grad_norm": 0.05},
+        "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2, "token_budget": 200},
+    },
     # Reinforcement alone, far enough off-policy for its clips to act.
     "rl": {
         "reward": PARTIAL,

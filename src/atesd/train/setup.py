@@ -144,6 +144,7 @@ def assemble(config: RunConfig) -> Parts:
         mask_truncated=config.step.truncated == "mask",
     )
     rule = config.gradient.build(facts)
+    rule.prepare(model)
     stepper = Stepper(
         accelerator=accelerator,
         scorer=scorer,
