@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "strength": {"types", "facts", "cliff", "alignment"},
     "exposure": {"types", "facts", "cliff", "alignment"},
     "routing": {"types", "facts", "cliff", "alignment", "exposure.held"},
-    "gradients": {"types", "facts"},
+    "gradients": {"types", "facts", "seeds"},
     "curriculum": {"types", "facts", "seeds"},
     "rewards": {"types", "facts"},
     "seals": set(),

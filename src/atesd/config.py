@@ -248,6 +248,7 @@ class RunConfig(Config):
             self.gate.describe(),
             weighs,
             router if self.routing.distils else "",
+            self.rl.describe() if self.routing.reinforces else "",
             self.curriculum.describe(),
             self.gradient.describe(),
             self.env.describe(),
@@ -302,6 +303,17 @@ class RunConfig(Config):
             raise ValueError(
                 f"{router} needs the probabilities that were sampled from: remove "
                 f"loss.temperature_student = {self.loss.temperature_student} or set it to rollout.temperature"
+            )
+        if self.rl.teacher_credit is not None and not self.routing.teaches_reinforced:
+            raise ValueError(
+                f"rl.teacher_credit asks the teacher about reinforced completions, which {router} does not show it: "
+                'set routing = {kind = "both", coef = 0}, or remove rl.teacher_credit'
+            )
+        if self.routing.asks_teacher and not self.rollout.engine.samples_in_place:
+            raise ValueError(
+                f"routing.teacher_share needs completions of the teacher, and "
+                f'rollout.engine.kind = "{self.rollout.engine.kind}" samples from the student alone: set '
+                'rollout.engine.kind = "hf", or remove routing.teacher_share'
             )
         if self.routing.shared and self.routing.reinforces and self.rl.aggregate != self.loss.aggregate:
             raise ValueError(

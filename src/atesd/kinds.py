@@ -29,7 +29,10 @@ from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
 from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
+from atesd.gradients.longact import LongAct
 from atesd.gradients.rule import AllGradients
+from atesd.losses.avsd import Avsd
+from atesd.losses.paint import Paint
 from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rollout.hf import HFEngine
@@ -99,7 +102,9 @@ TargetSection = Annotated[
     Plain  # the teacher
     | Extrapolate  # beyond the teacher: G-OPD
     | AnchorMix  # between teacher and anchor: beta-OPSD
-    | Residual,  # the teacher and a part of what full exposure would add: AR-OPD
+    | Residual  # the teacher and a part of what full exposure would add: AR-OPD
+    | Paint  # the teacher, nearer to the student at a few tokens: PAINT
+    | Avsd,  # what three views agree on, and a part of the rest: AVSD
     Field(discriminator="kind"),
 ]
 
@@ -135,7 +140,8 @@ CurriculumSection = Annotated[
 ]
 
 GradientSection = Annotated[
-    AllGradients,  # every gradient as it is
+    AllGradients  # every gradient as it is
+    | LongAct,  # rows of query and key projections with large activations: LongAct
     Field(discriminator="kind"),
 ]
 

@@ -83,6 +83,7 @@ METRICS: dict[str, str] = {
     "route/best_credit": "best candidate ratio's credit over its error (router `aligned`)",
     "route/{}/best_credit": "the same of the problems of one level",
     "target/lambda_credit": "what lambda gains in credit over the plain teacher, over its error (target.aligned)",
+    "target/painted_frac": "share of distilled tokens whose target is drawn towards the student (target `paint`)",
     "target/lambda": "lambda of the steps that follow (target.aligned)",
     "cliff/lambda_star": "lambda* at the exposure in force, least over contract classes; absent where it is infinite",
     "cliff/lambda": "lambda that the step's target was built with",
@@ -104,6 +105,10 @@ METRICS: dict[str, str] = {
     "rl/clip_frac": "share of reinforced tokens whose policy term a clip holds",
     "rl/sampler_weight": "mean weight min(p_old / p_sampler, clip) of reinforced tokens",
     "rl/kl": "mean k3 estimate of KL(student || step-0 weights) over reinforced tokens, nats; 0 without kl_coef",
+    "rl/credit": "mean factor by which the teacher scales the advantages of reinforced tokens (rl.teacher_credit); 1 "
+    "without",
+    "gradient/salient_share": "share of the activations' norms that the kept rows of query and key projections hold "
+    "(gradient `longact`)",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "gradient norm before clipping",
     "optim/tokens": "completion tokens scored in the step",

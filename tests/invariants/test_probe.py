@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from atesd.recipe import build_config
+from atesd.rollout.hf import HFSampler
+from atesd.seeds import derive_seed
 from atesd.train.setup import Parts, assemble, for_evaluation
-from atesd.types import Measurement, UserError
+from atesd.types import Group, Measurement, Trajectory, UserError
 
 TREE: dict[str, Any] = {
     "threads": 1,
@@ -83,10 +85,41 @@ def test_probe_accuracy_is_the_mean_reward_of_hint_free_samples_and_repeatable(p
     assert take(parts, "probe_accuracy") == value
 
 
+def test_the_teachers_accuracy_is_that_of_its_own_completions_behind_its_own_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With step-0 weights whatever became of the student, at the ratio asked about, rendered as a teacher's."""
+    prefilled = TREE["prompt"] | {"teacher_prefill": "a"}
+    parts = assemble(build_config(TREE | {"prompt": prefilled, "probe": {"sampling_k": 2}}))
+    asked: list[list[tuple[int, ...]]] = []
+    sample = HFSampler.sample
+
+    def watched(self: HFSampler, prompts: Any, sampling: Any, *, seed: int) -> Any:
+        asked.append([tuple(prompt) for prompt in prompts])
+        return sample(self, prompts, sampling, seed=seed)
+
+    monkeypatch.setattr(HFSampler, "sample", watched)
+    values = {ratio: take(parts, "teacher_accuracy", ratio) for ratio in (0.25, 1.0)}
+    problems = [problem for problem in parts.task.probe() for _ in range(2)]
+    assert asked == [[parts.hints.teacher_ids(problem, ratio) for problem in problems] for ratio in values]
+    assert parts.hints.teacher_ids(problems[0], 1.0)[-1:] == tuple(parts.renderer.text_ids("a"))
+    student = take(parts, "probe_accuracy")
+    assert student is not None
+    turns = sample(parts.driver.sampler, asked[1], build_config(TREE).rollout, seed=derive_seed(0, "probe"))
+    attempts = [Group(problem, (Trajectory((turn,)),)) for problem, turn in zip(problems, turns, strict=True)]
+    rewards = [reward for group in parts.driver.grade(attempts) for reward in group.rewards]
+    assert values[1.0] == sum(rewards) / 6
+    with torch.no_grad():
+        for weight in parts.model.parameters():
+            weight.mul_(-1)
+    assert take(parts, "teacher_accuracy", 1.0) == values[1.0] > 0
+    assert take(parts, "probe_accuracy") == 0.0 < student
+
+
 def test_measuring_moves_neither_weights_nor_the_global_random_state(parts: Parts) -> None:
     before = [weight.clone() for weight in parts.model.parameters()]
     state = torch.get_rng_state()
-    for kind in ("probe_nll", "probe_kl", "probe_accuracy"):
+    for kind in ("probe_nll", "probe_kl", "probe_accuracy", "teacher_accuracy"):
         take(parts, kind)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))

@@ -47,7 +47,14 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "rl": {"kind": "rl"},
     "both": {"kind": "both"},
     "hdpo": {"kind": "hdpo"},
-    "retire": {"kind": "retire", "patience": 1, "decay": 0.0, "min_fall": 10.0},
+    "retire": {
+        "kind": "retire",
+        "patience": 1,
+        "decay": 0.0,
+        "min_fall": 10.0,
+        "teacher_share": 0.5,
+        "every": 1,
+    },
     "cliff": {"kind": "cliff"},
     "sft": {"kind": "sft"},
     "aligned": {"kind": "aligned", "every": 1, "grid": [0.0, 1.0], "margin": 0.0},
@@ -64,9 +71,13 @@ TARGETS: dict[str, dict[str, Any]] = {
     "aligned": {"kind": "extrapolate", "lambda_x": 1.25, "aligned": True},
     "anchor_mix": {"kind": "anchor_mix"},
     "residual": {"kind": "residual"},
+    "paint": {"kind": "paint", "mismatch": 0.1},
+    "avsd": {"kind": "avsd"},
 }
 GRADIENTS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
+    "longact": {"kind": "longact", "ratio": 0.5},
+    "longact_strict": {"kind": "longact", "score": "random", "strict": True},
 }
 MEASURED = (
     "beta",
@@ -153,10 +164,22 @@ def tree_in_turns(names: dict[str, str]) -> dict[str, Any]:
     return tree(names) | TURNS
 
 
+FREE = ("curriculum", "gradient")
+"""Axes whose values go with everything: `legal` does not look at them."""
+
+
 def every() -> Iterator[dict[str, str]]:
     """Return the full product, sensible or not."""
-    for values in product(*AXES.values()):
-        yield dict(zip(AXES, values, strict=True))
+    for names in bound():
+        for values in product(*(AXES[axis] for axis in FREE)):
+            yield names | dict(zip(FREE, values, strict=True))
+
+
+def bound() -> Iterator[dict[str, str]]:
+    """Return the product of the axes that not everything goes with."""
+    axes = [axis for axis in AXES if axis not in FREE]
+    for values in product(*(AXES[axis] for axis in axes)):
+        yield dict(zip(axes, values, strict=True))
 
 
 _SEEN: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
@@ -171,9 +194,10 @@ def pairs(names: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
 def covering() -> list[dict[str, str]]:
     """Return sensible combinations that hold every sensible pair of values, chosen greedily.
 
-    A library for covering arrays drops pairs where what makes sense depends on more than two axes.
+    A library for covering arrays drops pairs where what makes sense depends on more than two axes. Values of the free
+    axes are dealt to the rows that come out, and to rows again where those are too few.
     """
-    sensible = [(names, pairs(names)) for names in every() if legal(names)]
+    sensible = [(names, pairs(names)) for names in bound() if legal(names)]
     missing = set().union(*(held for _, held in sensible))
     order = random.Random(0)
     rows = []
@@ -183,7 +207,22 @@ def covering() -> list[dict[str, str]]:
         best, held = max(order.sample(holding, min(200, len(holding))), key=lambda row: len(row[1] & missing))
         rows.append(best)
         missing -= held
-    return rows
+    return _dealt(rows)
+
+
+def _dealt(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Give rows values of the free axes, so that every pair with one of these is held."""
+    free = [dict(zip(FREE, values, strict=True)) for values in product(*(AXES[axis] for axis in FREE))]
+    missing = {pair for row in rows for values in free for pair in pairs(row | values)}
+    missing -= {pair for row in rows for pair in pairs(row)}
+    dealt = []
+    while missing:
+        for row in rows:
+            best = max((row | values for values in free), key=lambda names: len(pairs(names) & missing))
+            if pairs(best) & missing or len(dealt) < len(rows):
+                dealt.append(best)
+                missing -= pairs(best)
+    return dealt
 
 
 def covering_in_turns(rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from support import partial_credit
 from support.recording import Recording, Weights, rendered, student_prompt
 
-VIEWS = {"plain": ["teacher"], "extrapolate": ["teacher", "base"], "residual": ["teacher", "full"]}
+VIEWS = {
+    "plain": ["teacher"],
+    "extrapolate": ["teacher", "base"],
+    "residual": ["teacher", "full"],
+    "paint": ["teacher"],
+    "avsd": ["teacher", "full", "answer"],
+}
 
 
 @dataclass
@@ -65,6 +72,8 @@ class Scored:
     ratio: Tensor | None = None
     held: Tensor | None = None
     kl: Tensor | None = None
+    credit: Tensor | None = None
+    painted: Tensor | None = None
 
 
 @dataclass
@@ -363,7 +372,43 @@ class Oracle:
         named = [(name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad]
         found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), [weight for _, weight in named])
         gradient = {name: part for (name, _), part in zip(named, found, strict=True)}
+        if self.settings["gradient"]["kind"] == "longact":
+            gradient = self._masked(gradient, [row for row in rows if self._feeds(row, losses)])
         return Expected(step, rows, gradient, {name: float(loss.detach()) for name, loss in losses.items()}, scored)
+
+    def _feeds(self, row: Row, losses: dict[str, Tensor]) -> bool:
+        return bool(set(row.components) & set(losses))
+
+    def _masked(self, gradient: Weights, rows: Sequence[Row]) -> Weights:
+        """Zero the rows of query and key projections whose activations are not the largest of their head."""
+        rule, size = self.settings["gradient"], self.student.config.head_dim  # type: ignore[union-attr]
+        names = [f"model.layers.{layer}.self_attn.{which}_proj" for layer in rule["layers"] for which in "qk"]
+        norms: dict[str, Tensor] = {}
+        for row in rows:
+            outputs: dict[str, Tensor] = {}
+
+            def keep(
+                module: nn.Module, given: object, output: Tensor, *, name: str, outputs: dict[str, Tensor] = outputs
+            ) -> None:
+                outputs[name] = output[0]
+
+            handles = [
+                self.student.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in names
+            ]
+            with torch.no_grad():
+                self.student(input_ids=torch.tensor([[*row.prompt, *row.completion[:-1]]]), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                norms[name] = norms.get(name, torch.zeros(())) + outputs[name].square().sum(0).sqrt()
+        masked = dict(gradient)
+        for name, norm in norms.items():
+            kept = torch.zeros_like(norm)
+            for start in range(0, len(norm), size):
+                best = norm[start : start + size].topk(math.floor(rule["ratio"] * size + 1e-9)).indices
+                kept[start + best] = 1.0
+            masked[f"{name}.weight"] = gradient[f"{name}.weight"] * kept[:, None]
+        return masked
 
     def _silent(self, row: Row) -> Scored:
         nothing = torch.zeros(len(row.completion)).double()
@@ -405,7 +450,9 @@ class Oracle:
         stats.gate = self._gate(stats, row.outcome)
         if gate["kind"] == "sdar" and gate["target"] == "surrogate":
             return stats.teacher_logprob - log_q.gather(1, labels)[:, 0]
-        target = self.target(row.strength, views)
+        if self.settings["target"]["kind"] == "paint":
+            stats.painted = self._painted(stats)
+        target = self.target(row.strength, views, q, stats)
         if kind == "sampled":
             logprob = log_q.gather(1, labels)[:, 0]
             gap = target.gather(1, labels)[:, 0] - old
@@ -421,9 +468,26 @@ class Oracle:
             return ["teacher", target["anchor"]]
         return ["teacher"] if target["kind"] == "extrapolate" and strength == 1 else VIEWS[target["kind"]]
 
-    def target(self, strength: float, views: Sequence[Tensor]) -> Tensor:
+    def _painted(self, stats: Scored) -> Tensor:
+        """Say at which tokens entropies are far enough apart."""
+        assert stats.teacher_entropy is not None
+        return ((stats.teacher_entropy - stats.entropy).abs() >= self.settings["target"]["mismatch"]).double()
+
+    def target(self, strength: float, views: Sequence[Tensor], student: Tensor, stats: Scored) -> Tensor:
         """Return the log target [T, V], up to a constant per token."""
         target, first = self.settings["target"], views[0]
+        if target["kind"] == "paint":
+            assert stats.painted is not None
+            share = target["weight"] * stats.painted[:, None]
+            return (1 - share) * first + share * student
+        if target["kind"] == "avsd":
+            mean = sum(views[1:], first) / len(views)
+            consensus = mean - mean.logsumexp(-1, keepdim=True)
+            residual = (sum(view.exp() for view in views) / len(views)).log() - consensus
+            residual = torch.where(residual > 0, residual, 0.0)
+            pull = (mean - student).abs()
+            agreement = pull / (sum((view - student).abs() for view in views) / len(views))
+            return consensus + agreement * pull / (pull + residual) * residual
         if len(views) == 1:
             return first
         second = views[1]
@@ -498,10 +562,12 @@ class Oracle:
             gap = gap.mean().expand_as(gap)
         ratio = gap.exp()
         bounded = ratio.clamp(1 - rl["eps_low"], 1 + rl["eps_high"])
-        gain = torch.minimum(ratio * row.advantage, bounded * row.advantage)
-        held = (bounded * row.advantage < ratio * row.advantage).detach()
+        credit = stats.credit = self._credit(row, old, stats)
+        advantage = row.advantage * credit
+        gain = torch.minimum(ratio * advantage, bounded * advantage)
+        held = (bounded * advantage < ratio * advantage).detach()
         if rl["dual_clip"] and row.advantage < 0:
-            floor = torch.tensor(rl["dual_clip"] * row.advantage).double()
+            floor = rl["dual_clip"] * advantage
             held = held | (gain < floor).detach()
             gain = torch.maximum(gain, floor)
         correction = torch.ones_like(old)
@@ -514,6 +580,19 @@ class Oracle:
             kl = d.exp() - d - 1
         stats.ratio, stats.held, stats.correction, stats.kl = ratio.detach(), held.double(), correction, kl.detach()
         return rl["kl_coef"] * kl - correction * gain
+
+    def _credit(self, row: Row, old: Tensor, stats: Scored) -> Tensor:
+        """Return what the teacher who reads a completion makes of its advantage, token by token."""
+        chosen = self.settings["rl"]["teacher_credit"]
+        if chosen is None or stats.teacher_logprob is None:
+            return torch.ones_like(old)
+        evidence = (stats.teacher_logprob - old).exp()
+        if row.advantage < 0:
+            evidence = 1 / evidence
+        if row.advantage == 0:
+            evidence = torch.ones_like(old)
+        bounded = evidence.clamp(1 - chosen["clip"], 1 + chosen["clip"])
+        return (1 - chosen["share"]) + chosen["share"] * bounded
 
     # ---- the optimizer ------------------------------------------------------------------------------------------
 

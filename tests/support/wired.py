@@ -152,6 +152,60 @@ RECIPES: dict[str, dict[str, Any]] = {
         "step": {"num_steps": 4, "problems": 3},
         "optim": {"lr": 5e-3, "max_grad_norm": 1.0},
     },
+    # The second condition of retirement, by completions of a teacher that moves; it weighs tokens until it retires.
+    "retire_share": {
+        "reward": PARTIAL,
+        "routing": {"kind": "retire", "patience": 1, "min_fall": 10.0, "coef": 0.3, "teacher_share": 0.19, "every": 1},
+        "rl": {"teacher_credit": {"share": 0.9, "clip": 0.5}},
+        "teacher": {"weights": "ema", "ema_decay": 0.5},
+        "probe": {"sampling_k": 3},
+        "rollout": GROUPS,
+        "step": {"num_steps": 6, "problems": 3},
+        "optim": {"lr": 2e-3, "max_grad_norm": 1.0},
+    },
+    # RLSD: the teacher is read for the size of advantages alone, against the weights that the step began with.
+    "rlsd": {
+        "reward": PARTIAL,
+        "routing": {"kind": "both", "coef": 0.0},
+        "rl": {"teacher_credit": {"share": 0.8, "clip": 0.3}, "kl_coef": 0.1, "eps_low": 0.05, "dual_clip": 1.2},
+        "exposure": {"kind": "fixed", "ratio": 1.0},
+        "rollout": GROUPS,
+        "optim": {"lr": 5e-3, "max_grad_norm": 1.0},
+        "step": {"num_steps": 2, "problems": 6, "updates_per_batch": 3},
+    },
+    # Targets that read the student, whose own part is constant, in updates between which it moves.
+    "paint": {
+        "target": {"kind": "paint", "weight": 0.4, "mismatch": 0.1},
+        "teacher": {"weights": "ema", "ema_decay": 0.6},
+        "loss": {"divergence": {"kind": "reverse_kl"}, "temperature_teacher": 0.8},
+        "gate": MULTIPLIER,
+        "optim": {"lr": 3e-3, "max_grad_norm": 0.1},
+        "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2},
+    },
+    "avsd": {
+        "target": {"kind": "avsd"},
+        "teacher": {"weights": "ema", "ema_decay": 0.6},
+        "optim": {"lr": 3e-3, "max_grad_norm": 0.1},
+        "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2},
+    },
+    "avsd_sampled": {
+        "target": {"kind": "avsd"},
+        "loss": {"divergence": {"kind": "sampled", "importance_clip": 1.1}},
+        "exposure": {"kind": "fixed", "ratio": 0.25},
+        "optim": {"lr": 3e-3, "max_grad_norm": 1.0},
+        "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2},
+    },
+    # Rows of salient dimensions, under both losses with teachers' passes between, before the gradient is clipped.
+    "longact": {
+        "reward": PARTIAL,
+        "gradient": {"kind": "longact", "ratio": 0.4, "layers": [1]},
+        "routing": {"kind": "both", "coef": 0.3},
+        "target": {"kind": "residual"},
+        "rl": {"kl_coef": 0.1},
+        "rollout": GROUPS,
+        "optim": {"lr": 2e-3, "max_grad_norm": 0.05},
+        "step": {"num_steps": 2, "problems": 4, "updates_per_batch": 2, "token_budget": 200},
+    },
     # Reinforcement alone, far enough off-policy for its clips to act.
     "rl": {
         "reward": PARTIAL,
@@ -320,7 +374,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # How far the recorder bends the sampler's log-probabilities, where the correction of that is looked at.
-SKEWS = {"tip_both": 0.3, "sdar": 0.3, "hdpo": 0.3, "rl": 0.4}
+SKEWS = {"tip_both": 0.3, "sdar": 0.3, "hdpo": 0.3, "rl": 0.4, "rlsd": 0.3}
 
 
 def recipe(name: str, **sections: Any) -> dict[str, Any]:

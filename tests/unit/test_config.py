@@ -20,6 +20,7 @@ GUARDED = {"target": {"kind": "extrapolate", "lambda_x": 1.5, "guard": True}}
 CLIFF = {"routing": {"kind": "cliff"}} | GROUPS | BEYOND
 SURROGATE = {"gate": {"kind": "sdar"}}
 OVERLAP = {"reveal": {"kind": "overlap"}}
+CREDIT = {"rl": {"teacher_credit": {}}}
 PACED = {"loss": {"prompt_weight": "paced"}}
 
 
@@ -55,6 +56,15 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      {"routing": {"kind": "aligned", "otherwise": "skip"}, "loss": {"aggregate": "sequence"}}),
     ("shared cliff", CLIFF | {"loss": {"aggregate": "sequence"}}, "count differently: set them alike",
      CLIFF | {"loss": {"aggregate": "sequence"}, "rl": {"aggregate": "sequence"}}),
+    *[(f"teacher credit {kind}", routed(kind, **fields) | CREDIT,
+       "rl.teacher_credit asks the teacher about reinforced completions, which routing.kind = "
+       f'"{kind}" does not show it: set routing = {{kind = "both", coef = 0}}, or remove rl.teacher_credit',
+       routed("both", coef=0.0) | CREDIT) for kind, fields in (("rl", {}), ("hdpo", {}), ("distil", {}))],
+    ("teacher's success", routed("retire", every=2),
+     "routing.every = 2 says how often successes are measured, which nothing asks for: set routing.teacher_share",
+     routed("retire", every=2, teacher_share=0.9)),
+    ("surrogate paint", SURROGATE | {"target": {"kind": "paint"}},
+     'so target.kind = "paint" would have no effect', {"target": {"kind": "paint"}}),
     ("paced hdpo", routed("hdpo") | PACED,
      'loss.prompt_weight = "paced" gives weight 0 to problems of equal rewards, and router "hdpo" distils what has no '
      "other use: remove either", routed("both") | PACED),
@@ -355,6 +365,16 @@ def test_what_the_teacher_sees_in_words(tree: dict[str, Any], words: str) -> Non
             {"target": {"kind": "residual"}},
             "The target adds 60 % of what full exposure would add, at most 5 nats a token",
         ),
+        (
+            {"target": {"kind": "paint", "weight": 0.25}},
+            "The target is drawn 25 % of the way to the student at tokens whose entropies differ by at least 0.5 nats "
+            "(PAINT)",
+        ),
+        (
+            {"target": {"kind": "avsd"}},
+            "The target is what three teachers agree on, who see the share in force, the whole solution and the answer "
+            "alone, and a gated part of what they do not (AVSD)",
+        ),
         ({"selection": {"kind": "tip", "ratio": 1.0}}, None),
         (
             {"selection": {"kind": "tip", "ratio": 0.2, "score": "entropy"}},
@@ -377,6 +397,11 @@ def test_what_the_teacher_sees_in_words(tree: dict[str, Any], words: str) -> Non
             "Groups are reinforced and distilled (times 0.5) until the mismatch stops shrinking, then only reinforced",
         ),
         (
+            routed("retire", teacher_share=0.8),
+            "Groups are reinforced and distilled (times 1) until the mismatch stops shrinking and the student reaches "
+            "80 % of the teacher's success, then only reinforced",
+        ),
+        (
             {"curriculum": {"kind": "reverse_ppl", "rescore": "once"}},
             "Hardest problems first, by the perplexity of the reference, scored before the first step",
         ),
@@ -392,6 +417,12 @@ def test_what_the_teacher_sees_in_words(tree: dict[str, Any], words: str) -> Non
 )
 def test_controls_in_words_and_neutral_ones_left_out(tree: dict[str, Any], words: str | None) -> None:
     assert build_config(tree).about()["controls"] == ([] if words is None else [words])
+
+
+def test_what_the_teacher_does_to_advantages_in_words() -> None:
+    rlsd = {"rl": {"teacher_credit": {"share": 0.5, "clip": 0.2}}}
+    words = "The teacher scales every reinforced token's advantage between 0.9 and 1.1 (RLSD)"
+    assert build_config(routed("both", coef=0) | rlsd).about()["controls"][1:] == [words]
 
 
 def test_the_controls_of_a_composed_run_come_in_the_order_of_a_step() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from atesd.cliff import CliffConfig, CliffMeter, threshold
 from atesd.facts import RunFacts
@@ -52,25 +53,30 @@ def test_routes_by_rewards(config: RoutingMethod, routes: Sequence[Route]) -> No
 
 
 def test_what_each_router_says_of_itself() -> None:
-    """reinforces, distils, shared, reads_exposure, reads_lambda, distils_failures_only, distils_uniform, source."""
+    """reinforces, distils, shared, reads_exposure, reads_lambda, distils_failures_only, distils_uniform, source.
+
+    And teaches_reinforced, asks_teacher.
+    """
     said = {
         method.model_fields["kind"].default: (
             method().reinforces, method.distils, method.shared, method.reads_exposure, method.reads_lambda,
-            method.distils_failures_only, method().distils_uniform, method.source,
+            method.distils_failures_only, method().distils_uniform, method.source, method.teaches_reinforced,
+            method().asks_teacher,
         )
         for method in get_args(get_args(RoutingSection)[0])
     }  # fmt: skip
     assert said == {
-        "distil": (False, True, False, False, False, False, False, "student"),
-        "rl": (True, False, False, False, False, False, False, "student"),
-        "both": (True, True, False, False, False, False, False, "student"),
-        "hdpo": (True, True, True, False, False, True, True, "student"),
-        "retire": (True, True, False, False, False, False, False, "student"),
-        "cliff": (True, True, True, True, True, False, True, "student"),
-        "aligned": (True, True, True, True, False, False, False, "student"),
-        "sft": (False, False, False, False, False, False, False, "reference"),
+        "distil": (False, True, False, False, False, False, False, "student", False, False),
+        "rl": (True, False, False, False, False, False, False, "student", False, False),
+        "both": (True, True, False, False, False, False, False, "student", True, False),
+        "hdpo": (True, True, True, False, False, True, True, "student", False, False),
+        "retire": (True, True, False, False, False, False, False, "student", True, False),
+        "cliff": (True, True, True, True, True, False, True, "student", False, False),
+        "aligned": (True, True, True, True, False, False, False, "student", False, False),
+        "sft": (False, False, False, False, False, False, False, "reference", False, False),
     }
     assert not Cliff(uniform="skip").distils_uniform
+    assert Retire(teacher_share=0.9).asks_teacher
 
 
 def test_coefficients_scale_the_distillation_loss() -> None:
@@ -129,6 +135,72 @@ def test_an_equal_mismatch_is_no_new_least() -> None:
     assert router.metrics()["route/retired"] == 0.0
     mismatch(router, 3, 0.4)
     assert router.metrics()["route/retired"] == 1.0
+
+
+STUDENT = Measurement("probe_accuracy")
+
+
+def successes(router: Router, step: int, mismatch: float, student: float | None, teacher: float | None) -> None:
+    """Tell a router what it asked for; the teacher's success at ratio .5, another one at 1."""
+    taken = {STUDENT: student, Measurement("teacher_accuracy", 0.5): teacher, Measurement("teacher_accuracy", 1.0): 0.0}
+    measured = {asked: number for asked, number in taken.items() if number is not None}
+    router.observe(Observation(step, {"mismatch/top1": mismatch}, measured))
+
+
+@pytest.mark.parametrize(("student", "teacher", "retired"), [
+    (0.45, 0.5, True), (0.44, 0.5, False), (0.9, 0.5, True), (0.0, 0.0, True), (None, 0.5, False), (0.5, None, False),
+])  # fmt: skip
+def test_the_teacher_also_waits_for_the_students_success(
+    student: float | None, teacher: float | None, retired: bool
+) -> None:
+    """At 90 % of the teacher's; unknown successes keep it."""
+    router = Retire(patience=1, decay=0.0, teacher_share=0.9, every=1).build(FACTS)
+    router.route([MIXED], 0.5)
+    successes(router, 1, 0.4, 1.0, 0.1)  # a new least mismatch
+    successes(router, 2, 0.4, 1.0, 0.1)  # stopped now; nothing was asked for before
+    assert router.metrics()["route/retired"] == 0.0
+    successes(router, 3, 0.4, student, teacher)
+    assert router.metrics()["route/retired"] == float(retired)
+    assert router.route([MIXED, UNGRADED], 0.5) == ([RL, SKIP] if retired else [BOTH, DISTIL])
+
+
+def test_successes_are_asked_for_while_the_mismatch_does_not_shrink_at_the_exposure_in_force() -> None:
+    router = Retire(patience=2, decay=0.0, teacher_share=0.9, every=3).build(FACTS)
+    router.route([MIXED], 0.25)
+    asked = []
+    for step, value in enumerate([0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]):
+        asked.append([measurement.key for measurement in router.wants(step)])
+        router.observe(Observation(step, {"mismatch/top1": value}))
+        router.route([MIXED], 0.5)
+    # stale: 0 0 1 2 3 4, then a new least at step 6: 0 1 2 3 4 5; asked at steps 6 and 9 of those divisible by 3
+    both = ["probe_accuracy", "teacher_accuracy@0.5"]
+    assert asked == [[], [], [], [], [], [], both, [], [], both, [], []]
+    assert list(Retire(patience=1, decay=0.0).build(FACTS).wants(3)) == []
+
+
+def test_a_new_least_mismatch_keeps_the_teacher_whatever_the_students_success() -> None:
+    router = Retire(patience=1, decay=0.0, teacher_share=0.5, every=1).build(FACTS)
+    router.route([MIXED], 0.5)
+    for step, value in enumerate([0.4, 0.4], start=1):
+        mismatch(router, step, value)
+    successes(router, 3, 0.3, 1.0, 0.5)
+    assert router.metrics()["route/retired"] == 0.0
+    assert list(router.wants(4)) == []
+    state = json.loads(json.dumps(router.state_dict()))
+    again = Retire(patience=1, decay=0.0, teacher_share=0.5, every=1).build(FACTS)
+    again.load_state_dict(state)
+    for each in (router, again):
+        mismatch(each, 4, 0.3)
+        assert [asked.key for asked in each.wants(5)] == ["probe_accuracy", "teacher_accuracy@0.5"]
+        successes(each, 5, 0.3, 0.3, 0.6)
+        assert each.metrics()["route/retired"] == 1.0
+        assert list(each.wants(6)) == []
+        assert each.route([MIXED], 0.5) == [RL]
+
+
+def test_a_cadence_of_successes_that_nothing_asks_for_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"set routing\.teacher_share, such as 0\.9, or remove routing\.every"):
+        Retire(every=3)
 
 
 # ---- the cliff ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from atesd.train.loop import Trainer
 from atesd.types import ContractPoint, Measurement, Observation
 
 from support.gauges import Gauges, mean, read_off, sigmoid
-from support.oracle import Oracle
+from support.oracle import Oracle, distance
 from support.wired import RECIPES, recipe
 
 Oracles = Callable[[str], Oracle]
@@ -103,6 +103,44 @@ def test_the_teacher_retires_when_the_mismatch_has_not_fallen_far_enough(oracle:
             mismatch = found["mismatch/top1"]
             average = mismatch if average is None else decay * average + (1 - decay) * mismatch
         assert found["route/mismatch_ema"] == pytest.approx(average)
+
+
+def test_the_teacher_waits_for_the_student_to_reach_a_share_of_its_own_success(oracle: Oracles) -> None:
+    """The first average is the least, so the mismatch has stopped after step 2: both are measured from step 3 on."""
+    truth = oracle("retire_share")
+    share, students = truth.settings["routing"]["teacher_share"], list(truth.run.of(truth.run.probe))
+    hinted = {truth.teacher_prompt(problem, 0.5): problem for problem in truth.run.probe}
+    plain = {truth.prompt(problem): problem for problem in truth.run.probe}
+    teachers = [call for call in truth.run.calls if set(call.prompts) == set(hinted)]
+    retired, compared = False, 0
+    for step in range(1, truth.run.steps + 1):
+        found = truth.run.metrics[step]
+        names = {group["route"] for group in truth.run.groups[step]}
+        assert names <= ({"rl", "skip"} if retired else {"both", "distil"})
+        measured = "measure/teacher_accuracy@0.5" in found
+        assert measured is ("measure/probe_accuracy" in found) is (step >= 3 and not retired)
+        if measured:
+            success = {}
+            for role, calls, problems in (("probe", students, plain), ("teacher", teachers, hinted)):
+                call = calls.pop(0)
+                asked = zip(call.prompts, call.turns, strict=True)
+                rewards = [
+                    truth.reward(problems[prompt], turn.text, str(turn.stop) == "length") for prompt, turn in asked
+                ]
+                assert len(rewards) == 9
+                success[role] = sum(each for each in rewards if each is not None) / sum(r is not None for r in rewards)
+                weights = truth.teacher(call.updates) if role == "teacher" else truth.weights(call.updates)
+                assert distance(call.weights, weights) < 1e-5
+                assert call.updates == step
+            assert found["measure/teacher_accuracy@0.5"] == pytest.approx(success["teacher"])
+            assert found["measure/probe_accuracy"] == pytest.approx(success["probe"])
+            retired = success["probe"] >= share * success["teacher"]
+            compared += 1
+        assert found["route/retired"] == float(retired)
+    assert not students
+    assert not teachers
+    assert compared > 1, "the first comparison keeps the teacher"
+    assert retired, "a later one does not"
 
 
 def test_the_guard_caps_lambda_by_the_largest_exposure_of_the_step(oracle: Oracles) -> None:

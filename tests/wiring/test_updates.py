@@ -115,6 +115,8 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
         heard = scored([latest["distil"]], "distil")
         chosen = cat([torch.ones(len(row.completion)) if row.selected is None else row.selected for row, _ in heard])
         gate = cat([stats.gate for _, stats in heard])
+        if truth.settings["target"]["kind"] == "paint":
+            numbers["target/painted_frac"] = float(cat([stats.painted for _, stats in heard]).mean())
         numbers |= {"gate/kept_frac": float(chosen.mean()), "gate/mean": float((chosen * gate).mean())}
         if truth.settings["gate"]["kind"] == "sdar":
             gap = cat([stats.teacher_logprob for _, stats in heard]) - cat([stats.logprob for _, stats in heard])
@@ -128,6 +130,7 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
             "rl/clip_frac": float(cat([stats.held for stats in forced]).mean()),
             "rl/sampler_weight": float(cat([stats.correction for stats in forced]).mean()),
             "rl/kl": float(cat([stats.kl for stats in forced]).mean()),
+            "rl/credit": float(cat([stats.credit for stats in forced]).mean()),
         }
     taught = [(row, stats) for row, stats in rows if "distil" in row.components]
     if taught:
@@ -262,7 +265,15 @@ def test_recipes_reach_what_they_are_there_for(oracle: Oracles) -> None:
         assert any(row.advantage < 0 for row, _ in forced)
         correction = cat([stats.correction for _, stats in forced])
         assert float((correction - 1).abs().max()) > 0.1 or name == "sdar"
-    for name in ("hdpo", "rl"):
+    for name in ("rlsd", "retire_share"):
+        forced = [pair for part in oracle(name).updates() if "rl" in part.losses for pair in scored([part], "rl")]
+        for sign in (1, -1):
+            credit = cat([stats.credit for row, stats in forced if sign * row.advantage > 0])
+            assert 0.0 < float((credit > 1.01).double().mean()) < 1.0, name
+            assert 0.0 < float((credit < 0.99).double().mean()) < 1.0, name
+    painted = cat([stats.painted for _, stats in scored(oracle("paint").updates(), "distil")])
+    assert 0.05 < float(painted.mean()) < 0.95
+    for name in ("hdpo", "rl", "rlsd"):
         forced = [pair for part in oracle(name).updates() if "rl" in part.losses for pair in scored([part], "rl")]
         assert 0.0 < float(cat([stats.held for _, stats in forced]).mean()) < 1.0, name
     sampled = scored(oracle("sampled").updates(), "distil")

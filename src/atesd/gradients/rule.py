@@ -1,13 +1,15 @@
 """What a gradient rule is: it changes gradients between the backward pass and clipping, and may mend the step after.
 
-The update calls, in this order: `attached` around the student's forward and backward passes, `apply` once all
-gradients are there, then clipping, the optimizer's step, and `mend`.
+Before the first step `prepare` sees the model. The update calls, in this order: `attached` around the student's forward
+and backward passes, `apply` once all gradients are there, then clipping, the optimizer's step, and `mend`. A rule that
+watches forward passes is told by `announce` what of each is padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from torch import nn
 
@@ -17,6 +19,10 @@ from atesd.types import Method, Policy, Stateless
 
 class GradientRule(Policy, Protocol):
     """Decides which weights an update moves, and how."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Look at the model once, before step 0. UserError where the rule does not fit it."""
+        ...
 
     def attached(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which the student's training forward passes may be watched, by hooks."""
@@ -29,6 +35,16 @@ class GradientRule(Policy, Protocol):
     def mend(self, model: nn.Module) -> None:
         """Change the trained weights in place after the optimizer has moved them."""
         ...
+
+
+def announce(model: nn.Module, lengths: Sequence[int]) -> None:
+    """Say how many positions of each row of the pass that follows are no padding, which stands behind them."""
+    cast("Any", model).pass_lengths = list(lengths)
+
+
+def announced(model: nn.Module) -> Sequence[int]:
+    """Return what was announced of the present pass."""
+    return cast("Sequence[int]", cast("Any", model).pass_lengths)
 
 
 class GradientMethod(Method):
@@ -49,6 +65,9 @@ class AllGradients(Stateless, GradientMethod):
     def build(self, run: RunFacts) -> GradientRule:  # noqa: ARG002
         """Return the rule."""
         return self
+
+    def prepare(self, model: nn.Module) -> None:
+        """Fit any model."""
 
     def attached(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         """Watch nothing."""

@@ -199,7 +199,7 @@ def token_streams(
     scoring = _scoring(views, labels_N, config, target, config.temperature_teacher or temperature)
 
     def weights(scores: Scores, rows: slice) -> Tensor:
-        streams = _streams(scores, config, target, None)
+        streams = _streams(scores, config, None)
         weight_n = torch.ones_like(scores.loss) if use.weights is None else use.weights(streams.stats, rows)
         return torch.where(streams.stats.clip_frac > 0, 0, weight_n) if config.clip == "token" else weight_n
 
@@ -210,7 +210,7 @@ def token_streams(
         Wanted(use.loss and has_loss, use.logprob or (use.loss and is_sampled)),
         weights,
     )
-    return _streams(scores, config, target, old_logprob_N)
+    return _streams(scores, config, old_logprob_N)
 
 
 def label_logprobs(student: Scored, labels_N: Tensor, temperature: float, tile_logits: int | None = None) -> Tensor:
@@ -262,13 +262,13 @@ def _summand(divergence: Divergence) -> summands.Summand:
             return summands.reverse_kl
 
 
-def _streams(scores: Scores, config: LossConfig, target: Target, old_logprob_N: Tensor | None) -> TokenStreams:
+def _streams(scores: Scores, config: LossConfig, old_logprob_N: Tensor | None) -> TokenStreams:
     """Finish what needs no vocabulary: the sampled-token loss, the token clip, the statistics."""
     loss, held, held_mass = scores.loss, scores.held_frac, scores.held_mass
     if config.divergence.kind == "sampled":
         now = scores.logprob.detach()
         old = now if old_logprob_N is None else old_logprob_N.to(now.dtype)
-        gap = target.log_target(scores.view_logprobs_NW.unbind(-1)) - old
+        gap = scores.target_logprob - old
         ratio, limit = (now - old).exp(), config.divergence.importance_clip
         loss = -ratio.clamp(max=limit) * gap * scores.logprob
         held = (ratio > limit).to(now.dtype)
@@ -279,7 +279,7 @@ def _streams(scores: Scores, config: LossConfig, target: Target, old_logprob_N: 
     stats = TokenStats(
         divergence=scores.divergence.float(),
         student_logprob=scores.logprob.detach().float(),
-        teacher_logprob=scores.view_logprobs_NW[:, 0].float(),
+        teacher_logprob=scores.teacher_logprob.float(),
         student_entropy=scores.student_entropy.float(),
         teacher_entropy=scores.teacher_entropy.float(),
         student_max_prob=scores.student_max_prob.float(),

@@ -15,7 +15,18 @@ each token's gradient its own w_t). Exact up to what is held constant: A, w, p_o
 
 Deviations: 1. `scale = "std"` divides by the std with ddof 0 plus 1e-6 (the GRPO paper names neither); TRL's ddof 1 and
 1e-4 are `scale = "std_trl"`. In a group of G TRL's are smaller by sqrt((G - 1) / G), 6 % at G = 8, and by its eps where
-rewards hardly differ; 2. w_t multiplies the policy term only. Shapes: N tokens of one micro-batch, S its sequences.
+rewards hardly differ; 2. w_t multiplies the policy term only.
+
+With `teacher_credit` (RLSD, arXiv 2604.03128; formula and numbers of the code in github ZJU-REAL/SDAR) the reward says
+which way a sequence moves, and the teacher who reads the hint how far each token does:
+
+    A_t = A [(1 - share) + share clip(exp(sign(A) Delta_t), 1 - clip, 1 + clip)]
+    Delta_t = log p_T(y_t) - log p_old(y_t)
+
+A_t stands for A above, and is held constant as it is. Where no teacher reads a completion A_t = A. Deviation: 3. the
+share stays; that code lets it fall to 0 over 50 steps.
+
+Shapes: N tokens of one micro-batch, S its sequences.
 """
 
 from __future__ import annotations
@@ -32,6 +43,15 @@ from torch import Tensor
 from atesd.types import Config
 
 Scale = Literal["std", "std_trl", "none"]
+
+
+class TeacherCredit(Config):
+    """RLSD (2604.03128): the reward says which way tokens move, the teacher how far. Numbers of SDAR's code."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """How much of a token's advantage the teacher scales; with less than 1 the rest is the same for all tokens."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """By how much that scale may differ from 1."""
 
 
 class PolicyConfig(Config):
@@ -57,6 +77,19 @@ class PolicyConfig(Config):
     """Weight of k3 to the step-0 weights; SDAR uses .01."""
     importance_clip: Annotated[float, Field(ge=1)] | None = 2.0
     """Largest weight p_old / p_sampler of a token; unset, no correction."""
+    teacher_credit: TeacherCredit | None = None
+    """Let the teacher say how much of the advantage each token gets (RLSD); unset, all tokens get the same. For routers
+    whose reinforced groups are distilled as well: RLSD is `routing = {kind = "both", coef = 0}` with this."""
+
+    def describe(self) -> str:
+        """Say what the teacher does to advantages."""
+        if self.teacher_credit is None:
+            return ""
+        return (
+            "The teacher scales every reinforced token's advantage between "
+            f"{1 - self.teacher_credit.share * self.teacher_credit.clip:.3g} and "
+            f"{1 + self.teacher_credit.share * self.teacher_credit.clip:.3g} (RLSD)"
+        )
 
 
 class PolicyTokens(NamedTuple):
@@ -67,6 +100,8 @@ class PolicyTokens(NamedTuple):
     sampler_logprob_N: Tensor
     reference_logprob_N: Tensor | None
     """Under the step-0 weights; only with kl_coef."""
+    teacher_logprob_N: Tensor | None
+    """Under the teacher; only where it reads the completions."""
     sequence_N: Tensor
     """Number of the token's sequence."""
 
@@ -81,6 +116,8 @@ class PolicyValues:
     """1 where a clip holds the policy term, whose gradient is then 0."""
     weight_N: Tensor
     kl_N: Tensor
+    credit_N: Tensor
+    """What the teacher multiplies the advantage with; 1 without `teacher_credit`."""
 
 
 def group_advantages(rewards: Sequence[float], scale: Scale) -> list[float]:
@@ -99,7 +136,8 @@ def policy_values(logprob_N: Tensor, tokens: PolicyTokens, config: PolicyConfig)
     if config.ratio == "sequence":
         gap_N = _sequence_mean(gap_N, tokens.sequence_N)
     ratio_N = gap_N.exp()
-    advantage_N = tokens.advantage_N
+    credit_N = _teacher_credit(tokens, config.teacher_credit)
+    advantage_N = tokens.advantage_N * credit_N
     bounded_N = ratio_N.clamp(1 - config.eps_low, 1 + config.eps_high)
     gain_N = torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
     clipped_N = (bounded_N * advantage_N).detach() < (ratio_N * advantage_N).detach()
@@ -121,7 +159,17 @@ def policy_values(logprob_N: Tensor, tokens: PolicyTokens, config: PolicyConfig)
         clipped_N=clipped_N.to(advantage_N.dtype),
         weight_N=weight_N,
         kl_N=kl_N.detach(),
+        credit_N=credit_N,
     )
+
+
+def _teacher_credit(tokens: PolicyTokens, config: TeacherCredit | None) -> Tensor:
+    """Return A_t / A: 1 where the teacher has no say."""
+    if config is None or tokens.teacher_logprob_N is None:
+        return torch.ones_like(tokens.advantage_N)
+    gap_N = tokens.teacher_logprob_N - tokens.old_logprob_N
+    scale_N = (tokens.advantage_N.sign() * gap_N).exp().clamp(1 - config.clip, 1 + config.clip)
+    return 1 - config.share + config.share * scale_N
 
 
 def _sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Score: everything per token that loss, gates and logs read, and the gradient to logits, from rows of logits.
 
-Shapes: N tokens, n tokens of a tile, r rows that are worked on together, V vocabulary, K support of a top-k divergence,
-W views.
+Shapes: N tokens, n tokens of a tile, r rows that are worked on together, V vocabulary, K support of a top-k divergence.
 """
 
 from __future__ import annotations
@@ -47,14 +46,16 @@ class Scoring:
 
 
 class Scores(NamedTuple):
-    """Scores per token, all [N] but `view_logprobs_NW`."""
+    """Scores per token, all [N]."""
 
     loss: Tensor
     """The objective's divergence, pointwise clipped where that is asked for."""
     logprob: Tensor
     """log p_S(label)."""
-    view_logprobs_NW: Tensor
-    """log-probability of the label under each view."""
+    teacher_logprob: Tensor
+    """log p of the label under the first view."""
+    target_logprob: Tensor
+    """The target's at the label, without its constant."""
     divergence: Tensor
     """Unclipped, full vocabulary, first view against student."""
     reverse_kl: Tensor
@@ -137,7 +138,8 @@ def _score_label(z: Tensor, labels_r: Tensor, *, is_wanted: bool) -> tuple[Score
     slope = _onehot_less(weights.div_(mass_r1), labels_r1) if is_wanted else None
     none_r = torch.zeros_like(logprob_r)
     unknown = dict.fromkeys(Scores._fields, none_r) | {"is_reversed": none_r > 0}
-    scores = Scores(**unknown | {"logprob": logprob_r, "view_logprobs_NW": logprob_r[:, None].clone()})
+    alike = {name: logprob_r.clone() for name in ("teacher_logprob", "target_logprob")}
+    scores = Scores(**unknown | {"logprob": logprob_r, **alike})
     return scores, Slopes(None, slope)
 
 
@@ -183,24 +185,28 @@ def _score(
     teacher = pair(log_views[0], log_q, views[0][1], q, room)
     is_first, is_full = scoring.target.is_first_view, scoring.objective == "full"
     plain = summed(scoring.summand, teacher, scoring.tau if is_first and is_full else None)
-    log_p = log_views[0] if is_first else scoring.target.log_target(log_views).log_softmax(-1)
-    if is_full:
-        objective = _full(
-            plain if is_first else summed(scoring.summand, pair(log_p, log_q, log_p.exp(), q), scoring.tau), log_p
-        )
-    else:
-        objective = _top_k(scoring, log_p, log_q, q) if scoring.objective == "top_k" else _nothing(plain)
     is_label_r, labels_r1 = _labels(labels_r, log_q.shape[1])
 
     def at_label(log_p: Tensor) -> Tensor:
         # A label outside the vocabulary is NaN and stops the run, instead of scoring some other token.
         return torch.where(is_label_r, log_p.gather(1, labels_r1)[:, 0], torch.nan)
 
+    log_p = scoring.target.log_target([*log_views, log_q] if scoring.target.reads_student else log_views)
+    target_logprob_r = at_label(log_p)
+    if not is_first:
+        log_p = log_p.log_softmax(-1)
+    if is_full:
+        objective = _full(
+            plain if is_first else summed(scoring.summand, pair(log_p, log_q, log_p.exp(), q), scoring.tau), log_p
+        )
+    else:
+        objective = _top_k(scoring, log_p, log_q, q) if scoring.objective == "top_k" else _nothing(plain)
     student_top_r, teacher_top_r1 = log_q.amax(-1), _argmax(log_views[0])
     scores = Scores(
         loss=objective.loss,
         logprob=at_label(log_q),
-        view_logprobs_NW=torch.stack([at_label(log_view) for log_view in log_views], -1),
+        teacher_logprob=at_label(log_views[0]),
+        target_logprob=target_logprob_r,
         divergence=plain.divergence.clamp(min=0),
         reverse_kl=(-vecdot(q, teacher.gap) - teacher.surplus).clamp(min=0),
         student_entropy=-vecdot(q, log_q),

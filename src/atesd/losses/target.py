@@ -1,12 +1,15 @@
 """The target: the distribution that the student is pulled to, made of the log-probabilities of the teacher views.
 
-A target is a pure, element-wise function of the views' normalised log-probabilities on the same vocabulary entries. So
-it works on vocabulary tiles; one that mixes views costs one more pass, for its normaliser.
+A target is a pure function of the views' normalised log-probabilities at one token, over the whole vocabulary. It knows
+no other token, so it works on tiles. One that mixes views costs one more pass, for its normaliser. It may also read the
+student's own log-probabilities: as constants, through which no gradient goes.
 
     plain         log p_T                                                    OPSD, ATESD
     extrapolate   lambda log p_T - (lambda - 1) log p_B                      G-OPD 2602.12125, ListOPD 2605.08737
     anchor_mix    w log p_T + (1 - w) log p_A                                beta-OPSD 2607.28582
     residual      log p_T + s clip(log p_full - log p_T, -bound, bound)      AR-OPD 2606.10385
+    paint         (1 - w) log p_T + w log p_S at a few tokens, else log p_T  PAINT 2604.26573 (paint.py)
+    avsd          log q_G + gate max(0, log q_A - log q_G)                   AVSD 2605.20643 (avsd.py)
 
 each up to a constant per token. p_T is the teacher at the exposure ratio in force, p_B the student's step-0 weights
 without a hint, p_full and p_answer the teacher at ratios 1 and 0.
@@ -14,12 +17,13 @@ without a hint, p_full and p_answer the teacher at ratios 1 and 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from atesd.losses.stats import TokenStats
 from atesd.types import Method
 
 View = Literal["teacher", "base", "full", "answer"]
@@ -40,6 +44,11 @@ class Target(Protocol):
         ...
 
     @property
+    def reads_student(self) -> bool:
+        """Whether the student's own log-probabilities stand behind those of the views."""
+        ...
+
+    @property
     def strength(self) -> float:
         """How far it reaches beyond the teacher: 1 is the teacher itself."""
         ...
@@ -49,10 +58,14 @@ class Target(Protocol):
         ...
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
-        """Return the log target up to a constant per token from the views' log-probabilities, each [n, v].
+        """Return the log target up to a constant per token, [n, V], from the views' log-probabilities, each [n, V].
 
-        Element-wise, without looking at other entries; must not change its arguments.
+        Token by token; must not change its arguments.
         """
+        ...
+
+    def metrics(self, stats: TokenStats) -> Mapping[str, float]:
+        """Return numbers of its own over all distilled tokens of an update, by keys of the metric table."""
         ...
 
 
@@ -60,6 +73,8 @@ class TargetMethod(Method):
     """Base of targets' sections, and what the rest of the program needs to know of any target."""
 
     declares: ClassVar[tuple[str, ...]] = ("views", "is_first_view", "strength", "at", "log_target", "describe")
+
+    reads_student: ClassVar[bool] = False
 
     @property
     def capped(self) -> bool:
@@ -71,8 +86,12 @@ class TargetMethod(Method):
         """Whether lambda is 1 unless graded rollouts speak for more: the field `aligned`."""
         return False
 
+    def metrics(self, stats: TokenStats) -> Mapping[str, float]:  # noqa: ARG002
+        """Nothing of its own."""
+        return {}
 
-class _Unscaled(TargetMethod):
+
+class Unscaled(TargetMethod):
     """A target without a strength."""
 
     strength: ClassVar[float] = 1.0
@@ -82,7 +101,7 @@ class _Unscaled(TargetMethod):
         return self
 
 
-class Plain(_Unscaled):
+class Plain(Unscaled):
     """One view, as it is: OPSD and ATESD."""
 
     kind: Literal["plain"] = "plain"
@@ -178,7 +197,7 @@ class Extrapolate(TargetMethod):
         return self.lambda_x * teacher - (self.lambda_x - 1) * base
 
 
-class AnchorMix(_Unscaled):
+class AnchorMix(Unscaled):
     """softmax((1 - w) z_anchor + w z_T): a geometric mean with an anchor (beta-OPSD 2607.28582, second-hand).
 
     With the anchor `base` it is `extrapolate` at lambda = w. Ours: the choice of anchors; w directly, as the paper's
@@ -209,7 +228,7 @@ class AnchorMix(_Unscaled):
         return self.weight * teacher + (1 - self.weight) * anchor
 
 
-class Residual(_Unscaled):
+class Residual(Unscaled):
     """log p_T + scale clip(log p_full - log p_T, -bound, bound): what full exposure would add (AR-OPD 2606.10385)."""
 
     kind: Literal["residual"] = "residual"

@@ -52,15 +52,18 @@ class Composite(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """Samples and grades attempts of the student, who never sees a hint."""
+    """Samples and grades attempts of the student, who never sees a hint; with `of_teacher`, of the teacher."""
 
     sampler: Sampler
     renderer: Renderer
     environment: Environment
     student_messages: Callable[[Problem], list[Message]]
+    """The prompt of whoever makes the attempts."""
     reward: RewardFunction
     room: int | None = None
     """Most tokens of a conversation and the reply that follows it; an attempt that would need more is over."""
+    of_teacher: bool = False
+    """Whether prompts are rendered as the teacher's."""
     warned: list[str] = field(default_factory=list, repr=False)
     """What the user was told already; a copy of the driver shares it."""
 
@@ -104,6 +107,7 @@ class Driver:
         """Open an episode for each problem and render what its student reads first."""
         prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
         rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        ids = self.renderer.teacher_ids if self.of_teacher else self.renderer.student_ids
         episodes = (
             self.environment.episode(problem, derive_seed(seed, "episode", place))
             for place, problem in enumerate(asked)
@@ -115,7 +119,7 @@ class Driver:
             messages = attempt.reset(prompts[problem])
             key = tuple((message["role"], message["content"]) for message in messages)
             if key not in rendered:
-                rendered[key] = self.renderer.student_ids(messages)
+                rendered[key] = ids(messages)
             attempt.prompt = rendered[key]
         return attempts
 

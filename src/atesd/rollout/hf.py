@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ class HFEngine(EngineMethod):
     decode: Literal["auto", "generate"] = "auto"
     """`auto`: a faster loop of our own where the architecture is known (Llama, Mistral, Qwen2, Qwen3, with or without
     LoRA), transformers' `generate` elsewhere. `generate`: always that. Equal seeds sample differently in the two."""
+
+    samples_in_place: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Nothing to say."""

@@ -56,6 +56,9 @@ class EngineMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("describe", "build")
 
+    samples_in_place: ClassVar[bool] = False
+    """Whether it samples from whatever weights are in the model, so that the teacher can write completions too."""
+
     def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
         """Say by which way completions of `length` tokens are sampled, where the model decides; for env.json."""
         return ""

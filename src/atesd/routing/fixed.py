@@ -83,6 +83,7 @@ class Both(_Fixed):
 
     reinforces: ClassVar[bool] = True
     distils: ClassVar[bool] = True
+    teaches_reinforced: ClassVar[bool] = True
 
     @property
     def coefs(self) -> dict[str, float]:

@@ -54,6 +54,8 @@ class RoutingMethod(Method):
     """Whether routes depend on the exposure: then a hold window goes on through steps without distillation."""
     reads_lambda: ClassVar[bool] = False
     """Whether routes depend on lambda*: then the target must be extrapolated."""
+    teaches_reinforced: ClassVar[bool] = False
+    """Whether groups may be reinforced and distilled at once: then the teacher reads what is reinforced."""
     distils_failures_only: ClassVar[bool] = False
     """Whether nothing but groups without a success is distilled."""
 
@@ -61,6 +63,11 @@ class RoutingMethod(Method):
     def distils_uniform(self) -> bool:
         """Whether groups of equal rewards are distilled because they have no other use."""
         return self.distils_failures_only
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher has to answer probe problems itself, with its hint."""
+        return False
 
     @property
     def coefs(self) -> Mapping[str, float]:

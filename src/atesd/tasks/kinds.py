@@ -8,6 +8,7 @@ from pydantic import Field
 
 from atesd.facts import RunFacts
 from atesd.tasks.base import Task, TaskMethod
+from atesd.tasks.synthetic import pico
 from atesd.tasks.synthetic.task import DoorsTask, PicoTask
 
 
@@ -15,6 +16,8 @@ class PicoConfig(TaskMethod):
     """The embedded task: chains of digit arithmetic whose idea comes first (see `tasks/synthetic/pico.py`)."""
 
     kind: Literal["pico"] = "pico"
+    length: Literal["usual", "long"] = "usual"
+    """Three to six steps a problem, as the packaged warm start was trained on; or seven to ten."""
     train_size: Annotated[int, Field(ge=1)] = 4800
     """Training problems."""
     probe_size: Annotated[int, Field(ge=0)] = 24
@@ -26,7 +29,9 @@ class PicoConfig(TaskMethod):
 
     def build(self, run: RunFacts) -> Task:
         """Return the task."""
+        levels = pico.LONG_LEVELS if self.length == "long" else pico.LEVELS
         return PicoTask(
+            levels=levels,
             train_size=self.train_size,
             probe_size=self.probe_size,
             eval_size=self.eval_size,

@@ -85,6 +85,8 @@ class Pass(NamedTuple):
     """What goes through the model together."""
 
     ids_BL: Tensor
+    lengths: tuple[int, ...]
+    """Positions of each passage; what stands behind them is padding."""
     places_N: Tensor
     """Where, in [B L], the hidden states stand that predict completion tokens, passage by passage."""
 
@@ -123,7 +125,8 @@ def _pass(passages: Sequence[Passage], pad_id: int, device: torch.device) -> Pas
     ids = [[*each.prompt, *each.completion[:-1], *[pad_id] * (width - each.cost)] for each in passages]
     first = [row * width + len(each.prompt) - 1 for row, each in enumerate(passages)]
     places = [torch.arange(start, start + len(each.completion)) for start, each in zip(first, passages, strict=True)]
-    return Pass(torch.tensor(ids).to(device), torch.cat(places).to(device))
+    lengths = tuple(each.cost for each in passages)
+    return Pass(torch.tensor(ids).to(device), lengths, torch.cat(places).to(device))
 
 
 def _order(read: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

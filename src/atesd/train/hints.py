@@ -9,7 +9,7 @@ from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, tea
 from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Revealer
 from atesd.rollout.render import Renderer
-from atesd.types import Problem, Trajectory, UserError
+from atesd.types import Message, Problem, Trajectory, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,22 @@ class Hints:
 
         `opening` is what an environment said first, behind the prompt: unset, the rollout's.
         """
-        source = self._donors.get(problem.id, problem)
-        shown = self._revealer.reveal(source, ratio, rollout)
-        text = "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt)
+        text, shown_ratio = self._text(problem, ratio, rollout)
         if opening is None:
             opening = rollout.opening if rollout is not None else ""
         messages = with_opening(teacher_messages(problem, text, self._prompt), opening)
-        return Hint(text, shown.ratio, tuple(self._renderer.teacher_ids(messages)))
+        return Hint(text, shown_ratio, tuple(self._renderer.teacher_ids(messages)))
+
+    def teacher_messages(self, problem: Problem, ratio: float) -> list[Message]:
+        """Return the teacher's prompt at a ratio as messages, whatever the rollout."""
+        text, _ = self._text(problem, ratio, None)
+        return teacher_messages(problem, text, self._prompt)
+
+    def _text(self, problem: Problem, ratio: float, rollout: Trajectory | None) -> tuple[str, float]:
+        """Return the hint's text and the share that it really shows."""
+        source = self._donors.get(problem.id, problem)
+        shown = self._revealer.reveal(source, ratio, rollout)
+        return "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt), shown.ratio
 
     def shown(self, problem: Problem, ratio: float) -> Reveal:
         """Return what of the problem's own solution is visible at a ratio."""

@@ -2,6 +2,7 @@
 
 probe_nll             token-mean NLL of the probe's references under the student, without any hint
 probe_kl              mean KL(teacher at ratio 1 || student) on completions stored at step 0
+teacher_accuracy@r    mean reward of what the teacher writes with its hint at ratio r, sampled as for probe_accuracy
 probe_accuracy        mean reward of hint-free completions, the same sampling seed every time
 gt_solution@r         token-mean log-probability that the teacher at ratio r gives the reference solution
 gt_answer@r           the same of the final answer alone
@@ -58,6 +59,7 @@ class Measurer:
             "probe_nll": Taker(_each(lambda _: probe.nll())),
             "probe_kl": Taker(_each(lambda _: probe.kl())),
             "probe_accuracy": Taker(_each(lambda _: probe.accuracy())),
+            "teacher_accuracy": Taker(_each(probe.teacher_accuracy)),
             "gt_solution": Taker(_each(lambda ratio: likelihood(ratio, "solution"))),
             "gt_answer": Taker(_each(lambda ratio: likelihood(ratio, "answer"))),
             "gt_hidden_only": Taker(_each(lambda ratio: likelihood(ratio, "hidden"))),

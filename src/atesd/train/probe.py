@@ -7,6 +7,7 @@ to measure; `train/measure.py` says under which name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -122,8 +123,18 @@ class Probe:
 
     def accuracy(self) -> float | None:
         """Return the mean reward of hint-free completions, with one sampling seed; None if none is graded."""
-        rewards = [reward for group in self.samples() for reward in group.rewards]
-        return float(np.mean(rewards)) if rewards else None
+        return _mean_reward(self.samples())
+
+    def teacher_accuracy(self, ratio: float) -> float | None:
+        """Return the mean reward of the teacher's own completions with its hint at a ratio, sampled as `accuracy`'s."""
+        driver = replace(
+            self._driver,
+            student_messages=lambda problem: self.hints.teacher_messages(problem, ratio),
+            of_teacher=True,
+        )
+        with self._teacher.in_place():
+            groups = driver.rollout(self.problems, self._probing, seed=derive_seed(self._seed, "probe"))
+        return _mean_reward(groups)
 
     def hinted(self, turn: Told, ratio: float) -> Passage:
         """Return a turn as the teacher reads it at a ratio, whatever the rollout."""
@@ -176,9 +187,13 @@ class Probe:
     def samples(self) -> list[Group]:
         """Return hint-free completions of the probe problems, the same seed every time, until they are forgotten."""
         if self._groups is None:
-            sampling = self._sampling.model_copy(update={"group_size": self._completions})
-            self._groups = self._driver.rollout(self.problems, sampling, seed=derive_seed(self._seed, "probe"))
+            self._groups = self._driver.rollout(self.problems, self._probing, seed=derive_seed(self._seed, "probe"))
         return self._groups
+
+    @property
+    def _probing(self) -> SamplingConfig:
+        """How probe problems are answered."""
+        return self._sampling.model_copy(update={"group_size": self._completions})
 
     def _mean_log_likelihood(self, passages: Sequence[Passage]) -> float:
         return self._scorer.mean(passages, self._scorer.log_likelihood)
@@ -205,6 +220,11 @@ class Probe:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._driver.renderer.solution_ids(text, self._max_tokens))
+
+
+def _mean_reward(groups: Sequence[Group]) -> float | None:
+    rewards = [reward for group in groups for reward in group.rewards]
+    return float(np.mean(rewards)) if rewards else None
 
 
 def _told(place: int, group: Group) -> list[Told]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from atesd.gradients.rule import announce
 from atesd.losses.divergence import (
     LOSS_ALONE,
     LossConfig,
@@ -204,7 +205,10 @@ class Scorer:
 def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
     """Run the decoder and keep the hidden states [N, H] of the scored positions: the head sees no other row."""
     read = decoder(model)
-    hidden = [read(input_ids=each.ids_BL, use_cache=False).last_hidden_state for each in inputs.passes]
+    hidden = []
+    for each in inputs.passes:
+        announce(model, each.lengths)
+        hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
     return Scored(inputs.scored(hidden), *head(model))
 
 

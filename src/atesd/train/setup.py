@@ -108,6 +108,11 @@ def assemble(config: RunConfig) -> Parts:
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
+    if config.routing.asks_teacher and not sets["probe"]:
+        raise UserError(
+            "routing.teacher_share compares successes on probe problems, of which the task has none: give it some "
+            "(probe_size), or remove routing.teacher_share"
+        )
     refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
     revealer = config.reveal.build(facts)
@@ -140,6 +145,7 @@ def assemble(config: RunConfig) -> Parts:
         mask_truncated=config.step.truncated == "mask",
     )
     rule = config.gradient.build(facts)
+    rule.prepare(model)
     stepper = Stepper(
         accelerator=accelerator,
         scorer=scorer,

@@ -13,6 +13,7 @@ from atesd.gates.gate import Gate
 from atesd.losses.combine import Component, combine
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
+from atesd.losses.target import Target
 from atesd.train.batch import Row
 
 _BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -118,8 +119,8 @@ def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(TokenStats)))
 
 
-def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float]:
-    """Describe selection and gate over all distilled tokens of an update."""
+def listening_metrics(gate: Gate, target: Target, parts: Sequence[Listening]) -> dict[str, float]:
+    """Describe selection, gate and target over all distilled tokens of an update."""
     if not parts:
         return {}
     stats = concatenate([part.stats for part in parts])
@@ -128,6 +129,7 @@ def listening_metrics(gate: Gate, parts: Sequence[Listening]) -> dict[str, float
         "gate/kept_frac": _mean((selection_N > 0).double()),
         "gate/mean": _mean(selection_N * gate_N),
         **gate.metrics(stats),
+        **target.metrics(stats),
     }
 
 
@@ -142,6 +144,7 @@ def policy_metrics(parts: Sequence[PolicyValues]) -> dict[str, float]:
             ("clip_frac", "clipped_N"),
             ("sampler_weight", "weight_N"),
             ("kl", "kl_N"),
+            ("credit", "credit_N"),
         )
     }
 

@@ -198,7 +198,8 @@ class Stepper:
         for batch, scored in zip(read, taken, strict=True):
             rows = split_rows(scored.stats, scored.weight_N, batch.lengths)
             outcome.rows |= zip(batch.indices, rows, strict=True)
-        outcome.metrics |= listening_metrics(self._gate, [scored.heard for scored in taken if scored.heard])
+        heard = [scored.heard for scored in taken if scored.heard]
+        outcome.metrics |= listening_metrics(self._gate, self._target, heard)
         outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
         if self._gap_rule is not None and self._scorer.samples_as_scored and fresh:
             self._gap_rule.heed(logprob_gap(fresh, outcome.rows))
@@ -324,6 +325,7 @@ class Stepper:
             old_logprob_N=old_N,
             sampler_logprob_N=torch.tensor(sampled, dtype=now_N.dtype, device=device),
             reference_logprob_N=reference_N,
+            teacher_logprob_N=streams.stats.teacher_logprob.to(now_N.dtype) if batch.distils else None,
             sequence_N=batch.numbering(device),
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atesd.losses import scores
+from atesd.losses.avsd import Avsd
 from atesd.losses.divergence import (
     JSD,
     Divergence,
@@ -28,10 +29,13 @@ from atesd.losses.divergence import (
     label_logprobs,
     token_streams,
 )
+from atesd.losses.paint import Paint
+from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain
 from atesd.types import UserError
 
 from support import dense_divergence as dense
+from support import dense_targets as targets
 
 N, V, H = 7, 11, 5
 KINDS: list[Divergence] = [ForwardKL(), ReverseKL(), JSD(beta=0.3)]
@@ -564,10 +568,14 @@ class Extrapolated:
 
     views = ("teacher", "base")
     is_first_view = False
+    reads_student = False
     strength = 1.5
 
     def at(self, strength: float) -> Extrapolated:
         return self
+
+    def metrics(self, stats: TokenStats) -> dict[str, float]:
+        return {}
 
     def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
         return 1.5 * log_views[0] - 0.5 * log_views[1]
@@ -603,6 +611,72 @@ def test_a_target_of_two_views(config: LossConfig) -> None:
         torch.testing.assert_close(getattr(streams.stats, name), getattr(plain, name))
     for name in ("clip_frac", "clipped_mass", "reversed"):
         torch.testing.assert_close(getattr(streams.stats, name), getattr(single.stats, name))
+
+
+# Entropies of the tokens of `make` lie on both sides of .4 nats apart.
+READING: list[Any] = [Paint(weight=0.3, mismatch=0.4), Paint(weight=0.9, mismatch=0.0), Avsd()]
+
+
+def of_student(target: Any, views: Sequence[dense.Array], q: dense.Array) -> dense.Array:
+    """The target's probabilities, [N, V], of those of the views and the student."""
+    if isinstance(target, Paint):
+        return targets.rows(lambda p, q: targets.paint(p, q, target.weight, target.mismatch), *views, q)
+    return targets.rows(lambda *roles: targets.avsd(roles[:-1], roles[-1]), *views, q)
+
+
+@pytest.mark.parametrize("target", READING, ids=lambda target: f"{target.kind}-{getattr(target, 'weight', '')}")
+@pytest.mark.parametrize("config", [
+    *(LossConfig(divergence=kind) for kind in KINDS), LossConfig(clip="pointwise"), LossConfig(top_k=4, tail=True),
+])  # fmt: skip
+@pytest.mark.parametrize("tile_logits", [1, 3 * V, 100 * V])
+def test_a_target_that_reads_the_student_holds_it_constant(target: Any, config: LossConfig, tile_logits: int) -> None:
+    """Against the dense float64 reference; gradients are differences at a target that stands still."""
+    student, first, labels = make()
+    others = [make(bias=False)[1] if name == "full" else make(bias=False)[0] for name in target.views[1:]]
+    views = [first, *others]
+    p_views = [np.exp(dense.log_softmax(logits_of(view, 1.2).detach().numpy())) for view in views]
+    raw = logits_of(student).detach().numpy()
+    p = of_student(target, p_views, np.exp(dense.log_softmax(raw / 1.1)))
+
+    def loss(logits: dense.Array) -> dense.Array:
+        q = np.exp(dense.log_softmax(logits / 1.1))
+        kind, beta = config.divergence.kind, getattr(config.divergence, "beta", 0.0)
+        return dense.divergence(p, q, kind, beta, config.top_k, config.tail, config.clip, config.clip_tau)
+
+    tiled = config.model_copy(update={"temperature_student": 1.1, "tile_logits": tile_logits})
+    for trained in (parameters(student), [student.hidden_NH]):
+        if len(trained) == 1:
+            student = replace(
+                student,
+                head_VH=student.head_VH.detach(),
+                bias_V=None if student.bias_V is None else student.bias_V.detach(),
+            )
+        streams = token_streams(student, views, labels, tiled, target=target, temperature=1.2)
+        np.testing.assert_allclose(streams.divergence_N.detach().numpy(), loss(raw), rtol=1e-6, atol=1e-8)
+        upstream = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
+        gradient = torch.as_tensor(dense.numeric_gradient(loss, raw)) * upstream[:, None]
+        expected = [gradient @ student.head_VH.detach(), gradient.T @ student.hidden_NH.detach(), gradient.sum(0)]
+        found = torch.autograd.grad((streams.divergence_N * upstream).sum(), trained)
+        for tensor, wanted in zip(found, expected, strict=False):
+            torch.testing.assert_close(tensor, wanted, rtol=1e-5, atol=1e-7)
+    if isinstance(target, Paint) and target.mismatch:
+        assert 0 < np.isclose(p, p_views[0]).all(-1).sum() < N, "tokens on both sides of the threshold"
+
+
+@pytest.mark.parametrize("target", READING, ids=lambda target: f"{target.kind}-{getattr(target, 'weight', '')}")
+def test_the_sampled_token_loss_asks_a_target_that_reads_the_student_about_whole_distributions(target: Any) -> None:
+    student, first, labels = make()
+    views = [first, *(make(bias=False)[1] for _ in target.views[1:])]
+    streams = token_streams(
+        student, views, labels, LossConfig(divergence=SampledToken(), tile_logits=33), target=target, temperature=1.2
+    )
+    log_views = [logits_of(view, 1.2).detach().log_softmax(-1) for view in (*views, student)]
+    log_q = logits_of(student, 1.2).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    advantage = target.log_target(log_views).gather(1, labels[:, None])[:, 0] - log_q.detach()
+    torch.testing.assert_close(streams.divergence_N, -advantage * log_q)
+    (found,) = torch.autograd.grad(streams.divergence_N.sum(), [student.hidden_NH])
+    (expected,) = torch.autograd.grad((-advantage * log_q).sum(), [student.hidden_NH])
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_sampled_token_loss_takes_a_target_without_its_constant() -> None:

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atesd.losses.policy import PolicyConfig, PolicyTokens, group_advantages, policy_values
+from atesd.losses.policy import PolicyConfig, PolicyTokens, TeacherCredit, group_advantages, policy_values
 
 
 def tokens(
     advantage: list[float], old: list[float], *, sampler: list[float] | None = None, sequence: list[int] | None = None,
-    reference: list[float] | None = None,
+    reference: list[float] | None = None, teacher: list[float] | None = None,
 ) -> PolicyTokens:  # fmt: skip
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
@@ -26,6 +26,7 @@ def tokens(
         old_logprob_N=column(old),
         sampler_logprob_N=column(old if sampler is None else sampler),
         reference_logprob_N=None if reference is None else column(reference),
+        teacher_logprob_N=None if teacher is None else column(teacher),
         sequence_N=torch.tensor(sequence or list(range(len(old)))),
     )
 
@@ -172,6 +173,83 @@ def test_gspos_gradient_is_that_of_its_value_whatever_weighs_the_tokens(
         with torch.no_grad():
             slope = float(loss(logprob + shift) - loss(logprob - shift)) / (2 * step)
         assert float(logprob.grad[place]) == pytest.approx(slope, rel=1e-7, abs=1e-9)
+
+
+# ---- RLSD: the teacher's say in the size of advantages ------------------------------------------------------------
+
+RLSD = PolicyConfig(teacher_credit=TeacherCredit())
+
+
+@pytest.mark.parametrize(
+    ("advantage", "old", "teacher", "factor"),
+    [
+        (1.0, 0.5, 0.55, 0.5 + 0.5 * 1.1),  # p_T / p_old = 1.1, the attempt was good: more
+        (-1.0, 0.5, 0.55, 0.5 + 0.5 / 1.1),  # the attempt was bad: less blame on what the teacher likes
+        (2.0, 0.5, 0.45, 0.5 + 0.5 * 0.9),
+        (-2.0, 0.5, 0.45, 0.5 + 0.5 / 0.9),
+        (1.0, 0.1, 0.9, 0.5 + 0.5 * 1.2),  # clipped at 1.2
+        (-1.0, 0.1, 0.9, 0.5 + 0.5 * 0.8),  # 1/9, clipped at .8
+        (1.0, 1e-30, 1.0, 0.5 + 0.5 * 1.2),
+        (0.0, 0.5, 0.9, 1.0),  # sign(0) = 0: exp(0)
+    ],
+)
+def test_the_teacher_scales_an_advantage_by_hand(advantage: float, old: float, teacher: float, factor: float) -> None:
+    """A_t = A (1/2 + 1/2 clip((p_T / p_old)^sign(A), .8, 1.2)): value, gradient and what is logged."""
+    batch = tokens([advantage], [math.log(old)], teacher=[math.log(teacher)])
+    logprob = batch.old_logprob_N.clone().requires_grad_()
+    values = policy_values(logprob, batch, RLSD)
+    assert float(values.credit_N) == pytest.approx(factor)
+    values.loss_N.sum().backward()
+    assert float(values.loss_N.detach()) == pytest.approx(-advantage * factor)
+    assert logprob.grad is not None
+    assert float(logprob.grad) == pytest.approx(-advantage * factor)
+
+
+def test_the_share_and_the_clip_of_the_teachers_credit() -> None:
+    batch = tokens([1.0, 1.0], [math.log(0.5)] * 2, teacher=[math.log(0.6), math.log(0.9)])
+    config = PolicyConfig(teacher_credit=TeacherCredit(share=1.0, clip=0.5))
+    assert policy_values(batch.old_logprob_N, batch, config).credit_N.tolist() == pytest.approx([1.2, 1.5])
+    config = PolicyConfig(teacher_credit=TeacherCredit(share=0.25, clip=0.5))
+    assert policy_values(batch.old_logprob_N, batch, config).credit_N.tolist() == pytest.approx([1.05, 1.125])
+
+
+@pytest.mark.parametrize("teacher", [None, [math.log(0.9)] * 2])
+def test_without_the_option_or_without_a_teacher_advantages_are_the_attempts(teacher: list[float] | None) -> None:
+    batch = tokens([1.0, -1.0], [math.log(0.5)] * 2, teacher=teacher)
+    config = PolicyConfig() if teacher else RLSD
+    values = policy_values(batch.old_logprob_N, batch, config)
+    assert values.credit_N.tolist() == [1.0, 1.0]
+    assert values.loss_N.tolist() == [-1.0, 1.0]
+
+
+@given(st.lists(st.floats(-1, 0), min_size=5, max_size=5), st.floats(-2, 2), st.floats(0.05, 1.0), st.floats(0.05, 0.9))
+def test_the_scaled_advantage_stands_in_every_place_of_the_loss(
+    logs: list[float], advantage: float, share: float, clip: float
+) -> None:
+    """Clips, dual clip and correction of the scalar reference, at the scaled advantage; its gradient by differences."""
+    config = PolicyConfig(kl_coef=0.05, eps_high=0.28, teacher_credit=TeacherCredit(share=share, clip=clip))
+    now, old, sampler, reference, teacher = logs
+    sign = (advantage > 0) - (advantage < 0)
+    scale = min(max(math.exp(sign * (2 * teacher - 3 * old)), 1 - clip), 1 + clip)
+    scaled = advantage * (1 - share + share * scale)
+    logprob = torch.tensor([3 * now], dtype=torch.float64, requires_grad=True)
+    batch = tokens([advantage], [3 * old], sampler=[sampler], reference=[reference], teacher=[2 * teacher])
+    values = policy_values(logprob, batch, config)
+    assert float(values.loss_N.detach()) == pytest.approx(
+        scalar(3 * now, 3 * old, sampler, reference, scaled, config), rel=1e-9, abs=1e-12
+    )
+    values.loss_N.sum().backward()
+    ratio, step = math.exp(3 * now - 3 * old), 1e-6
+    ends = [scalar(3 * now + move, 3 * old, sampler, reference, scaled, config) for move in (step, -step)]
+    assert logprob.grad is not None
+    if min(abs(ratio - kink) for kink in (0.8, 1.28, 3.0)) > 1e-3 and now != old:
+        assert float(logprob.grad) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"share": 0.0}, {"share": 1.1}, {"clip": 0.0}, {"clip": 1.0}])
+def test_a_credit_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        TeacherCredit(**fields)
 
 
 @pytest.mark.parametrize("fields", [{"eps_low": 1.0}, {"eps_high": 0.0}, {"dual_clip": 1.0}, {"importance_clip": 0.5}])

@@ -8,6 +8,8 @@ import pytest
 
 from atesd.exposure.prompt import PromptConfig, hint_text
 from atesd.exposure.reveal import reveal
+from atesd.facts import RunFacts
+from atesd.tasks.kinds import PicoConfig
 from atesd.tasks.synthetic import pico
 from atesd.types import Problem
 
@@ -40,6 +42,19 @@ def test_problems_are_right_different_and_repeatable(split: pico.Split) -> None:
         assert pico.extract_answer(problem.solution) == problem.answer
         assert not pico.answers_early(problem, problem.solution)
         assert set(problem.problem + problem.solution) <= set(pico.CHARACTERS)
+
+
+def test_long_problems_have_seven_to_ten_steps_of_labels_that_the_tokenizer_knows() -> None:
+    task = PicoConfig(length="long", train_size=60, probe_size=20, eval_size=20).build(RunFacts(seed=2))
+    found = [*task.train(), *task.probe(), *task.evaluation()]
+    assert {len(pico.parse(problem.problem)[1]) for problem in found} == {7, 8, 9, 10}
+    assert {problem.level: len(pico.parse(problem.problem)[1]) // 9 for problem in found} == {"long7": 0, "long9": 1}
+    for problem in found:
+        assert problem.solution == worked(problem.problem).solution
+        assert set(problem.problem + problem.solution) <= set(pico.CHARACTERS)
+    usual = PicoConfig(train_size=60).build(RunFacts(seed=2)).train()
+    assert usual == pico.problems("train", 60, 2)
+    assert not {problem.problem for problem in found} & {problem.problem for problem in usual}
 
 
 def test_splits_are_disjoint_by_content() -> None:

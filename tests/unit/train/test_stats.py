@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atesd.gates.sdar import SdarGate
 from atesd.losses.combine import Component
+from atesd.losses.paint import Paint
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.train.batch import Row
@@ -89,10 +90,11 @@ def test_rows_are_cut_out_of_a_micro_batch_and_joined_again() -> None:
 
 def test_listening_is_described_over_all_micro_batches() -> None:
     def part(gap: list[float], selected: list[float], gate: list[float]) -> Listening:
-        stats = stats_of(len(gap), teacher_logprob=gap)
+        stats = stats_of(len(gap), teacher_logprob=gap, teacher_entropy=gap)
         return Listening(stats, torch.tensor(selected), torch.tensor(gate))
 
-    found = listening_metrics(SdarGate(), [part([1.0, -1.0], [1.0, 0.0], [0.9, 0.4]), part([3.0], [1.0], [0.6])])
+    parts = [part([1.0, -1.0], [1.0, 0.0], [0.9, 0.4]), part([3.0], [1.0], [0.6])]
+    found = listening_metrics(SdarGate(), Paint(mismatch=2.0), parts)
     assert found == pytest.approx(
         {
             "gate/kept_frac": 2 / 3,
@@ -100,6 +102,7 @@ def test_listening_is_described_over_all_micro_batches() -> None:
             "gate/open_frac": 2 / 3,
             "gate/gap": 1.0,
             "gate/gap_negative": 1 / 3,
+            "target/painted_frac": 1 / 3,
         }
     )
 
@@ -107,13 +110,14 @@ def test_listening_is_described_over_all_micro_batches() -> None:
 def test_the_policy_is_described_over_all_micro_batches() -> None:
     def part(value: float, count: int) -> PolicyValues:
         column: Tensor = torch.full((count,), value)
-        return PolicyValues(column, column, column * 0, column, column + 1)
+        return PolicyValues(column, column, column * 0, column, column + 1, column + 2)
 
     assert policy_metrics([part(1.0, 1), part(2.0, 3)]) == {
         "rl/ratio": 1.75,
         "rl/clip_frac": 0.0,
         "rl/sampler_weight": 1.75,
         "rl/kl": 2.75,
+        "rl/credit": 3.75,
     }
 
 
@@ -126,7 +130,7 @@ def test_what_is_fetched_is_what_was_sent() -> None:
     first = TokenStats(*tensors(0, len(TokenStats.__slots__), 2))
     second = TokenStats(*tensors(500, len(TokenStats.__slots__), 3))
     ones, kept = torch.ones(2), torch.tensor([True, False])
-    policy = PolicyValues(*tensors(900, 5, 3))
+    policy = PolicyValues(*tensors(900, 6, 3))
     distil = Component(torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([1.0, 3.0]), 7.0)
     exact = Component(torch.tensor([2.0], dtype=torch.float64), torch.tensor([5.0]), 4.0)
     sent = [

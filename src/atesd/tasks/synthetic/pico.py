@@ -9,7 +9,8 @@ A problem is a digit and labelled steps, `3a*4b+2c-5`: start with 3, then apply 
     #4
 
 The warm start knows `+`, `-` and the entries of `KNOWN`; the other entries of `*` are the idea that a solution
-reveals. Levels differ in length and in where the `*` steps stand, hence in how much must be revealed to help.
+reveals. Levels differ in length and in where the `*` steps stand, hence in how much must be revealed to help. Long
+levels have seven to ten steps.
 
 The teacher of the warm start has a planted weakness, the shortcut: before every line it answers at once with
 probability c * (revealed steps / steps)^2, because who has seen the solution skips work. A student that imitates this
@@ -82,6 +83,13 @@ LEVELS = (
     Level("early", (5, 6), (0,)),
     Level("late", (5, 6), (-3, -2)),
 )
+
+
+LONG_LEVELS = (
+    Level("long7", (7, 8), (0,)),
+    Level("long9", (9, 10), (0,)),
+)
+"""Longer than anything that the warm start was trained on; ten labels are all that its vocabulary has."""
 
 
 def apply(operator: str, left: int, right: int) -> int:

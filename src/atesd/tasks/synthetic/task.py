@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from atesd.rewards.kinds import ExactConfig, Grader
@@ -17,20 +18,21 @@ class PicoTask:
     probe_size: int
     eval_size: int
     seed: int
+    levels: Sequence[pico.Level] = pico.LEVELS
     name: str = "pico"
     default_reward: Grader = field(default_factory=ExactConfig)
 
     def train(self) -> list[Problem]:
         """Return the training problems."""
-        return pico.problems("train", self.train_size, self.seed)
+        return pico.problems("train", self.train_size, self.seed, self.levels)
 
     def probe(self) -> list[Problem]:
         """Return the probe problems."""
-        return pico.problems("probe", self.probe_size, 0)
+        return pico.problems("probe", self.probe_size, 0, self.levels)
 
     def evaluation(self) -> list[Problem]:
         """Return the held-out problems."""
-        return pico.problems("eval", self.eval_size, self.seed)
+        return pico.problems("eval", self.eval_size, self.seed, self.levels)
 
     def traits(self, problem: Problem, completion: str) -> dict[str, bool]:
         """Count completions that answer before all steps are worked: the imitated shortcut."""
