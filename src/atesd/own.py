@@ -147,7 +147,7 @@ def load_method(place: str, base: type[Method]) -> type[Method]:
             "(docs/extend.md)"
         )
     try:
-        named = create_model(
+        made: Any = create_model(
             found.__name__,
             __base__=found,
             __module__=found.__module__,
@@ -156,6 +156,7 @@ def load_method(place: str, base: type[Method]) -> type[Method]:
         )
     except (TypeError, NameError, PydanticUserError) as error:
         raise UserError(f"kind = {shown(place)}: {_first_line(error)}") from error
+    named: type[Method] = made
     _named[place] = named
     _places[found] = _places[named] = place
     return named
@@ -222,7 +223,7 @@ def _first_line(error: BaseException) -> str:
 
 def _adapter(kind: type[Method]) -> TypeAdapter[Any]:
     """Return what validates a section of a class, with the place in front of the keys that it complains of."""
-    return TypeAdapter(Annotated[cast("Any", kind), Field(discriminator="kind")])
+    return TypeAdapter(cast("Any", Annotated[cast("Any", kind), Field(discriminator="kind")]))
 
 
 def _classes(annotation: Any) -> Iterator[type]:
