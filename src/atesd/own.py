@@ -147,16 +147,18 @@ def load_method(place: str, base: type[Method]) -> type[Method]:
             "(docs/extend.md)"
         )
     try:
-        made: Any = create_model(
-            found.__name__,
-            __base__=found,
-            __module__=found.__module__,
-            __doc__=found.__doc__,
-            kind=(cast("Any", Literal[place]), place),
+        named = cast(
+            "type[Method]",
+            create_model(
+                found.__name__,
+                __base__=found,
+                __module__=found.__module__,
+                __doc__=found.__doc__,
+                kind=(cast("Any", Literal[place]), place),
+            ),
         )
     except (TypeError, NameError, PydanticUserError) as error:
         raise UserError(f"kind = {shown(place)}: {_first_line(error)}") from error
-    named: type[Method] = made
     _named[place] = named
     _places[found] = _places[named] = place
     return named

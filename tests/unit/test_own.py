@@ -200,6 +200,7 @@ def test_a_class_derived_from_a_kind_of_the_package_is_not_taken_for_it() -> Non
     config = RunConfig(exposure=Faster(ratio=0.5, more=2.0))
     dumped = config.model_dump(mode="json")["exposure"]
     assert dumped == {"kind": f"{__name__}:Faster", "ratio": 0.5, "more": 2.0}
+    assert config.exposure.kind == dumped["kind"], "in messages, too"
     assert isinstance(build_config({"exposure": dumped}).exposure, Faster)
 
 
@@ -279,3 +280,12 @@ def test_the_schema_for_editors_knows_own_kinds_and_still_tells_mistakes(section
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(RunConfig.model_json_schema())
     assert validator.is_valid({"exposure": section}) == fits
+
+
+def test_a_file_that_could_not_be_imported_is_read_again_once_mended(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("raise RuntimeError('not yet')")
+    with pytest.raises(UserError, match="not yet"):
+        exposure(kind=f"{path}:Half")
+    path.write_text(MODULE + "\n# mended\n")
+    assert exposure(kind=f"{path}:Half").share == 0.5
