@@ -88,6 +88,8 @@ def render() -> str:
     lines = [
         "# Configuration\n",
         "Written by `make docs` from the config models. A recipe is TOML with these sections.\n",
+        "Where a section has a `kind`, `package.module:Class` or `path/to/file.py:Class` names one of your own, whose "
+        "fields are the section's other keys (docs/extend.md).\n",
     ]
     top = RunConfig.model_fields
     lines.append("## Top level\n\n| key | type | default | meaning |\n|---|---|---|---|")

@@ -27,7 +27,7 @@ METHODS = {
     "envs",
     "rollout",
 }
-BELOW_CONFIG = METHODS | {"types", "alignment", "seeds", "cliff", "facts", "evaluate", "kinds", "sections"}
+BELOW_CONFIG = METHODS | {"types", "alignment", "seeds", "cliff", "facts", "evaluate", "kinds", "own", "sections"}
 BELOW_TRAIN = BELOW_CONFIG | {"config", "packaged", "recipe", "runlog", "seals", "metrics"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
@@ -51,11 +51,12 @@ ARROWS: dict[str, set[str]] = {
     "envs": {"types", "facts"},
     "rollout": {"types", "seeds", "envs"},
     "evaluate": {"types", "seeds", "rewards", "rollout", "runlog"},
-    "kinds": METHODS,
+    "own": {"types"},
+    "kinds": METHODS | {"own"},
     "sections": {"types"},
     "config": BELOW_CONFIG,
     "packaged": {"types"},
-    "recipe": {"config", "packaged", "types"},
+    "recipe": {"config", "own", "packaged", "types"},
     "train": BELOW_TRAIN,
     "report": {"types", "seals", "runlog", "evaluate.metrics"},
     "cli": BELOW_TRAIN | {"train", "report"},
@@ -114,6 +115,7 @@ ORDERS: dict[str, list[str]] = {
         "checkpoint",
         "memory",
         "plan",
+        "fit",
         "export",
         "setup",
         "resume",

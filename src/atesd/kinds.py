@@ -1,6 +1,7 @@
 """Every choice that a recipe makes by `kind`: one union a part, one method a line.
 
-A new method is a file of its own, its import, and its entry here.
+A new method of the package is a file of its own, its import, and its entry here. `Own` opens a part to classes that a
+recipe names by import path (own.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from atesd.curriculum import PerplexityConfig, RandomConfig
+from atesd.curriculum import CurriculumMethod, PerplexityConfig, RandomConfig
+from atesd.envs.base import EnvMethod
 from atesd.envs.doors import Doors
 from atesd.envs.libraries import Gymnasium, TextArena, TrlEnvironment
 from atesd.envs.single_turn import SingleTurn
@@ -18,29 +20,35 @@ from atesd.envs.textworld import TextWorld
 from atesd.exposure.bandit import Bandit
 from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
+from atesd.exposure.controller import ExposureMethod
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.influence import Influence
 from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
+from atesd.exposure.revealer import RevealMethod
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
 from atesd.exposure.skills import Skills
 from atesd.exposure.turns import Turns
 from atesd.gates.aligned import AlignedGate
-from atesd.gates.gate import OpenGate
+from atesd.gates.gate import GateMethod, OpenGate
 from atesd.gates.sdar import SdarGate
 from atesd.gradients.longact import LongAct
-from atesd.gradients.rule import AllGradients
+from atesd.gradients.rule import AllGradients, GradientMethod
 from atesd.losses.avsd import Avsd
 from atesd.losses.paint import Paint
-from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual
-from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
+from atesd.losses.target import AnchorMix, Extrapolate, Plain, Residual, TargetMethod
+from atesd.own import Own
+from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig, RewardMethod
 from atesd.rollout.hf import HFEngine
+from atesd.rollout.sampler import EngineMethod
 from atesd.routing.aligned import Aligned
 from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
 from atesd.routing.retire import Retire
-from atesd.selection import SelectAll, TipSelection
+from atesd.routing.route import RoutingMethod
+from atesd.selection import SelectAll, SelectionMethod, TipSelection
+from atesd.tasks.base import TaskMethod
 from atesd.tasks.benchmarks import BenchmarkConfig
 from atesd.tasks.episodes import EpisodesConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
@@ -66,6 +74,7 @@ TaskSection = Annotated[
     | GymConfig  # reasoning-gym
     | BenchmarkConfig,  # AIME, HMMT, MATH-500, AMC, Minerva, GSM8K
     Field(discriminator="kind"),
+    Own(TaskMethod),
 ]
 
 RewardSection = Annotated[
@@ -73,6 +82,7 @@ RewardSection = Annotated[
     | MathConfig  # equal meaning
     | PythonConfig,  # your own function
     Field(discriminator="kind"),
+    Own(RewardMethod),
 ]
 
 ExposureSection = Annotated[
@@ -88,6 +98,7 @@ ExposureSection = Annotated[
     | Difficulty  # a learned policy per difficulty
     | Influence,  # what each ratio's gradient would do to the probe
     Field(discriminator="kind"),
+    Own(ExposureMethod),
 ]
 
 RevealSection = Annotated[
@@ -96,6 +107,7 @@ RevealSection = Annotated[
     | Annotated[Turns, Tag("turns")]  # that share of an expert's turns
     | Annotated[Skills, Tag("skills")],  # retrieved skills: SDAR
     Discriminator(reveal_kind),
+    Own(RevealMethod),
 ]
 
 TargetSection = Annotated[
@@ -106,12 +118,14 @@ TargetSection = Annotated[
     | Paint  # the teacher, nearer to the student at a few tokens: PAINT
     | Avsd,  # what three views agree on, and a part of the rest: AVSD
     Field(discriminator="kind"),
+    Own(TargetMethod),
 ]
 
 SelectionSection = Annotated[
     SelectAll  # every token
     | TipSelection,  # the informative ones: TIP
     Field(discriminator="kind"),
+    Own(SelectionMethod),
 ]
 
 GateSection = Annotated[
@@ -119,6 +133,7 @@ GateSection = Annotated[
     | SdarGate  # a sigmoid of the gap or of the entropy: SDAR
     | AlignedGate,  # where teacher and outcome agree
     Field(discriminator="kind"),
+    Own(GateMethod),
 ]
 
 RoutingSection = Annotated[
@@ -131,18 +146,21 @@ RoutingSection = Annotated[
     | Aligned  # distil where that raises the reward
     | Supervised,  # cross-entropy on the references
     Field(discriminator="kind"),
+    Own(RoutingMethod),
 ]
 
 CurriculumSection = Annotated[
     RandomConfig  # shuffled
     | PerplexityConfig,  # sorted: SU-01
     Field(discriminator="kind"),
+    Own(CurriculumMethod),
 ]
 
 GradientSection = Annotated[
     AllGradients  # every gradient as it is
     | LongAct,  # rows of query and key projections with large activations: LongAct
     Field(discriminator="kind"),
+    Own(GradientMethod),
 ]
 
 EnvSection = Annotated[
@@ -153,9 +171,11 @@ EnvSection = Annotated[
     | Gymnasium  # text environments of Gymnasium
     | TrlEnvironment,  # classes for TRL's environment_factory
     Field(discriminator="kind"),
+    Own(EnvMethod),
 ]
 
 EngineSection = Annotated[
     HFEngine,  # in the training process, on the weights that train
     Field(discriminator="kind"),
+    Own(EngineMethod),
 ]

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from atesd.config import ONE, SEVERAL, RunConfig
+from atesd.own import named_class
 from atesd.packaged import find_recipe
 from atesd.types import UserError, one_line, shown
 
@@ -136,7 +137,7 @@ def _explain(error: ValidationError) -> list[str]:
 def _explain_kind(where: str, location: Sequence[str | int], kind: str | None) -> str:
     """Say what kinds a section has, and which is nearest to the given one."""
     kinds = [kind for model in _models_at(location) for kind in _kinds(model)]
-    known = f"known are {', '.join(kinds)}"
+    known = f"known are {', '.join(kinds)}, and package.module:Class or file.py:Class of your own"
     if kind is None:
         return f'{where} lacks its kind: write {where} = {{kind = "{kinds[0]}"}}; {known}'
     near = difflib.get_close_matches(kind[:_LONGEST_WORD], kinds, n=1, cutoff=0.5)
@@ -160,6 +161,9 @@ def _models_at(location: Sequence[str | int]) -> list[type[BaseModel]]:
         for model in models:
             if part in model.model_fields:
                 following += _models_in(model.model_fields[str(part)].annotation)
+        own = named_class(part)
+        if own is not None:
+            following = [own]
         models = following or [model for model in models if part in _kinds(model)] or models
     return models
 

@@ -204,6 +204,15 @@ class RunDir:
         (self.path / "result.json").unlink(missing_ok=True)
         self.seal("config.json", "env.json")
 
+    def remember(self, **facts: Any) -> None:
+        """Add to the record of the environment."""
+        write_atomic(self.path / "env.json", dump_json((self._json("env.json") or {}) | facts))
+        self.seal("env.json")
+
+    def env(self) -> dict[str, Any]:
+        """Return the record of the environment."""
+        return self._json("env.json") or {}
+
     def config(self) -> dict[str, Any]:
         """Return the resolved recipe."""
         return self._json("config.json") or {}

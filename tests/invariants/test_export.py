@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -89,6 +90,19 @@ def test_merged_weights_give_the_adapted_models_logits(adapters: Path, tmp_path:
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is not None
 
 
+def test_merging_reads_the_runs_folder_whatever_the_recipe_says_of_the_base(adapters: Path, tmp_path: Path) -> None:
+    """A folder has no revision, and 4 bits, which need a library, would be merged into other weights."""
+    config = build_config(json.loads((adapters / "config.json").read_text()))
+    model = config.model.model_copy(update={"revision": "v1", "quantization": "4bit"})
+    export.merge_model(
+        config.model_copy(update={"model": model}), adapters / "final", tmp_path / "new", "card", "float32"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapters / "final")
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "new" / "README.md").read_text() == "card"
+
+
 def test_merged_weights_may_be_rounded(adapters: Path, tmp_path: Path) -> None:
     run_export(adapters, **(ASKED | {"merge": True, "out": tmp_path / "half", "dtype": "bfloat16"}))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
@@ -103,6 +117,17 @@ def test_a_copy_is_the_folder_with_a_report(adapters: Path, tmp_path: Path) -> N
     }
     assert set(there) - set(here) == {"README.md", "report.html"}
     assert "manifest.json" not in there
+    assert b"[report.html](report.html)" in there["README.md"], "a card that knows what lies beside it"
+
+
+def test_an_export_that_fails_leaves_nothing(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("atesd.report.html.write_report", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run_export(adapters, **(ASKED | {"out": tmp_path / "new"}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -137,6 +162,21 @@ def test_a_hub_that_does_not_answer_or_refuses_ends_it_before_any_work(
     monkeypatch.setattr(export, "HfApi", Silent)
     monkeypatch.setattr(export, "copy_model", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UserError, match=r"the hub does not answer \(ConnectionError\)"):
+        run_export(adapters, **(ASKED | {"push_to_hub": "me/mine"}))
+
+
+def test_a_token_that_the_hub_refuses_is_told_from_a_hub_that_is_silent(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def whoami(self) -> None:
+            error = HfHubHTTPError.__new__(HfHubHTTPError)
+            error.args = ("401 unauthorized",)
+            raise error
+
+    monkeypatch.setattr(export, "get_token", lambda: "token")
+    monkeypatch.setattr(export, "HfApi", Refusing)
+    with pytest.raises(UserError, match=r"the hub refuses the token \(401 unauthorized\); log in again with: hf auth"):
         run_export(adapters, **(ASKED | {"push_to_hub": "me/mine"}))
 
 
@@ -184,3 +224,40 @@ def test_a_card_names_what_is_on_the_hub_and_fences_what_is_quoted() -> None:
     assert (card.data.base_model, card.data.datasets) == ("Qwen/Qwen3-1.7B", ["owner/name"])
     assert card.text.count("```") == 2
     assert "None was graded." in card.text
+
+
+def test_a_card_by_hand() -> None:
+    """Every number of a card, of a recipe whose settings all differ from the defaults."""
+    tree = {
+        "seed": 7,
+        "model": {"path": "here/a`b/model"},
+        "exposure": {"kind": "beta"},
+        "step": {"num_steps": 9, "problems": 5},
+        "rollout": {"group_size": 6, "temperature": 1.3},
+        "eval": {"k": 3, "temperature": 0.7},
+        "arms": {"other": ["seed=8"]},
+    }
+    metrics = {"eval/pico/avg@3": 0.5, "eval/pico/avg@3_low": 0.25, "eval/pico/avg@3_high": 0.75, "loss/total": 1.0}
+    start = {"eval/pico/avg@3": 0.125}
+    text = model_card(build_config(tree), step=4, metrics=metrics, start=start, report="there.html")
+    assert "# model, learned exposure (ATESD)" in text
+    assert "from `here/a'b/model`, seed 7, 4 of 9 steps of 5 problems." in text
+    assert "On held-out problems, 3 completions each, temperature 0.7." in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table == ["| metric | before | after | 95 % interval |", "| pico/avg@3 | 0.125 | 0.500 | 0.250 to 0.750 |"]
+    assert "Report: [there.html](there.html)." in text
+    assert '"other"' not in text, "arms are no part of this run"
+    assert "- The teacher sees " in text
+    for kind, title in (("rl", "reinforced"), ("sft", "supervised"), ("distil", "self-distilled")):
+        config = build_config({"routing": {"kind": kind}, "rollout": {"group_size": 2}})
+        card = model_card(config, step=0, metrics={}, start={})
+        assert f"# {Path(config.model.path).name}, {title}\n" in card
+        assert ("The teacher sees" in card) == (kind == "distil")
+        assert "Report: `atesd report RUN`." in card
+
+
+def test_a_folder_here_is_no_base_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("owner/name").mkdir(parents=True)
+    config = build_config({"model": {"path": "owner/name"}})
+    assert ModelCard(model_card(config, step=0, metrics={}, start={})).data.base_model is None

@@ -1,10 +1,11 @@
-"""docs/extend.md adds seven methods, each by one new file and its entry in one union: apply them and train."""
+"""docs/extend.md: a method by import path, through the command line; seven more, each by one new file and its entry."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from atesd.cli.main import main
 from atesd.runlog import RunDir, read_jsonl
 
 ROOT = Path(__file__).parents[2]
-PATCHES = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+PATCHES = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
 NAMES = ["sawtooth", "spread", "threshold", "struggling", "frozen", "retry", "alone"]
 RECIPE: dict[str, Any] = {
     "threads": 1,
@@ -111,3 +114,64 @@ def test_all_seven_train_together_and_do_what_they_say(package: Path, tmp_path: 
     assert all(set(row["gate"]) <= {0.0, 1.0} for row in rows if "distil" in row["components"])
     hints = {row["problem"]: row["hint"] for row in rows if row["ratio"] == 0.75 and row["hint"]}
     assert hints, "some group was distilled at the first step"
+
+
+def atesd(monkeypatch: pytest.MonkeyPatch, line: str) -> int:
+    """Run a command of the page and return its exit code."""
+    words = shlex.split(line)
+    assert words[0] == "atesd"
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def comparable(run: Path) -> list[dict[str, float]]:
+    """Return the logged rows without what differs between two runs of one recipe."""
+    rows = RunDir.open(run).metrics()
+    return [{key: row[key] for key in row if not key.startswith(("time/", "memory/"))} for row in rows]
+
+
+@pytest.mark.filterwarnings("ignore:the run goes on to step 5 instead of 3")
+def test_the_method_by_import_path_trains_resumes_and_compares_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class Weaning" in block)
+    recipe = next(block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "weaning.py:Weaning" in block)
+    (tmp_path / "weaning.py").write_text(code, encoding="utf-8")
+    (tmp_path / "weaning.toml").write_text(recipe, encoding="utf-8")
+    begin, go_on, side_by_side = re.findall(r"^atesd .*weaning.*$", PAGE, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+
+    for line in (begin, go_on, f"{begin.replace('runs/weaning', 'runs/whole')} step.num_steps=5"):
+        assert atesd(monkeypatch, line) == 0
+        named = f"code of yours, with your rights: method 'Weaning' in {tmp_path}/weaning.py"
+        assert (named in " ".join(capsys.readouterr().out.split())) == ("--resume" in line)
+    assert comparable(tmp_path / "runs/weaning") == comparable(tmp_path / "runs/whole"), "resumed equals uninterrupted"
+    run = RunDir.open(tmp_path / "runs/weaning")
+    assert run.config()["exposure"] == {"kind": "weaning.py:Weaning", "drop": 0.25, "bound": 0.1}
+    shown, ratios = 1.0, []
+    for row in run.metrics()[1:]:  # by hand: what the page says the controller does
+        ratios.append(shown)
+        shown = max(0.0, shown - 0.25 * (row["reward/mean"] >= 0.1))
+    assert len(set(ratios)) > 1, "the share moved"
+    by_step: dict[int, set[float]] = {}
+    for group in run.groups():
+        by_step.setdefault(group["step"], set()).add(group["ratio"])
+    assert by_step == {step: {ratio} for step, ratio in enumerate(ratios, start=1)}
+
+    assert atesd(monkeypatch, side_by_side) == 0
+    arms = {arm: RunDir.open(tmp_path / "runs/compare" / arm / "seed_0") for arm in ("full", "fast")}
+    assert {arm: run.config()["exposure"]["kind"] for arm, run in arms.items()} == {
+        "full": "fixed",
+        "fast": "weaning.py:Weaning",
+    }
+    assert arms["fast"].config()["exposure"]["drop"] == 0.5
+
+    capsys.readouterr()
+    for line in ("atesd eval runs/weaning --k 1", "atesd export runs/weaning --out exported"):
+        assert atesd(monkeypatch, line) == 2
+        assert f"method 'Weaning' in {tmp_path}/weaning.py. It was not run: " in capsys.readouterr().err
+        assert atesd(monkeypatch, f"{line} --run-code") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
-from atesd.types import UserError
+from atesd.train.rows import proposed
+from atesd.types import Problem, UserError
 
 from trust import BASE, EMA, outcome
 
@@ -174,6 +176,48 @@ def test_a_part_assigned_by_hand_is_never_replaced_in_silence(tmp_path: Path) ->
     assert resumed.parts.controller.seen == 3, "steps 0 to 2, restored"  # type: ignore[attr-defined]
     resumed.train()
     assert {row["ratio"] for row in resumed.run.groups()} == {0.25}
+
+
+def test_a_part_assigned_by_hand_is_missed_before_the_first_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    trainer.parts.controller = Half()
+
+    def die(self: Trainer) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(Trainer, "_one_step", die)
+    with pytest.raises(OSError, match="killed"):
+        trainer.train()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"a controller of its own, .*Half, where its recipe names .*prepare="):
+        Trainer.resume(tmp_path / "run")
+    assert Trainer.resume(tmp_path / "run", prepare=lambda parts: setattr(parts, "controller", Half())).step == 0
+
+
+@pytest.mark.parametrize("name", ["revealer", "rule"])
+def test_a_part_that_nobody_would_ask_is_refused(name: str, tmp_path: Path) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    setattr(trainer.parts, name, Half())
+    with pytest.raises(
+        UserError, match=rf"parts\.{name} was replaced, but other parts hold the recipe's: name the cla"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [([0.5], "1 ratios for 2 problems"), ([0.5, 1.5], "the ratio 1.5"), ([float("nan"), 1.0], "the ratio nan")],
+)
+def test_a_controller_of_ones_own_that_answers_nonsense_is_named(given: list[float], says: str) -> None:
+    class Odd:
+        def propose(self, step: int, problem_ids: Any, pass_rates: Any = ()) -> list[float]:
+            return given
+
+    problems = [Problem("a", "a", "a"), Problem("b", "b", "b")]
+    with pytest.raises(UserError, match=rf"Odd\.propose returned {re.escape(says)} at step 3: return one from 0 to 1"):
+        proposed(Odd(), 3, problems, [None, None])  # type: ignore[arg-type]
 
 
 def test_memory_may_be_saved_under_way_with_a_word_on_rounding(cut: Path) -> None:

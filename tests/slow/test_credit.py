@@ -2,8 +2,8 @@
 
 After five steps of recipes/pico.toml with ATESD's exposure, on the completions of the fifth: how far the probe's NLL
 falls when the optimizer itself steps at each ratio, what influence credit and a cosine say of it beforehand, and where
-paired's virtual step leads. Gradients are taken here, one completion at a time. `python tests/slow/test_credit.py` prints
-the numbers.
+paired's virtual step leads. Gradients are taken here, one completion at a time. `python tests/slow/test_credit.py`
+prints the numbers.
 """
 
 from __future__ import annotations

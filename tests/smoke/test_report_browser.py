@@ -50,6 +50,7 @@ class Visit:
             has_touch=width < 600,
             offline=True,
         )
+        context.set_default_timeout(180_000)  # of a busy machine
         self.page: Page = context.new_page()
         self.page.on("console", lambda message: self.trouble.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
@@ -92,6 +93,30 @@ def test_the_page_is_quiet_and_fits(visits: Callable[..., Visit], width: int, da
     assert len(drawn) == 13
     assert all(drawn)
     assert visit.trouble == []
+
+
+def test_result_tables_keep_the_numbers_of_their_intervals_in_view_on_a_phone(visits: Callable[..., Visit]) -> None:
+    """What stands under a head of an interval lies whole inside the table's window, which nobody has scrolled."""
+    visit = visits(width=390)
+    cells = visit.page.evaluate("""() => [...document.querySelectorAll('#results .scroll')].flatMap((box, number) => {
+        const edge = box.getBoundingClientRect();
+        const heads = [...box.querySelectorAll('thead th')];
+        const wanted = heads.flatMap((head, index) => /interval|over seeds/.test(head.textContent) ? [index] : []);
+        return [...box.querySelectorAll('tr')].flatMap(row => wanted.map(index => {
+            const cell = row.children[index], range = document.createRange();
+            range.selectNodeContents(cell);
+            const text = range.getBoundingClientRect();
+            return {number, text: cell.textContent, seen: getComputedStyle(cell).display !== 'none',
+                    left: text.left - edge.left, over: text.right - Math.min(edge.right, innerWidth)};
+        }));
+    })""")
+    assert {cell["number"] for cell in cells} == {0, 1}, "results and paired differences"
+    assert sum(" to " in cell["text"] for cell in cells) >= 4 * (len(ARMS) + 1), "both intervals of every row"
+    for cell in cells:
+        assert cell["seen"], cell
+        assert cell["left"] >= 0, cell
+        assert cell["over"] <= 0, cell
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_markup_in_a_completion_shows_as_text(visits: Callable[..., Visit]) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from atesd.cli.jobs import Job, Runner
 from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
+from atesd.own import places_in
 from atesd.packaged import find_recipe
 from atesd.runlog import dump_json, write_atomic
 from atesd.types import UserError
@@ -151,11 +152,16 @@ class Plan:
         train = (str(self.recipe), *self.overrides, *self.arms[arm], *own, "--out", str(path))
         return Job(arm, seed, path, train, self.num_steps[arm])
 
+    @property
+    def own(self) -> list[str]:
+        """Import paths of the user's own methods that the recipe names."""
+        return places_in(self.config.model_dump(mode="json", exclude_unset=True))
+
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `compare.json`, or extend that of an earlier call; UserError if it compared something else."""
         path = folder / "compare.json"
         before = read_before(path)
-        if before and _base(before["recipe_text"], before["overrides"]) != _base(self.text, self.overrides):
+        if before and _base(before["recipe_text"], before["overrides"], self.own) != _base(self.text, self.overrides):
             raise UserError(f"{folder} compares another recipe or other overrides: choose another folder with --out")
         for arm, overrides in self.arms.items():
             if list(overrides) != before.get("arms", {}).get(arm, list(overrides)):
@@ -291,9 +297,15 @@ def interval(entry: Mapping[str, float | None], sign: str = "", over: str = "") 
     return "" if low is None or high is None else f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
-def _base(text: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what all runs of a comparison share: the resolved recipe but for its seed and its table of arms."""
+def _base(text: str, overrides: Sequence[str], known: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return what all runs of a comparison share: the resolved recipe but for its seed and its table of arms.
+
+    {} for one that names methods of a user's own other than `known`: a comparison found on disk imports no others.
+    """
     from atesd.recipe import apply_overrides, build_config
 
-    config = build_config(apply_overrides(tomllib.loads(text), overrides), source="compare.json")
+    tree = apply_overrides(tomllib.loads(text), overrides)
+    if known is not None and not set(places_in(tree)) <= set(known):
+        return {}
+    config = build_config(tree, source="compare.json")
     return config.model_dump(mode="json", exclude={"seed", "arms"})

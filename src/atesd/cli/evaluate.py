@@ -19,7 +19,7 @@ from atesd.cli.benchmark import (
     settings_of,
     with_official_prompt,
 )
-from atesd.cli.code import announce_code, refuse_code
+from atesd.cli.code import announce_code, announced_methods, refuse_code, refused_methods
 from atesd.cli.places import check_out
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
@@ -58,17 +58,19 @@ def run_eval(
         raise UserError(f"--which chooses between the models of a run directory, and {model} is none: leave it out")
     folder = model if run is None else str(model_of(run, which or "final"))
     is_benchmark = task in BENCHMARKS
-    config = load_config(recipe) if recipe is not None else recipe_of(model, run, is_benchmark)
+    console = make_console()
+    source = str(recipe or f"{run}/config.json")
+    with announced_methods(console) if run_code else refused_methods(source):
+        config = load_config(recipe) if recipe is not None else recipe_of(model, run, is_benchmark)
     settings = [*([f"eval.k={k}"] if k else []), *([f"eval.problems={problems}"] if problems else [])]
     settings = [*overrides, *settings]
     if task is not None:
         settings = [*(settings_of(task, data) if is_benchmark else [task_override(task)]), *settings]
     config = with_overrides(config, settings)
-    console = make_console()
     if run_code:
         announce_code(config, console)
     else:
-        refuse_code(config, str(recipe or f"{run}/config.json"))
+        refuse_code(config, source)
     if results is None and is_benchmark:
         name = model if run is None else f"{run.name}-{which or 'final'}"
         results = default_folder(name, str(task))

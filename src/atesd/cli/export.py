@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from atesd.cli.code import announced_methods, refused_methods
 from atesd.cli.evaluate import is_run, model_of, recipe_of
 from atesd.cli.progress import make_console, silence_libraries
 from atesd.cli.train import start_of
@@ -28,6 +29,7 @@ def run_export(
     which: Literal["final", "best"],
     push_to_hub: str | None,
     private: bool,
+    run_code: bool = False,
 ) -> None:
     """Write a run's model with card and report to a folder, push it, or both."""
     silence_libraries()
@@ -41,12 +43,14 @@ def run_export(
         raise UserError(f"{out} already exists and is not empty: choose another folder with --out")
     from atesd.train.export import push, refuse_nothing_to_merge, refuse_unreachable_hub
 
-    folder, config = model_of(run, which), recipe_of(str(run), run)
+    console = make_console()
+    folder = model_of(run, which)
+    with announced_methods(console) if run_code else refused_methods(f"{run}/config.json"):
+        config = recipe_of(str(run), run)
     if merge:
         refuse_nothing_to_merge(folder)
     if push_to_hub is not None:
         refuse_unreachable_hub(push_to_hub)
-    console = make_console()
     with TemporaryDirectory() as place:
         target = out or Path(place) / "model"
         try:

@@ -143,9 +143,7 @@ def evaluate(
             help="Keep samples in this folder, and go on from those there; of benchmarks they always are kept."
         ),
     ] = None,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Run the reward function that the recipe names.")
-    ] = False,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run code of yours that the recipe names.")] = False,
 ) -> None:
     """Evaluate a model: Average@k, pass@k and maj@k with 95 % intervals over problems.
 
@@ -154,8 +152,8 @@ def evaluate(
     Prints a table, and writes nothing but the file of `--out` and the folder of `--results`. A benchmark is sampled as
     OPSD does it (12 samples, temperature 1, top_p 0.95, up to 38912 tokens, thinking on), whatever the recipe says,
     unless overrides say otherwise; its samples are kept, by default in runs/eval, and the same command goes on where an
-    earlier one was stopped. A reward function of yours that the recipe names is run
-    with `--run-code` alone; without it, a line says which one it is.
+    earlier one was stopped. Code of yours that the recipe names, such as a reward
+    function, is run with `--run-code` alone; without it, a line says which it is.
     """
     from atesd.cli.evaluate import run_eval
 
@@ -186,6 +184,9 @@ def export(
     which: Annotated[Literal["final", "best"], typer.Option(help="Which of the run's models.")] = "final",
     push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hugging Face hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new place on the hub private.")] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Import the methods of yours that the recipe names.")
+    ] = False,
 ) -> None:
     """Write a run's model for others: model, tokenizer, generation config, model card and report in one folder.
 
@@ -195,7 +196,16 @@ def export(
     """
     from atesd.cli.export import run_export
 
-    run_export(run, out=out, merge=merge, dtype=dtype, which=which, push_to_hub=push_to_hub, private=private)
+    run_export(
+        run,
+        out=out,
+        merge=merge,
+        dtype=dtype,
+        which=which,
+        push_to_hub=push_to_hub,
+        private=private,
+        run_code=run_code,
+    )
 
 
 @app.command()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -16,9 +14,6 @@ from atesd.types import UserError
 if TYPE_CHECKING:
     from atesd.config import RunConfig
     from atesd.train.plan import Device, Lengths, Plan
-
-_MARGIN = 0.08
-"""Share of a device's memory that is left to the allocator."""
 
 
 def run_plan(
@@ -35,7 +30,8 @@ def run_plan(
     """Print memory and time of a recipe, and what to lower where it does not fit. Loads no weight."""
     silence_libraries()
     from atesd.recipe import load_config
-    from atesd.train.plan import GIB, Lengths, lower_until_it_fits, make_plan
+    from atesd.train.fit import MARGIN, shortfall
+    from atesd.train.plan import GIB, Lengths, make_plan
 
     config = load_config(recipe, overrides)
     chosen = device_of(device, memory, flops, bandwidth)
@@ -45,26 +41,17 @@ def run_plan(
     console.print(memory_table(plan, chosen))
     console.print(time_line(plan, config))
     console.print(assumptions(config, chosen, lengths, plan))
-    limit = chosen.memory * (1 - _MARGIN)
-    if plan.peak <= limit:
+    if plan.peak <= chosen.memory * (1 - MARGIN):
         console.print(f"it fits: {plan.peak / GIB:.1f} of {chosen.memory / GIB:.1f} GiB at the worst moment")
         return
-    remedy = lower_until_it_fits(config, chosen, lengths, limit)
-    short = f"{plan.peak / GIB:.1f} GiB are needed, {chosen.memory / GIB:.1f} are there"
-    asked = " ".join(remedy.overrides)
-    if remedy.fits:
-        console.print(f"warning: it does not fit ({short}); it would ({remedy.plan.peak / GIB:.1f}) with: {asked}")
-        return
-    console.print(
-        f"warning: it does not fit ({short}), nor with {asked or 'any setting'} ({remedy.plan.peak / GIB:.1f} GiB): "
-        "take a smaller model, lower rollout.max_new_tokens, or choose a larger device"
-    )
+    console.print(f"warning: it does not fit: {shortfall(config, chosen, lengths, plan, chosen.memory)}")
 
 
 def device_of(name: str | None, memory: float | None, flops: float | None, bandwidth: float | None) -> Device:
     """Return a known device, or this machine, with what the options say of it."""
     from dataclasses import replace
 
+    from atesd.train.fit import this_machine
     from atesd.train.plan import DEVICES, GIB
 
     if name is None or name == "this":
@@ -82,27 +69,6 @@ def device_of(name: str | None, memory: float | None, flops: float | None, bandw
         flops=flops * 1e12 if flops else found.flops,
         bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth,
     )
-
-
-def this_machine() -> Device:
-    """Return the GPU that runs would use, or this machine's memory and the rate of a product tried for a moment."""
-    import torch
-
-    from atesd.train.plan import DEVICES, GIB, Device
-
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        words = properties.name.lower().replace(" ", "")
-        known = next((device for name, device in DEVICES.items() if name in words), DEVICES["a100"])
-        return Device(properties.name, float(properties.total_memory), known.flops, known.bandwidth)
-    left, right = torch.ones(512, 512), torch.ones(512, 512)
-    taken = []
-    for _ in range(4):
-        begin = perf_counter()
-        left @ right
-        taken.append(perf_counter() - begin)
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return Device("this CPU", memory, 2 * 512**3 / min(taken), 1e10, is_gpu=False, share=0.7, context=0.5 * GIB)
 
 
 def memory_table(plan: Plan, device: Device) -> Table:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
-from atesd.cli.code import announce_code
+from atesd.cli.code import announce_code, announced_methods
 from atesd.cli.errors import fail
 from atesd.cli.progress import RunProgress, clock, make_console, metrics_table, silence_libraries
 from atesd.types import NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from atesd.config import RunConfig
 
 
 def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
@@ -23,11 +30,13 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         overrides = [*([] if recipe is None else [str(recipe)]), *overrides]
         if out is not None or (recipe is not None and "=" not in str(recipe)):
             raise UserError("--resume continues a run with its own recipe: give neither a recipe nor --out")
-        trainer = Trainer.resume(resume, overrides, before=lambda config: announce_code(config, console))
+        with announced_methods(console):
+            trainer = Trainer.resume(resume, overrides, before=lambda config: _before_resumed(config, console))
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
         config = load_config(recipe, overrides)
-        trainer = Trainer.start(config, out or Path("runs") / f"{recipe.stem}-{config.seed}", say=console.print)
+        place = out or Path("runs") / f"{recipe.stem}-{config.seed}"
+        trainer = Trainer.start(config, place, say=console.print, before=_warn_of_memory)
         console.print(f"run directory {trainer.run.path}")
     else:
         raise UserError("nothing to train: give a recipe, such as pico, or --resume RUN_DIR")
@@ -53,6 +62,19 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     title = f"after step {result['step']}, on {trainer.parts.task.name}"
     console.print(metrics_table(result["final"], title, start=start_of(trainer.run.metrics())))
     console.print(f"{clock(result['seconds'])}; models in {path}/final and {path}/best")
+
+
+def _before_resumed(config: RunConfig, console: Console) -> None:
+    announce_code(config, console)
+    _warn_of_memory(config)
+
+
+def _warn_of_memory(config: RunConfig) -> None:
+    from atesd.train.fit import memory_warning
+
+    line = memory_warning(config)
+    if line:
+        warnings.warn(line, stacklevel=2)
 
 
 def _report(run: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -108,6 +108,19 @@ def missing_columns(names: Sequence[str], rules: RowsMethod, *, solved: bool = T
         return None
     what = f"column{'s' if len(lacking) > 1 else ''} {' and '.join(map(repr, lacking))}"
     return f"has no {what} (columns here: {', '.join(map(repr, names)) or 'none'}): {_remedy(names, columns)}"
+
+
+def unmet_column(names: Collection[str], rules: RowsMethod, word: str) -> str | None:
+    """Say which column that need not be there was named, but is in no row; None where each is in one at least."""
+    columns, usual = rules.columns, Columns()
+    named = [(key, getattr(columns, key)) for key in ("answer", "id", "level") if getattr(columns, key)]
+    named = [(key, name) for key, name in named if name != getattr(usual, key)]
+    named += [("extra", name) for name in columns.extra or ()]
+    for key, name in named:
+        if name not in names:
+            here = ", ".join(map(repr, sorted(names)))
+            return f"has no {word} {name!r} in any row ({word}s here: {here}): mend task.columns.{key}, or leave it out"
+    return None
 
 
 def has_system_message(row: Mapping[str, Any], columns: Columns) -> bool:

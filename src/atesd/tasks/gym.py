@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,7 +106,13 @@ def _dataset(config: GymConfig, size: int) -> Any:
     try:
         return reasoning_gym.create_dataset(config.dataset, size=size, seed=config.data_seed * _APART, **config.options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"reasoning-gym does not make {config.dataset!r} with {config.options}: {error}") from error
+        near = difflib.get_close_matches(config.dataset, reasoning_gym.factory.DATASETS, n=1, cutoff=0.5)
+        remedy = (
+            "mend task.options" if config.dataset in near else f"did you mean {near[0]!r}?" if near else "mend its name"
+        )
+        raise UserError(
+            f"reasoning-gym does not make {config.dataset!r} with {config.options} ({error}): {remedy}"
+        ) from error
 
 
 def _problem(entry: Mapping[str, Any], index: int, config: GymConfig) -> Problem:

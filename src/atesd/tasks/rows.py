@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from atesd.tasks.base import content_of
-from atesd.tasks.columns import RowsMethod, has_system_message, problem_of
+from atesd.tasks.columns import RowsMethod, has_system_message, problem_of, unmet_column
 from atesd.types import Problem, UserError
 
 _MOST_DEFECTS = 10
@@ -47,6 +47,8 @@ class _Reading:
     system: int = 0
     ids: dict[str, int] = field(default_factory=dict)
     contents: dict[str, int] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    """Of all columns that a row had."""
 
 
 def collect(source: Source, rules: RowsMethod, *, solved: bool = True) -> list[tuple[str, Problem]]:
@@ -55,7 +57,8 @@ def collect(source: Source, rules: RowsMethod, *, solved: bool = True) -> list[t
     `solved` says whether solutions are needed and no text may be repeated; a benchmark is as it is.
 
     UserError naming every defect, at most ten, one a line; with `on_bad_row = "drop"`, and for the filters by length, a
-    warning counts what is left out instead. UserError too where nothing is left.
+    warning counts what is left out instead. UserError too where nothing is left, or a column that was named
+    is in no row.
     """
     reading = _Reading()
     for number, row in islice(source.open(), rules.limit):
@@ -70,6 +73,9 @@ def collect(source: Source, rules: RowsMethod, *, solved: bool = True) -> list[t
                 break
     if reading.defects and rules.on_bad_row == "error":
         raise UserError("\n".join(reading.defects))
+    unmet = unmet_column(reading.names, rules, source.word) if solved and reading.names else None
+    if unmet:
+        raise UserError(f"{source.name} {unmet}")
     left_out = _left_out(reading)
     if not reading.problems:
         remedy = "loosen the filters, or mend the rows" if left_out else _fill(source)
@@ -90,6 +96,7 @@ def _take(
     """Add a row's problem. UserError says what is wrong with it."""
     if isinstance(row, UserError):
         raise row
+    reading.names.update(row)
     problem = problem_of(row, number, rules, word=source.word, solved=solved)
     unfit = _unfit(problem, rules)
     if unfit:

@@ -91,4 +91,9 @@ def base_of_adapter(folder: str) -> str | None:
         raise UserError(f"{str(config)!r} is damaged ({error}): save the adapter again") from error
     if not base:
         raise UserError(f"{str(config)!r} does not name the adapter's base model: set base_model_name_or_path in it")
+    if str(base).startswith(("/", "./", "../")) and not Path(base).is_dir():
+        raise UserError(
+            f"{str(config)!r} names the adapter's base model {base!r}, where there is no folder: set "
+            "base_model_name_or_path in it to where the base is now, or to its hub id"
+        )
     return str(base)

@@ -30,6 +30,7 @@ from atesd.train.memory import within_memory
 from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
+from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.train.track import Trackers, refuse_missing
 from atesd.types import Group, Measurement, Observation, Problem
@@ -78,15 +79,19 @@ class Trainer:
         *,
         listener: Listener | None = None,
         say: Callable[[str], object] | None = None,
+        before: Callable[[RunConfig], None] | None = None,
     ) -> Trainer:
         """Begin a run in a new directory. UserError if the directory holds anything, or the parts do not fit.
 
-        `say` gets a line about what the recipe leaves to the machine; config.json holds what came of it.
+        `say` gets a line about what the recipe leaves to the machine; config.json holds what came of it. `before` sees
+        the recipe as it will be run, before anything that it names is loaded.
         The directory is made last, so that a start that fails leaves nothing behind.
         """
         RunDir.check_free(out)
         refuse_missing(config.track)
         config = decide_dtype(config, say)
+        if before is not None:
+            before(config)
         with within_memory(config, "loading the model"):
             parts = assemble(config)
         path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
@@ -128,6 +133,8 @@ class Trainer:
         trainer = cls(config, run, parts, listener)
         if found:
             trainer._restore(*found)
+        else:
+            refuse_other_parts(run.path, _classes(parts), run.env().get("parts", {}))
         return trainer
 
     def train(self) -> dict[str, Any]:
@@ -135,6 +142,7 @@ class Trainer:
         done = self.run.result()
         if done is not None and self.step >= self.config.step.num_steps:
             return done
+        self.parts.refuse_unheard()
         try:
             with self._stoppable():
                 self._trackers.start(self.config.model_dump(mode="json"), self.step)
@@ -154,6 +162,7 @@ class Trainer:
         """Measure and evaluate the untrained student: l_0, and the start of every curve."""
         clock = perf_counter()
         self.run.rewind(-1, {})
+        self.run.remember(parts=_classes(self.parts))
         metrics = {"task/dropped": float(len(self.parts.dropped))} | self._observe({}) | self._evaluate()
         self._seconds += perf_counter() - clock
         self._log(metrics | self._phases.take())
@@ -166,7 +175,7 @@ class Trainer:
         with phase("sample"), within_memory(config, "sampling"):
             groups = self._rollout(problems)
         with phase("exposure"):
-            ratios = list(parts.controller.propose(self.step, [problem.id for problem in problems], pass_rates(groups)))
+            ratios = proposed(parts.controller, self.step, problems, pass_rates(groups))
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
             parts.credit.remember(groups, routes, ratios, target)

@@ -198,7 +198,7 @@ def _with_saved_adapter(model: nn.Module, folder: str, base: str, *, merged: boo
     wrong = [name for name in found.missing_keys if ".lora_" in name] + list(found.unexpected_keys)
     if wrong:
         raise UserError(f"the adapter in {folder!r} does not fit its base (first at {wrong[0]}): {remedy}")
-    return cast("nn.Module", cast("Any", adapted).merge_and_unload() if merged else adapted)
+    return cast("nn.Module", cast("Any", adapted).merge_and_unload().requires_grad_(True) if merged else adapted)
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:

@@ -76,10 +76,10 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens that the data would tell."""
+    """Tokens that the data would tell; the defaults are a guess for mathematics."""
 
-    prompt: int
-    solution: int
+    prompt: int = 200
+    solution: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,25 @@ class Parts:
     probe: Probe
     credit: Credit
     measurer: Measurer
+    _asked: dict[str, Policy] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._asked = {"revealer": self.revealer, "rule": self.rule}
 
     @property
     def policies(self) -> dict[str, Policy]:
         """What has the four verbs, by the name under which checkpoints keep its state."""
         names = ("controller", "revealer", "router", "strength", "curriculum", "rule")
         return {name: getattr(self, name) for name in names}
+
+    def refuse_unheard(self) -> None:
+        """UserError for a part put in by hand that nobody would ask: others hold the recipe's."""
+        for name, asked in self._asked.items():
+            if getattr(self, name) is not asked:
+                raise UserError(
+                    f"trainer.parts.{name} was replaced, but other parts hold the recipe's: name the class in the "
+                    'recipe, kind = "package.module:Class" (docs/extend.md)'
+                )
 
     def weights(self, version: int) -> Weights:
         """Return the student's weights as engines take them."""

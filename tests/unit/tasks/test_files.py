@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,29 @@ def test_a_file_with_too_few_problems_says_what_to_lower(tmp_path: Path) -> None
     config = write(tmp_path / "a.jsonl", *numbered(4))
     with pytest.raises(UserError, match=r"has 4 problems, of which 96 would be held out: lower task\.probe_size"):
         config.build(RunFacts()).train()
+
+
+def test_a_column_that_was_named_must_be_in_some_row(tmp_path: Path) -> None:
+    """In any, as fields may be left out; a name that is in none would be ignored in silence."""
+    path = tmp_path / "a.jsonl"
+    second = {"problem": "2+2?", "solution": "#### 4", "final": 4, "tests": "t", "name": "b", "hard": "yes"}
+    config = write(path, GOOD, second)
+
+    def read(**columns: object) -> list[str]:
+        named = Columns.model_validate(columns)
+        return [str(each.answer) for each in read_problems(path, config.model_copy(update={"columns": named}))]
+
+    assert read(answer="final", extra=("tests",), id="name", level="hard") == ["2", "4"]
+    assert read(extra=()) == read() == ["2", "4"]
+    for columns, key, name in (
+        ({"answer": "fnal"}, "answer", "fnal"),
+        ({"id": "nme"}, "id", "nme"),
+        ({"level": "lvl"}, "level", "lvl"),
+        ({"extra": ("tests", "testz")}, "extra", "testz"),
+    ):
+        said = (
+            f"{path} has no field '{name}' in any row (fields here: 'final', 'hard', 'name', 'problem', 'solution', "
+            f"'tests'): mend task.columns.{key}, or leave it out"
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            read(**columns)

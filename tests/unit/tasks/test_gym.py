@@ -31,10 +31,11 @@ def test_gym_gives_different_worked_problems_in_disjoint_sets() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GymConfig(dataset="nosuch"), "does not make 'nosuch'"),
+        (GymConfig(dataset="nosuch"), "does not make 'nosuch' .*not registered.*: mend its name$"),
+        (GymConfig(dataset="gsm_symbolc"), "did you mean 'gsm_symbolic'\\?$"),
         (GymConfig(dataset="basic_arithmetic", train_size=2), "has no worked solution in its metadata"),
         (GymConfig(dataset="chain_sum", solution_field="nosuch"), "has no worked solution in its metadata"),
-        (GymConfig(options={"colour": 1}), "does not make 'gsm_symbolic'"),
+        (GymConfig(options={"colour": 1}), "does not make 'gsm_symbolic' .*'colour'.*: mend task.options$"),
     ],
 )
 def test_gym_mistakes(config: GymConfig, message: str) -> None:

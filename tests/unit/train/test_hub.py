@@ -109,7 +109,15 @@ def test_the_base_of_an_adapter_is_what_its_config_names(tmp_path: Path) -> None
     config = tmp_path / "adapter_config.json"
     config.write_text('{"base_model_name_or_path": "owner/name"}')
     assert base_of_adapter(str(tmp_path)) == "owner/name"
-    for content, words in (('{"base_model_name_or_path": null}', "does not name the adapter's base"), ("{", "damaged")):
+    for content, words in (
+        ('{"base_model_name_or_path": null}', "does not name the adapter's base"),
+        (
+            '{"base_model_name_or_path": "/no/base"}',
+            "names the adapter's base model '/no/base', where there is no folder",
+        ),
+        ('{"base_model_name_or_path": "../no-base"}', "where there is no folder: set base_model_name_or_path in it to"),
+        ("{", "damaged"),
+    ):
         config.write_text(content)
         with pytest.raises(UserError, match=words):
             base_of_adapter(str(tmp_path))

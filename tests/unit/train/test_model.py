@@ -281,6 +281,7 @@ def test_an_adapter_is_its_base_with_it_merged_or_beside(folder: Path) -> None:
     # alpha / r = 1, so that the merged weight is W + B A.
     expected = base.model.layers[1].self_attn.q_proj.weight + saved[f"{prefix}B.weight"] @ saved[f"{prefix}A.weight"]
     torch.testing.assert_close(model.model.layers[1].self_attn.q_proj.weight, expected)
+    assert all(weight.requires_grad for weight in model.parameters()), "without model.lora all of it trains"
     assert tokenizer.eos_token == "<|end|>"
     trained, _ = load(ModelConfig(path=str(adapter), lora=LoraConfig(r=2, targets=("v_proj",))), 0)
     under = trained.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")

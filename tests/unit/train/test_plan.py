@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_cache_and_logits_of_sampling_by_hand(tmp_path: Path) -> None:
     sampling = make_plan(config, ROOM, Lengths(10, 20)).phases["sampling"]
     assert sampling["key-value cache"] == 5 * 40 * 3 * 2 * 2 * 2 * 4
     assert sampling["logits"] == 5 * 1000 * (4 + 16)
+    # One pass over 5 prompts of 10: three rows of the widest layer, 16, and four of H = 8 a position.
+    assert sampling["reading prompts"] == 5 * 10 * (3 * 16 + 4 * 8) * 4
+    whole = make_plan(config, ROOM, Lengths(10, 20))
+    assert (
+        whole.rows,
+        make_plan(with_overrides(config, ["step.updates_per_batch=3"]), ROOM, Lengths(10, 20)).rows,
+    ) == (
+        12,
+        4,
+    ), "micro-batches hold rows of one update"
     wide = with_overrides(config, ["rollout.batch_tokens=100000"])
     assert make_plan(wide, ROOM, Lengths(10, 20)).phases["sampling"]["logits"] == 12 * 1000 * 20
     evaluated = make_plan(with_overrides(config, ["eval.problems=1", "eval.k=3"]), ROOM, Lengths(10, 20))
@@ -188,3 +199,58 @@ def test_the_released_loss_is_a_preset_of_its_own() -> None:
 def test_known_devices_say_what_vendors_say() -> None:
     assert (DEVICES["h100"].flops, DEVICES["h100"].bandwidth) == (989e12, 3350e9)
     assert 79 < DEVICES["h100"].memory / GIB < 80
+
+
+def test_a_step_0_copy_is_needed_where_the_teacher_is_none_and_it_is_read(tmp_path: Path) -> None:
+    weights = 4 * WEIGHTS
+    anchored = {"kind": "anchor_mix", "anchor": "base"}
+    for teacher, copies in (("live", 1), ("ema", 2), ("frozen", 1)):
+        config = recipe(write_config(tmp_path), teacher={"weights": teacher}, target=anchored)
+        assert make_plan(config, ROOM, Lengths(10, 20)).always["teacher copies"] == copies * weights
+    adapted = with_overrides(config, ['teacher.weights="live"', "model.lora={r=2}"])
+    assert make_plan(adapted, ROOM, Lengths(10, 20)).always["teacher copies"] == 0, "the adapter switched off"
+
+
+def test_the_optimizers_own_moment_on_a_gpu_by_hand(tmp_path: Path) -> None:
+    """With one token to learn from, gradients and AdamW's list of as many numbers outweigh all else."""
+    config = recipe(write_config(tmp_path), step={"problems": 1}, rollout={"max_new_tokens": 1})
+    assert make_plan(config, ROOM, Lengths(2, 2)).phases["update"] == {"gradients": 4 * 9796, "AdamW": 4 * 9796}
+    cpu = replace(ROOM, is_gpu=False)
+    assert "AdamW" not in make_plan(config, cpu, Lengths(2, 2)).phases["update"]
+
+
+def test_seconds_of_several_calls_views_and_decoding_bound_by_operations_by_hand(tmp_path: Path) -> None:
+    config = recipe(write_config(tmp_path), step={"problems": 4}, rollout={"max_new_tokens": 30})
+    rate, body = 1e12 * 0.5, 3 * LINEAR
+    # Two calls of two rows each where a call holds 80 // (10 + 30) rows.
+    split = make_plan(with_overrides(config, ["rollout.batch_tokens=80"]), ROOM, Lengths(10, 20))
+    read = 4 * (body + 1000 * 8) + 2 * (10 + 15) * 3 * 2 * 2 * 2 * 4
+    prompts = (2 * 10 * (2 * body + 2 * 10 * 24) + 2 * 2 * 8000) / rate
+    assert split.seconds["sampling"] == pytest.approx(2 * (30 * read / (1e11 * 0.5) + prompts))
+    # A token at half of the completion: context 25, 4 rows.
+    wide = make_plan(config, replace(ROOM, bandwidth=1e20), Lengths(10, 20))
+    token = 4 * (2 * body + 2 * 25 * 24) + 2 * 4 * 8000
+    assert wide.seconds["sampling"] == pytest.approx(
+        30 * token / rate + (4 * 10 * (2 * body + 2 * 10 * 24) + 2 * 4 * 8000) / rate
+    )
+    mixed = make_plan(with_overrides(config, ['target={kind="anchor_mix"}']), ROOM, Lengths(10, 20))
+    one = make_plan(config, ROOM, Lengths(10, 20))
+    assert mixed.seconds["teacher"] == pytest.approx(2 * one.seconds["teacher"])
+    assert mixed.seconds["update"] == one.seconds["update"]
+
+
+def test_what_is_lowered_first_and_to_what(tmp_path: Path) -> None:
+    def first(**sections: Any) -> str:
+        config = recipe(write_config(tmp_path), eval={"problems": 1, "k": 1} | sections.pop("eval", {}), **sections)
+        peak = make_plan(config, ROOM, Lengths(10, 20)).peak
+        return lower_until_it_fits(config, ROOM, Lengths(10, 20), peak - 1).overrides[0]
+
+    rollout = {"max_new_tokens": 30}
+    # Half of 8 rows, each of 10 + 30 - 1 + 20 positions as the teacher reads it; 39 where nobody teaches.
+    assert first(step={"problems": 8}, rollout=rollout) == f"step.token_budget={4 * 59}"
+    assert first(step={"problems": 8}, rollout=rollout, routing={"kind": "sft"}) == f"step.token_budget={4 * 39}"
+    assert first(step={"problems": 1}, rollout=rollout) == "model.gradient_checkpointing=true"
+    # Half of 6000 // (10 + 50) rows of evaluation.
+    evaluated = {"problems": 64, "k": 64, "max_new_tokens": 50}
+    small = {"max_new_tokens": 10, "batch_tokens": 6000}
+    assert first(step={"problems": 1}, rollout=small, eval=evaluated) == f"rollout.batch_tokens={50 * 60}"
