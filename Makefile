@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## train OPSD, fixed, random and learned exposure side by side; ends in runs/demo/report.html
+demo: $(STAMP)  ## train OPSD, fixed, learned and aligned exposure side by side; ends in runs/demo/report.html
 	$(BIN)/atesd compare recipes/pico.toml --arms full,half,learned,aligned --seeds 2 --out runs/demo
 
 test: $(STAMP)  ## unit, invariant and smoke tests
