@@ -167,3 +167,19 @@ def test_a_rollout_file_says_what_was_heard_and_how_an_attempt_ended(parts: Part
             assert line is not None
             assert line["invalid"] == invalid
     raise AssertionError("the last turn was not asked for")
+
+
+def test_a_run_says_that_its_template_rewrites_history() -> None:
+    """The warm start's own template keeps replies: no warning (which would be an error here)."""
+    forgetful = """{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ '<|user|>' + message['content'] + '\\n' }}
+{%- elif loop.last -%}{{ '<|assistant|>' + message['content'] + '<|end|>' }}
+{%- else -%}{{ '<|assistant|>' + message['content'].split('</think>')[-1] + '<|end|>' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+    tree = TREE | {"prompt": TREE["prompt"] | {"chat_template": forgetful}}
+    with pytest.warns(UserWarning, match="drops the thinking of earlier replies .* stays as it was sampled"):
+        assemble(build_config(tree))
+    assemble(build_config(TREE))
+    one_turn = BASE | {"prompt": tree["prompt"]}
+    assemble(build_config(one_turn))  # nothing goes on there

@@ -134,10 +134,13 @@ class Driver:
         size = len(attempts) // max(1, len(problems))
         rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
         closed = [attempt.close() for attempt in attempts]
+        rewards = [None if each.ended.failed else given for each, given in zip(closed, rewards, strict=False)]
         self._report_failures(attempts)
         parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
-        return self._rewarded(groups, rewards) if self.environment.grades else self.grade(groups)
+        if not self.environment.grades:
+            return self.grade(groups)
+        return _penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
 
     def _report_failures(self, attempts: Sequence[Attempt]) -> None:
         """Say once that the environment fails. UserError where it does in every attempt."""
@@ -216,6 +219,23 @@ def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
     return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else reward)
+
+
+def _penalised(groups: Sequence[Group], penalty: float) -> list[Group]:
+    """Take the penalty for replies that were no action off every grade; both parts are kept by name, success first.
+
+    r = r_env - penalty * invalid, also where the attempt was cut off and r_env is 0 for that.
+    """
+    if not penalty:
+        return list(groups)
+    return [replace(group, trajectories=tuple(_less(each, penalty) for each in group.trajectories)) for group in groups]
+
+
+def _less(attempt: Trajectory, penalty: float) -> Trajectory:
+    given, taken = attempt.reward, 0.0 - penalty * attempt.invalid
+    if given is None:
+        return replace(attempt, rewards={"env": None, "invalid": None})
+    return replace(attempt, reward=given + taken, rewards={"env": given, "invalid": taken})
 
 
 def _named(groups: Sequence[Group], parts: Sequence[Mapping[str, float | None]]) -> list[Group]:

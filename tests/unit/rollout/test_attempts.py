@@ -13,7 +13,7 @@ from atesd.rollout.sampler import SamplingConfig
 from atesd.train.record import ending_metrics
 from atesd.types import Ending, ExpertTurn, Message, Problem, Trajectory, UserError
 
-from support.rollouts import fake_driver
+from support.rollouts import FORGETFUL_TEMPLATE, fake_driver
 
 GOOD, BAD = Problem("good", "go", "x"), Problem("bad", "go bad", "x")
 SAMPLING = SamplingConfig(max_new_tokens=40)
@@ -79,6 +79,17 @@ def test_the_conversation_is_token_exact_and_its_opening_is_kept() -> None:
         )
         assert attempt.turns[0].prompt_ids + attempt.told(turn) == turn.prompt_ids
     assert (len(attempt.turns), attempt.ended, attempt.reward) == (3, Ending.OVER, 0.5)
+
+
+def test_a_template_that_drops_thinking_leaves_what_was_sampled_in_place() -> None:
+    thought = "<think>\nhm\n</think>\n\nok"
+    driver, _ = fake_driver(lambda prompt, place: thought, lambda **_: [], Echo(), FORGETFUL_TEMPLATE)
+    ((attempt,),) = [group.trajectories for group in driver.rollout([GOOD], SAMPLING, seed=0)]
+    last = driver.renderer.prompt_text(attempt.final.prompt_ids)
+    assert last.count(thought) == 2, "once in each of the turns before"
+    for before, turn in zip(attempt.turns, attempt.turns[1:], strict=False):
+        sampled = before.prompt_ids + before.completion_ids
+        assert turn.prompt_ids[: len(sampled)] == sampled
 
 
 TROUBLES = [
