@@ -170,11 +170,13 @@ class Worker:
         self._send()
 
     def answer(self, episode: RemoteEpisode) -> dict[str, Any]:
-        """Wait for an episode's answer. EpisodeError where it hangs or fails."""
+        """Wait for an episode's answer. EpisodeError where it hangs or fails; UserError where the recipe is wrong."""
         while episode.number not in self._answers:
             self._receive()
             self._send()
         reply = self._answers.pop(episode.number)
+        if "wrong" in reply:
+            raise UserError(reply["wrong"])
         if "ending" in reply:
             raise EpisodeError(Ending(reply["ending"]), reply["failed"])
         if "failed" in reply:
@@ -214,7 +216,7 @@ class Worker:
         self._deadline = monotonic() + self._timeout_s + (_START_S if fresh else 0.0)
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "atesd.envs.worker"],
+                [sys.executable, "-P", "-m", "atesd.envs.worker"],  # nothing is imported from the working directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
