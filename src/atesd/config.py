@@ -183,6 +183,10 @@ class RunConfig(Config):
     def _rewards_differ(self) -> Self:
         if self.reward is None:
             return self
+        if self.env.grades:
+            raise ValueError(
+                f'env.kind = "{self.env.kind}" grades attempts itself, so [reward] would have no effect: leave it out'
+            )
         rewards = self.reward if isinstance(self.reward, tuple) else (self.reward,)
         if not any(reward.weight for reward in rewards):
             raise ValueError("reward has no entry with a weight, so every total is 0: give one, or leave reward out")

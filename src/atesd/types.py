@@ -217,6 +217,8 @@ class Trajectory:
     ended: Ending = Ending.OVER
     invalid: int = 0
     """Replies that the environment could not take for an action."""
+    said: tuple[str, ...] = ()
+    """What the environment answered to each turn: one less where the last one ended the attempt."""
 
     @property
     def verdict(self) -> float | None:
@@ -236,6 +238,10 @@ class Trajectory:
     def told(self, turn: Turn) -> tuple[int, ...]:
         """Return what stands between the prompt of the first turn and a later one's reply, in ids."""
         return turn.prompt_ids[len(self.turns[0].prompt_ids) :]
+
+    def observation(self, place: int) -> str:
+        """Return what the student read just before turn `place`, from 0, besides the recipe's prompt."""
+        return self.said[place - 1] if place else self.opening.removeprefix("\n")
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from atesd.recipe import build_config
 from atesd.routing.route import Route
 from atesd.tasks.synthetic import doors
+from atesd.train.record import rollout_rows
 from atesd.train.setup import Parts, assemble
-from atesd.types import Ending, Group, Measurement, Problem
+from atesd.types import Ending, Group, Measurement, Problem, StopReason
 
 from support.composition import BASE
 
@@ -130,3 +132,54 @@ def test_a_conversation_leaves_room_for_the_teachers_longer_prompt(parts: Parts)
     """256 positions; the longest hint is that of four doors, ">" and 4 * (3 + 4) - 1 characters, behind a new line;
     the bound adds the goal's "\\n" and "{answer}", spelt, and the goal."""
     assert parts.driver.room == 256 - (1 + 1 + 4 * (3 + 4) - 1) - len("\n{answer}") - len("#")
+
+
+def test_a_rollout_file_says_what_was_heard_and_how_an_attempt_ended(parts: Parts) -> None:
+    """By hand: a look shows door and lock, a wrong key the shut door, a right one the next; a cut reply nothing."""
+    groups = rolled(parts)
+    rows = parts.rows.build(groups, [Route.BOTH] * 3, [0.5] * 3, ("teacher",))
+    nothing_scored = cast("Any", SimpleNamespace(rows={}))
+    written = rollout_rows(
+        groups, [Route.BOTH] * 3, rows, nothing_scored, step=1, renderer=parts.renderer, count=len(rows) - 1
+    )
+    assert len(written) == len(rows) - 1
+    lines = iter(written)
+    for group in groups:
+        for attempt in group.trajectories:
+            places, heard, invalid = iter(group.problem.extra["doors"]), "", 0
+            name, lock, key = next(places)
+            heard = name
+            for number, turn in enumerate(attempt.turns, start=1):
+                line = next(lines, None)
+                if line is None:
+                    return
+                assert (line["turn"], line["turns"]) == (number, len(attempt.turns))
+                assert line["observation"] == heard
+                assert line["student_prompt"].endswith(f"{heard}<|assistant|>")
+                assert line["ended"] == str(attempt.ended)
+                if turn.text == key:
+                    name, lock, key = next(places, ("", "", ""))
+                    heard = name
+                else:
+                    heard = name + (lock if turn.text == "*" else "-")
+                    action = len(turn.text) == 1 and turn.text in "*0123456789"
+                    invalid += not action and turn.stop is StopReason.EOS
+            assert line is not None
+            assert line["invalid"] == invalid
+    raise AssertionError("the last turn was not asked for")
+
+
+def test_a_run_says_that_its_template_rewrites_history() -> None:
+    """The warm start's own template keeps replies: no warning (which would be an error here)."""
+    forgetful = """{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ '<|user|>' + message['content'] + '\\n' }}
+{%- elif loop.last -%}{{ '<|assistant|>' + message['content'] + '<|end|>' }}
+{%- else -%}{{ '<|assistant|>' + message['content'].split('</think>')[-1] + '<|end|>' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+    tree = TREE | {"prompt": TREE["prompt"] | {"chat_template": forgetful}}
+    with pytest.warns(UserWarning, match="drops the thinking of earlier replies .* stays as it was sampled"):
+        assemble(build_config(tree))
+    assemble(build_config(TREE))
+    one_turn = BASE | {"prompt": tree["prompt"]}
+    assemble(build_config(one_turn))  # nothing goes on there

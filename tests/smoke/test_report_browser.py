@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import pytest
 from atesd.report.html import write_report
 
 from support.runs import ARMS, HOSTILE, write_compare
+from support.visits import CHROMIUM, Visit
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
-)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install one, such as Debian's chromium"),
@@ -39,38 +36,6 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-class Visit:
-    """One page with everything that it did wrong."""
-
-    def __init__(self, browser: Browser, report: Path, *, width: int, dark: bool = False) -> None:
-        self.trouble: list[str] = []
-        context = browser.new_context(
-            viewport={"width": width, "height": 844},
-            color_scheme="dark" if dark else "light",
-            has_touch=width < 600,
-            offline=True,
-        )
-        context.set_default_timeout(180_000)  # of a busy machine
-        self.page: Page = context.new_page()
-        self.page.on("console", lambda message: self.trouble.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
-        self.page.on("dialog", self._dismiss)
-        self.page.route("**/*", self._watch)
-        self.address = report.as_uri()
-        self.page.goto(self.address)
-        self.page.wait_for_selector(".tokens span")
-        self.page.wait_for_selector("#figure-curves .main-svg")
-
-    def _watch(self, route: Route) -> None:
-        if route.request.url != self.address:
-            self.trouble.append(f"request: {route.request.url}")
-        route.continue_()
-
-    def _dismiss(self, dialog: object) -> None:
-        self.trouble.append("a dialog opened: text of a run was executed")
-        dialog.dismiss()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
 def visits(browser: Browser, report: Path) -> Callable[..., Visit]:
     """Pages by width and scheme, opened once: drawing thirteen figures takes a while."""
@@ -79,6 +44,7 @@ def visits(browser: Browser, report: Path) -> Callable[..., Visit]:
     def visit(*, width: int, dark: bool = False) -> Visit:
         if (width, dark) not in opened:
             opened[width, dark] = Visit(browser, report, width=width, dark=dark)
+            opened[width, dark].page.wait_for_selector("#figure-curves .main-svg")
         return opened[width, dark]
 
     return visit

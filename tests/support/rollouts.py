@@ -30,6 +30,20 @@ CHAT_TEMPLATE = """\
 {{ '<think>\\n\\n</think>\\n\\n' }}
 {%- endif -%}
 {%- endif -%}"""
+# Qwen3's treatment of history: the thinking of a reply is dropped as soon as a user's message follows.
+FORGETFUL_TEMPLATE = """\
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages if message['role'] == 'user' -%}{% set last.user = loop.index0 %}{%- endfor -%}
+{%- set seen = namespace(users=-1) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{%- set seen.users = seen.users + 1 -%}{%- endif -%}
+{%- set content = message['content'] -%}
+{%- if message['role'] == 'assistant' and seen.users < last.user -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] + '\\n' }}{%- endfor -%}"
 
 
@@ -77,10 +91,13 @@ class FakeSampler:
 
 
 def fake_driver(
-    reply: Callable[[str, int], str], reward: RewardFunction, environment: Environment | None = None
+    reply: Callable[[str, int], str],
+    reward: RewardFunction,
+    environment: Environment | None = None,
+    template: str = CHAT_TEMPLATE,
 ) -> tuple[Driver, FakeSampler]:
     """Return a driver around a `FakeSampler` and a byte tokenizer."""
-    renderer = Renderer(byte_tokenizer())
+    renderer = Renderer(byte_tokenizer(template=template))
     sampler = FakeSampler(renderer, reply)
     prompt = PromptConfig(student="{problem}")
     driver = Driver(

@@ -39,6 +39,10 @@ def error_of(tree: dict[str, Any]) -> str:
 REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("temperature", {"rollout": {"temperature": 0}},
      "rollout.temperature = 0 cannot be trained with, as it divides the logits: raise it", {}),
+    ("a reward beside an environment's own",
+     {"env": {"kind": "doors"}, "task": {"kind": "doors"}, "reward": {"kind": "exact"}},
+     'env.kind = "doors" grades attempts itself, so [reward] would have no effect: leave it out',
+     {"env": {"kind": "single_turn"}, "reward": {"kind": "exact"}}),
     ("updates", {"step": {"problems": 32, "updates_per_batch": 3}},
      "step.problems = 32 cannot be split into step.updates_per_batch = 3 equal parts: choose a divisor",
      {"step": {"problems": 32, "updates_per_batch": 4}}),

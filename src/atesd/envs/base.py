@@ -9,7 +9,9 @@ What goes wrong in an episode ends that attempt alone: an `EpisodeError`, or any
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
+
+from pydantic import Field
 
 from atesd.types import Ending, Message, Method, Problem, UserError, one_line, shown
 
@@ -55,7 +57,7 @@ class Elsewhere(Protocol):
 
 
 class Environment(Protocol):
-    """Opens episodes."""
+    """Opens episodes. Where it grades, it may have `invalid_penalty`: what a reply that was no action costs."""
 
     @property
     def limit(self) -> int:
@@ -84,6 +86,16 @@ class EnvMethod(Method):
     def code(self) -> str | None:
         """The user's own code that episodes run, as `FILE.py:NAME` or `MODULE:NAME`; None where there is none."""
         return None
+
+
+class GradingMethod(EnvMethod):
+    """Base of sections of environments that grade the attempts themselves."""
+
+    invalid_penalty: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Taken off an attempt's reward for every reply that was no action, once the attempt is graded; SDAR's code has .1.
+    Success in evaluation is what the environment says, without it."""
+
+    grades: ClassVar[bool] = True
 
 
 def opened(prompt: Sequence[Message], said: str) -> list[Message]:

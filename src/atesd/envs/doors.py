@@ -7,21 +7,23 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from atesd.envs.base import Environment, EnvMethod, needed, opened
+from atesd.envs.base import Environment, GradingMethod, needed, opened
 from atesd.facts import RunFacts
 from atesd.types import Message, Problem
 
 LOOK, SHUT = "*", "-"
 
 
-class Doors(EnvMethod):
-    """Doors in a row. Success, the goal reached within the limit of turns, is a reward of 1, all else 0."""
+class Doors(GradingMethod):
+    """Doors in a row. Success, the goal reached within the limit of turns, is a reward of 1, all else 0.
+
+    A reply that is neither a look nor one digit is no action: the door stays shut.
+    """
 
     kind: Literal["doors"] = "doors"
     limit: Annotated[int, Field(ge=1)] = 9
     """Most turns; an expert needs two a door."""
 
-    grades: ClassVar[bool] = True
     needs: ClassVar[str] = "doors"
 
     def describe(self) -> str:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module, util
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy
 from pydantic import Field
 
 from atesd.envs.remote import RemoteMethod
 from atesd.types import UserError
 
+_GAME = -1  # who speaks for the game in TextArena's observations
+NO_ACTION = "That is no action here."
+"""What the student reads after a reply that a Gymnasium environment's action space does not contain."""
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
@@ -39,43 +45,71 @@ class TextArena(RemoteMethod):
 
 
 class ArenaSession:
-    """One game of TextArena."""
+    """One game of TextArena.
+
+    Its wrappers format actions; what they make of observations, mostly the whole history again, is passed by: the
+    student reads what the game says since its last action. A move that the game calls invalid is answered by the game,
+    which ends at the second one in a row. The game draws from Python's and NumPy's global generators: it gets states
+    of its own, so that games in one process do not disturb each other.
+    """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         import textarena
 
         self._env = textarena.make(env_id=settings["game"])
+        self._game = self._env
+        while "env" in vars(self._game):
+            self._game = self._game.env
         self._rewards: Mapping[int, float] | None = None
         self.invalid = 0
 
     def reset(self, row: Mapping[str, Any], seed: int) -> str:  # noqa: ARG002
         """Begin the game."""
-        self._env.reset(num_players=1, seed=seed)
-        return self._observation()
+        self._random = random.Random(seed).getstate(), numpy.random.RandomState(seed).get_state()
+        with self._own_random():
+            self._env.reset(num_players=1, seed=seed)
+        return self._said()
 
     def step(self, reply: str) -> str | None:
-        """Take the player's action as it stands."""
-        done, _ = self._env.step(action=reply)
+        """Take the player's action, as the game's wrappers format it."""
+        with self._own_random():
+            done, _ = self._env.step(action=reply)
         if done:
             self._rewards, information = self._env.close()
             own = information.get(0, {}) if isinstance(information, Mapping) else {}
             self.invalid += bool(own.get("invalid_move"))
             return None
-        said = self._observation()
-        self.invalid += "invalid move" in said.lower()
-        return said
+        self.invalid += bool(getattr(self._game.state, "error_count", 0))  # of invalid moves in a row
+        return self._said()
 
     def reward(self) -> float | None:
         """Return the player's reward; 0 where the game is not over."""
         return 0.0 if not self._rewards else float(self._rewards[0])
 
-    def _observation(self) -> str:
-        _, said = self._env.get_observation()
-        return said if isinstance(said, str) else "\n".join(str(message[1]) for message in said)
+    def _said(self) -> str:
+        """Return what the game says since it was last asked, without the player's own actions."""
+        _, said = self._game.get_observation()
+        return "\n".join(str(text) for sender, text, *_ in said if sender == _GAME).strip()
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        outside = random.getstate(), numpy.random.get_state()
+        random.setstate(self._random[0])
+        numpy.random.set_state(self._random[1])
+        try:
+            yield
+        finally:
+            self._random = random.getstate(), numpy.random.get_state()
+            random.setstate(outside[0])
+            numpy.random.set_state(outside[1])
 
 
 class Gymnasium(RemoteMethod):
-    """A Gymnasium environment whose observations and actions are text. The reward is the sum of all steps' rewards."""
+    """A Gymnasium environment whose observations and actions are text. The reward is the sum of all steps' rewards.
+
+    A reply that its action space does not contain is no action: it is not passed on, and the student is told so. What
+    an environment calls no action itself, with a true `info["invalid"]`, is counted as well.
+    """
 
     kind: Literal["gymnasium"] = "gymnasium"
     make: str
@@ -107,6 +141,7 @@ class GymSession:
         place = settings["make"]
         self._env = loaded(place)() if ".py:" in place else gymnasium.make(place)
         self._total = 0.0
+        self.invalid = 0
 
     def reset(self, row: Mapping[str, Any], seed: int) -> str:
         """Begin; the row's columns are the options."""
@@ -114,8 +149,13 @@ class GymSession:
         return said  # type: ignore[no-any-return]
 
     def step(self, reply: str) -> str | None:
-        """Take the reply as the action."""
-        said, reward, terminated, truncated, _ = self._env.step(reply)
+        """Take the reply as the action, where the environment's space contains it."""
+        space = getattr(self._env, "action_space", None)
+        if space is not None and not space.contains(reply):
+            self.invalid += 1
+            return NO_ACTION
+        said, reward, terminated, truncated, info = self._env.step(reply)
+        self.invalid += bool(isinstance(info, Mapping) and info.get("invalid"))
         self._total += float(reward)
         return None if terminated or truncated else said
 

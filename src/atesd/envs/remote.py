@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from atesd.envs.base import EnvMethod, EpisodeError, opened
+from atesd.envs.base import EpisodeError, GradingMethod, opened
 from atesd.facts import RunFacts
 from atesd.types import Ending, Message, Problem, UserError
 
@@ -44,7 +44,7 @@ class Session(Protocol):
         ...
 
 
-class RemoteMethod(EnvMethod):
+class RemoteMethod(GradingMethod):
     """Base of sections whose episodes run in worker processes."""
 
     limit: Annotated[int, Field(ge=1)] = 20
@@ -54,7 +54,6 @@ class RemoteMethod(EnvMethod):
     workers: Annotated[int, Field(ge=1, le=256)] = 2
     """Processes that play episodes."""
 
-    grades: ClassVar[bool] = True
     declares: ClassVar[tuple[str, ...]] = ("limit", "grades", "describe", "build", "session", "library")
     session: ClassVar[str]
     """Where the session is: `module:class`."""
@@ -79,6 +78,7 @@ class Remote:
     def __init__(self, section: RemoteMethod) -> None:
         self.limit = section.limit
         self.grades = section.grades
+        self.invalid_penalty = section.invalid_penalty
         self._section = section
         self._workers = [Worker(section.session, section.settings(), section.timeout_s) for _ in range(section.workers)]
         self._opened = 0
@@ -170,11 +170,13 @@ class Worker:
         self._send()
 
     def answer(self, episode: RemoteEpisode) -> dict[str, Any]:
-        """Wait for an episode's answer. EpisodeError where it hangs or fails."""
+        """Wait for an episode's answer. EpisodeError where it hangs or fails; UserError where the recipe is wrong."""
         while episode.number not in self._answers:
             self._receive()
             self._send()
         reply = self._answers.pop(episode.number)
+        if "wrong" in reply:
+            raise UserError(reply["wrong"])
         if "ending" in reply:
             raise EpisodeError(Ending(reply["ending"]), reply["failed"])
         if "failed" in reply:
@@ -214,7 +216,7 @@ class Worker:
         self._deadline = monotonic() + self._timeout_s + (_START_S if fresh else 0.0)
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "atesd.envs.worker"],
+                [sys.executable, "-P", "-m", "atesd.envs.worker"],  # nothing is imported from the working directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -2,7 +2,8 @@
 
 The first line names the session and its settings: `["atesd.envs.textworld:Session", {...}]`. Then `[episode, ask,
 given]`: `reset` opens an episode, given its row and seed; `step` takes a reply; `reward`; `close`. Each is answered by
-`{"given": ..., "invalid": n}` or `{"failed": "raised ..."}`. A session does what `remote.Session` says.
+`{"given": ..., "invalid": n}`, `{"failed": "raised ..."}` or, where the recipe is wrong, `{"wrong": "..."}`. A session
+does what `remote.Session` says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import sys
 from importlib import import_module
 from typing import Any
+
+from atesd.types import UserError
 
 
 def main() -> None:
@@ -24,6 +27,8 @@ def main() -> None:
         number, ask, given = json.loads(line)
         try:
             reply = _answered(open_sessions, place, settings, number, ask, given)
+        except UserError as error:
+            reply = {"wrong": str(error)}
         except Exception as error:  # a library's, or the user's own: the parent counts it
             reply = {"failed": f"it raised {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
         print(json.dumps(reply), file=replies, flush=True)

@@ -65,6 +65,12 @@ const VALUES = [
 const ROUTES = {
   distil: "distilled", rl: "reinforced", both: "distilled and reinforced", nll: "trained on its reference", skip: "skipped",
 };
+// How a conversation ended, in words.
+const ENDED = {
+  over: "the environment ended it", limit: "the limit of turns was reached", length: "a reply was cut at the length limit",
+  context: "the context was full", error: "the environment failed", hang: "the environment did not answer in time",
+  not_text: "the environment said no text", bad_reward: "the environment gave no finite reward",
+};
 // What a token is trained by, in words. A distilled token of weight 0 does not feed the distillation loss.
 const KINDS = {
   distil: "distilled towards the teacher", rl: "reinforced by the reward", both: "distilled and reinforced",
@@ -148,15 +154,57 @@ function inspector(root) {
         block("Problem", row.problem),
         distilled(row) ? block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)})`, row.hint)
           : block("Hint", "None: no teacher read this completion."),
-        element("div", { class: "wide" },
-          element("h3", {}, `The student's completion: ${outcome(row)}`),
-          training(row), tokens(row, style), key(row, style),
-          ...[["What the student read", row.student], ["What the teacher read", row.teacher]].filter(([, text]) => text)
-            .map(([title, text]) => element("details", {}, element("summary", {}, title), element("pre", { class: "text" }, text))))),
+        row.turns ? conversation(row, style) : completion(row, style)),
     );
+    for (const view of reading.querySelectorAll(".view")) view.scrollTop = view.scrollHeight; // what is new stands last
   }
 
-  function tokens(row, style) {
+  function completion(row, style) {
+    return element("div", { class: "wide" },
+      element("h3", {}, `The student's completion: ${outcome(row)}`),
+      training(row), tokens(row, style), key([row], style),
+      ...[["What the student read", row.student], ["What the teacher read", row.teacher]].filter(([, text]) => text)
+        .map(([title, text]) => folded(title, text)));
+  }
+
+  // Turn by turn: what the environment said, the action, and beside it what the teacher had read when it scored that.
+  function conversation(row, style) {
+    const read = { student: [], teacher: [] };
+    const cards = row.turns.map((turn, index) => {
+      for (const role of ["student", "teacher"]) {
+        const before = turn.anew.includes(role) ? [] : read[role][index - 1] || [];
+        read[role].push([...before, turn[role]]);
+      }
+      return element("li", { class: "turn" },
+        element("div", {},
+          element("h4", {}, `Turn ${index + 1}: observation`),
+          element("pre", { class: "text", tabindex: "0" }, turn.observation || "nothing besides the problem"),
+          element("h4", {}, "Action"),
+          tokens(turn, style, !style.kinds && !style.weight), strength(turn),
+          folded("What the student read", read.student[index].join(""))),
+        element("div", {}, element("h4", {}, "The teacher's view"), ...view(row, turn, read.teacher[index], index)));
+    });
+    return element("div", { class: "wide" },
+      element("h3", {}, `The conversation: ${outcome(row)}`),
+      training(row), key(row.turns, style), ...(distilled(row) && !style.kinds && !style.weight ? [bars(row.turns)] : []),
+      element("ol", { class: "turns" }, ...cards));
+  }
+
+  // The teacher's prompt at a turn: its history is faint, the hint is marked.
+  function view(row, turn, parts, index) {
+    if (!distilled(turn)) return [element("p", { class: "muted" }, "No teacher read this turn.")];
+    const text = element("pre", { class: "text view", tabindex: "0" });
+    parts.forEach((part, place) => {
+      const at = place === 0 && row.hint ? part.indexOf(row.hint) : -1;
+      const inside = at < 0 ? [part] : [part.slice(0, at), element("mark", {}, row.hint), part.slice(at + row.hint.length)];
+      text.append(element("span", { class: place === parts.length - 1 ? "fresh" : "history" }, ...inside));
+    });
+    const what = index ? `Its own conversation up to this turn, ratio ${round(row.ratio, 3)}:`
+      : `The problem, the hint (marked) at ratio ${round(row.ratio, 3)}, the observation:`;
+    return [element("p", { class: "muted" }, what), text];
+  }
+
+  function tokens(row, style, barred = false) {
     const scored = row.streams.length > 0;
     const box = element("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Completion; arrow keys move between tokens" });
     row.tokens.forEach((text, i) => {
@@ -164,6 +212,7 @@ function inspector(root) {
       if (style.kinds) span.classList.add("kind", `kind-${kind(row, i)}`);
       else if (scored) paint(span, style.share(row.streams, i));
       if (scored && style.weight && row.streams[GATE][i] === 0) span.classList.add("weightless");
+      if (barred && scored && row.streams[GATE].length) bar(span, row.streams[GATE][i]);
       box.append(span);
     });
     if (row.hidden) box.append(element("span", { class: "special" }, ` ... (${row.hidden} more tokens)`));
@@ -184,7 +233,7 @@ function inspector(root) {
   }
 
   function select(box, row, i) {
-    box.querySelector(".chosen")?.classList.remove("chosen");
+    reading.querySelector(".chosen")?.classList.remove("chosen");
     const span = box.querySelector(`[data-token="${i}"]`);
     span.classList.add("chosen");
     const rows = VALUES.map(([name, value]) => element("tr", {},
@@ -212,6 +261,40 @@ function paint(span, share) {
   span.style.setProperty("--share", Math.abs(share).toFixed(3));
 }
 
+// The gate as a bar under a token, as strong as the weight; another colour where it is negative.
+function bar(span, gate) {
+  span.classList.add("gated");
+  span.style.setProperty("--bar", gate < 0 ? "var(--rl)" : "var(--distil)");
+  span.style.setProperty("--gate", Math.min(1, Math.abs(gate)).toFixed(3));
+}
+
+function bars(turns) {
+  const example = (gate) => {
+    const span = element("span", { class: "sample" }, "\u2003");
+    bar(span, gate);
+    return span;
+  };
+  const negative = turns.some((turn) => turn.streams.length && turn.streams[GATE].some((gate) => gate < 0));
+  return element("div", { class: "scalebar" }, "The bar under a token is its gate:", example(0.1), "0.1", example(1), "1",
+    ...(negative ? [example(-1), "\u22121: pushed away"] : []));
+}
+
+// Means over an action's tokens, in words.
+function strength(turn) {
+  const parts = [["divergence", DIVERGENCE, " nats"], ["gate", GATE, ""]]
+    .filter(([, stream]) => turn.streams.length && turn.streams[stream].length)
+    .map(([name, stream, unit]) => `${name} ${round(mean(turn.streams[stream]), 3)}${unit}`);
+  return element("p", { class: "muted" }, parts.length ? `Mean over the action: ${parts.join(", ")}` : "Not scored by a teacher.");
+}
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+function folded(title, text) {
+  return element("details", {}, element("summary", {}, title), element("pre", { class: "text" }, text));
+}
+
 // How the group and the completion were trained.
 function training(row) {
   const fact = (name, value) => element("li", {}, `${name}: `, element("b", {}, value));
@@ -236,25 +319,27 @@ function kind(row, i) {
   return row.components.includes("nll") ? "nll" : "none";
 }
 
-function key(row, style) {
-  return style.kinds ? kindlist(row) : scalebar(row, style);
+function key(turns, style) {
+  return style.kinds ? kindlist(turns) : scalebar(turns, style);
 }
 
-// The losses that tokens of this completion feed, each drawn as its tokens are, in words, with its number of tokens.
-function kindlist(row) {
+// The losses that tokens of these completions feed, each drawn as its tokens are, in words, with its number of tokens.
+function kindlist(turns) {
   const counts = {};
-  row.tokens.forEach((_, i) => { counts[kind(row, i)] = (counts[kind(row, i)] || 0) + 1; });
+  for (const row of turns) row.tokens.forEach((_, i) => { counts[kind(row, i)] = (counts[kind(row, i)] || 0) + 1; });
+  const total = turns.reduce((sum, row) => sum + row.tokens.length, 0);
   return element("ul", { class: "kinds", "aria-label": "Losses that the tokens feed" },
     ...Object.keys(KINDS).filter((name) => counts[name]).map((name) => element("li", {},
-      element("span", { class: `kind kind-${name}` }, name), ` ${KINDS[name]}: ${counts[name]} of ${row.tokens.length} tokens`)));
+      element("span", { class: `kind kind-${name}` }, name), ` ${KINDS[name]}: ${counts[name]} of ${total} tokens`)));
 }
 
-function scalebar(row, style) {
-  if (!row.streams.length) return element("div", { class: "scalebar" }, "No loss was taken on this completion.");
-  if (style.taught && !distilled(row)) {
-    return element("div", { class: "scalebar" }, "No teacher scored this completion: it can be coloured by component or by entropy.");
+function scalebar(turns, style) {
+  const what = turns.length > 1 ? "conversation" : "completion";
+  if (!turns.some((row) => row.streams.length)) return element("div", { class: "scalebar" }, `No loss was taken on this ${what}.`);
+  if (style.taught && !turns.some(distilled)) {
+    return element("div", { class: "scalebar" }, `No teacher scored this ${what}: it can be coloured by component or by entropy.`);
   }
-  const both = style.both || (style.weight && row.streams[GATE].some((value) => value < 0));
+  const both = style.both || (style.weight && turns.some((row) => row.streams.length && row.streams[GATE].some((value) => value < 0)));
   const ramp = element("span", { class: "ramp", "aria-hidden": "true" });
   const strong = (tint) => `color-mix(in srgb, var(${tint}) 62%, transparent)`;
   ramp.style.background = `linear-gradient(90deg, ${both ? strong("--cool") + ", " : ""}transparent, ${strong("--heat")})`;
@@ -267,7 +352,7 @@ function block(title, text) {
 
 function named(row, index) {
   const losses = row.components.join(" + ") || "no loss";
-  return `${index + 1}: ${row.id}${row.level ? `, ${row.level}` : ""}, ${graded(row)}${losses === "distil" ? "" : `, ${losses}`}`;
+  return `${index + 1}: ${row.id}${row.level ? `, ${row.level}` : ""}, ${graded(row)}${row.turns ? `, ${row.of} turns` : ""}${losses === "distil" ? "" : `, ${losses}`}`;
 }
 
 // The exposure ratio belongs to the first completion that a teacher read.
@@ -282,7 +367,10 @@ function graded(row) {
 }
 
 function outcome(row) {
-  return graded(row) + (row.stop === "length" ? ", cut at the length limit" : "");
+  if (!row.turns) return graded(row) + (row.stop === "length" ? ", cut at the length limit" : "");
+  const kept = row.turns.length < row.of ? `the first ${row.turns.length} of ${row.of} turns` : `${row.of} turn${row.of === 1 ? "" : "s"}`;
+  const invalid = row.invalid ? `, ${row.invalid} invalid action${row.invalid === 1 ? "" : "s"}` : "";
+  return `${graded(row)}, ${kept}${invalid}; ${ENDED[row.ended] || row.ended || "why it ended was not kept"}`;
 }
 
 // A line break would be invisible and an empty token impossible to point at: show a mark.

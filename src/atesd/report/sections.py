@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -230,10 +230,21 @@ def _rollouts(study: Study) -> Section:
         return Section("rollouts", title, missing=_left_out(reason), notes=notes)
     words = (
         f"<p>Completions that the student wrote in training, token by token: {packed['shown']} of the "
-        f"{packed['total']} on disk are in this file. {_colours(packed['taught'])} "
+        f"{packed['total']} on disk are in this file. {_talk(packed)}{_colours(packed['taught'])} "
         "Point at a token, tap it, or move with the arrow keys.</p>"
     )
     return Section("rollouts", title, words + '<div id="inspector"></div>', rollouts=packed, notes=notes)
+
+
+def _talk(packed: Mapping[str, Any]) -> str:
+    """Say how a conversation is shown, where there is one."""
+    attempts = [attempt for run in packed["runs"] for step in run["steps"] for attempt in step["rows"]]
+    if not any("turns" in attempt for attempt in attempts):
+        return ""
+    return (
+        "A conversation is shown turn by turn: what the environment said, the student's action, and beside it what the "
+        "teacher had read when it scored that action. "
+    )
 
 
 def _colours(taught: bool) -> str:

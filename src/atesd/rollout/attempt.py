@@ -25,6 +25,8 @@ class Attempt:
     prompt: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     opening: str = ""
+    said: list[str] = field(default_factory=list)
+    """What the environment answered to each turn."""
     ended: Ending | None = None
     why: str = ""
     """What the environment failed at."""
@@ -60,10 +62,12 @@ class Attempt:
         said = self.guarded(lambda: messages_of(self.episode.step(turn.text)))
         if not said:
             self.ended = self.ended or Ending.OVER
-        elif len(self.turns) == limit:
+            return ()
+        self.said.append("\n".join(message["content"] for message in said))
+        if len(self.turns) == limit:
             self.ended = Ending.LIMIT
             return ()
-        return said or ()
+        return said
 
     def reward(self) -> float | None:
         """Ask for the reward: None where the environment failed."""
@@ -83,11 +87,17 @@ class Attempt:
 
     def close(self) -> Trajectory:
         """End the episode and return what came of it, not graded yet."""
-        close = getattr(self.episode, "close", None)
-        if close is not None:
-            close()
-        invalid = int(getattr(self.episode, "invalid", 0))
-        return Trajectory(tuple(self.turns), opening=self.opening, ended=self.ended or Ending.OVER, invalid=invalid)
+        try:
+            getattr(self.episode, "close", lambda: None)()
+        except Exception as error:  # as in `guarded`, but an attempt that failed is closed as well
+            self._raised(error)
+        return Trajectory(
+            tuple(self.turns),
+            opening=self.opening,
+            said=tuple(self.said),
+            ended=self.ended or Ending.OVER,
+            invalid=int(getattr(self.episode, "invalid", 0)),
+        )
 
     def fail(self, ending: Ending, why: str) -> None:
         """Note what the environment failed at; what failed first counts."""
@@ -100,14 +110,18 @@ class Attempt:
             return None
         try:
             return ask()
-        except UserError:
-            raise
-        except EpisodeError as error:
-            self.fail(error.ending, str(error))
         except Exception as error:  # an environment is anybody's code
-            first = (str(error).splitlines() or [""])[0]
-            self.fail(Ending.ERROR, f"it raised {type(error).__name__}{first and ': '}{first}")
+            self._raised(error)
         return None
+
+    def _raised(self, error: Exception) -> None:
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, EpisodeError):
+            self.fail(error.ending, str(error))
+            return
+        first = (str(error).splitlines() or [""])[0]
+        self.fail(Ending.ERROR, f"it raised {type(error).__name__}{first and ': '}{first}")
 
 
 def messages_of(said: object) -> Sequence[Message]:

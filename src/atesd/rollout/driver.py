@@ -74,7 +74,7 @@ class Driver:
         """
 
         asked = [problem for problem in problems for _ in range(sampling.group_size)]
-        attempts = self._opened(asked, seed)
+        attempts = self._opened(asked, seed, sampling.max_new_tokens)
         active, turn = attempts, 0
         while active:
             sampled = self.sampler.sample(
@@ -96,15 +96,31 @@ class Driver:
 
         An expert that has nothing more to say before the environment is over has reached its limit.
         """
-        attempts = self._opened(problems, derive_seed(0, "replay"))
+        attempts = self._opened(problems, derive_seed(0, "replay"), 0)
         for attempt, problem in zip(attempts, problems, strict=True):
             assert problem.expert, "only an expert's trajectory can be replayed"
             if all(self._goes_on(attempt, self._spoken(attempt.prompt, turn.reply), 0) for turn in problem.expert):
                 attempt.ended = Ending.LIMIT
-        return self._grouped(problems, attempts)
+        groups = self._grouped(problems, attempts)
+        self._report_missed(groups)
+        return groups
 
-    def _opened(self, asked: Sequence[Problem], seed: int) -> list[Attempt]:
-        """Open an episode for each problem and render what its student reads first."""
+    def _report_missed(self, groups: Sequence[Group]) -> None:
+        """Say once that an expert does not reach the goal."""
+        missed = [group.problem.id for group in groups if group.trajectories[0].verdict != 1.0]
+        if self.environment.grades and missed and "experts" not in self.warned:
+            self.warned.append("experts")
+            warnings.warn(
+                f"the expert of problem {missed[0]!r} does not reach the goal in this environment, so that its hint "
+                "misleads: atesd check RECIPE replays all experts and says why",
+                stacklevel=2,
+            )
+
+    def _opened(self, asked: Sequence[Problem], seed: int, longest: int) -> list[Attempt]:
+        """Open an episode for each problem and render what its student reads first.
+
+        An environment fails that says more than fits the context before a reply of the longest kind.
+        """
         prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
         rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
         ids = self.renderer.teacher_ids if self.of_teacher else self.renderer.student_ids
@@ -121,6 +137,13 @@ class Driver:
             if key not in rendered:
                 rendered[key] = ids(messages)
             attempt.prompt = rendered[key]
+            if attempt.opening and self.room is not None and len(attempt.prompt) + longest > self.room:
+                attempt.fail(
+                    Ending.ERROR,
+                    f"what it says first makes a prompt of {len(attempt.prompt)} tokens, which with a reply of "
+                    f"{longest} does not fit the model's context of {self.room} (the teacher's hint set aside)",
+                )
+                attempt.opening, attempt.prompt = "", self.renderer.student_ids(prompts[problem])
         return attempts
 
     def _goes_on(self, attempt: Attempt, turn: Turn, longest: int) -> bool:
@@ -138,10 +161,13 @@ class Driver:
         size = len(attempts) // max(1, len(problems))
         rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
         closed = [attempt.close() for attempt in attempts]
+        rewards = [None if each.ended.failed else given for each, given in zip(closed, rewards, strict=False)]
         self._report_failures(attempts)
         parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
-        return self._rewarded(groups, rewards) if self.environment.grades else self.grade(groups)
+        if not self.environment.grades:
+            return self.grade(groups)
+        return _penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
 
     def _report_failures(self, attempts: Sequence[Attempt]) -> None:
         """Say once that the environment fails. UserError where it does in every attempt."""
@@ -150,7 +176,8 @@ class Driver:
             return
         what = f"the environment failed in {len(failed)} of {len(attempts)} attempts; in the first {failed[0].why}"
         if len(failed) == len(attempts):
-            raise UserError(f"{what}: mend it, or give it more time with env.timeout_s if it has that setting")
+            slow = failed[0].ended is Ending.HANG
+            raise UserError(f"{what}: mend it{', or give it more time with env.timeout_s' if slow else ''}")
         if "failed" not in self.warned:
             self.warned.append("failed")
             warnings.warn(f"{what}. Such attempts are counted (env/ended), not graded, and train nothing", stacklevel=2)
@@ -220,6 +247,23 @@ def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
     return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else reward)
+
+
+def _penalised(groups: Sequence[Group], penalty: float) -> list[Group]:
+    """Take the penalty for replies that were no action off every grade; both parts are kept by name, success first.
+
+    r = r_env - penalty * invalid, also where the attempt was cut off and r_env is 0 for that.
+    """
+    if not penalty:
+        return list(groups)
+    return [replace(group, trajectories=tuple(_less(each, penalty) for each in group.trajectories)) for group in groups]
+
+
+def _less(attempt: Trajectory, penalty: float) -> Trajectory:
+    given, taken = attempt.reward, 0.0 - penalty * attempt.invalid
+    if given is None:
+        return replace(attempt, rewards={"env": None, "invalid": None})
+    return replace(attempt, reward=given + taken, rewards={"env": given, "invalid": taken})
 
 
 def _named(groups: Sequence[Group], parts: Sequence[Mapping[str, float | None]]) -> list[Group]:

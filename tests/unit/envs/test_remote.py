@@ -190,3 +190,63 @@ def test_a_class_that_cannot_be_found_is_named(place: str, message: str) -> None
 def test_a_class_that_the_file_lacks_is_named(trl: str) -> None:
     with pytest.raises(UserError, match="has no Store: mend the name"):
         loaded(trl.replace("Shop", "Store"))
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    gym: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A json.py there would be what the worker reads its questions with."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("json", "inspect", "gymnasium"):
+        (here / f"{name}.py").write_text('raise RuntimeError("from the working directory")')
+    monkeypatch.chdir(here)
+    assert heard(environment(gym).episode(PROBLEM, 0).reset(PROMPT)) == ["count\nseed 5"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda place: place.replace("Count", "Counts"), "has no Counts: mend the name"),
+    (lambda place: place.replace("count.py", "counts.py"), "there is no file .*counts.py: mend the path"),
+])  # fmt: skip
+def test_a_class_that_is_not_there_ends_the_run_with_its_own_line(gym: str, change: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        environment(change(gym)).episode(PROBLEM, 0).reset(PROMPT)
+
+
+SPACES = '''
+import gymnasium
+
+class Digit(gymnasium.Env):
+    """Takes one digit; says it again; 9 it marks as no action itself."""
+
+    action_space = gymnasium.spaces.Text(min_length=1, max_length=1, charset="0123456789")
+    observation_space = gymnasium.spaces.Text(max_length=100)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "first", {}
+
+    def step(self, action):
+        return f"you said {int(action)}", 0.25, False, action == "0", {"invalid": action == "9"}
+
+gymnasium.register("Digit-v0", entry_point=Digit)
+'''
+
+
+def test_a_reply_outside_the_action_space_is_not_passed_on_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`int` would raise over it; a registered environment keeps its space, through the wrappers of its library."""
+    (tmp_path / "digits.py").write_text(SPACES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for place in (f"{tmp_path / 'digits.py'}:Digit", "digits:Digit-v0"):
+        episode = environment(place).episode(PROBLEM, 0)
+        assert heard(episode.reset(PROMPT)) == ["count\nfirst"]
+        said = []
+        for reply, invalid in (("7", 0), ("two", 1), ("", 2), ("9", 3), ("4", 3)):
+            said += heard(episode.step(reply))
+            assert episode.invalid == invalid
+        refused = "That is no action here."
+        assert said == ["you said 7", refused, refused, "you said 9", "you said 4"]
+        assert episode.step("0") == ()
+        assert episode.reward() == 1.0, "four actions, .25 each; what was refused earns nothing"

@@ -13,7 +13,7 @@ from atesd.rollout.sampler import SamplingConfig
 from atesd.train.record import ending_metrics
 from atesd.types import Ending, ExpertTurn, Message, Problem, Trajectory, UserError
 
-from support.rollouts import fake_driver
+from support.rollouts import FORGETFUL_TEMPLATE, fake_driver
 
 GOOD, BAD = Problem("good", "go", "x"), Problem("bad", "go bad", "x")
 SAMPLING = SamplingConfig(max_new_tokens=40)
@@ -79,6 +79,17 @@ def test_the_conversation_is_token_exact_and_its_opening_is_kept() -> None:
         )
         assert attempt.turns[0].prompt_ids + attempt.told(turn) == turn.prompt_ids
     assert (len(attempt.turns), attempt.ended, attempt.reward) == (3, Ending.OVER, 0.5)
+
+
+def test_a_template_that_drops_thinking_leaves_what_was_sampled_in_place() -> None:
+    thought = "<think>\nhm\n</think>\n\nok"
+    driver, _ = fake_driver(lambda prompt, place: thought, lambda **_: [], Echo(), FORGETFUL_TEMPLATE)
+    ((attempt,),) = [group.trajectories for group in driver.rollout([GOOD], SAMPLING, seed=0)]
+    last = driver.renderer.prompt_text(attempt.final.prompt_ids)
+    assert last.count(thought) == 2, "once in each of the turns before"
+    for before, turn in zip(attempt.turns, attempt.turns[1:], strict=False):
+        sampled = before.prompt_ids + before.completion_ids
+        assert turn.prompt_ids[: len(sampled)] == sampled
 
 
 TROUBLES = [
@@ -151,7 +162,8 @@ def test_replays_play_the_experts_replies() -> None:
     driver, _ = fake_driver(lambda prompt, place: pytest.fail("nothing is sampled"), lambda **_: [], Echo())
     three = Problem("e", "go", "abc", expert=tuple(ExpertTurn(x, x) for x in "abc"))
     short = Problem("s", "go", "ab", expert=tuple(ExpertTurn(x, x) for x in "ab"))
-    whole, cut = [group.trajectories[0] for group in driver.replay([three, short])]
+    with pytest.warns(UserWarning, match="the expert of problem 'e' does not reach the goal"):
+        whole, cut = [group.trajectories[0] for group in driver.replay([three, short])]
     assert [turn.text for turn in whole.turns] == ["a", "b", "c"]
     assert [turn.completion_ids[-1] for turn in whole.turns] == [driver.renderer.eos_ids[0]] * 3
     assert (whole.ended, whole.reward) == (Ending.OVER, 0.5)
@@ -164,3 +176,33 @@ def test_what_is_counted() -> None:
     assert ending_metrics(found) == {"env/ended/over": 2.0, "env/invalid": 3.0}
     single = [replace(each, turns=each.turns[:1]) for each in found]
     assert ending_metrics(single) == {}, "a single turn is no conversation"
+
+
+class Talkative(Echo):
+    """Says a long text first to the bad problem."""
+
+    def episode(self, problem: Problem, seed: int) -> Any:
+        episode = EchoEpisode(None, "")
+        if problem is BAD:
+            episode.reset = lambda prompt: opened(prompt, "a" * 200)  # type: ignore[method-assign]
+        return episode
+
+
+def test_what_an_environment_says_first_must_fit_the_context_with_a_reply() -> None:
+    """A byte is a token, and so is a control token: 1 + 5 ("user" and the line's end), 6 ("go bad"), 1 + 200, 1 + 1,
+    and 1 + 10 ("assistant" and the line's end) are 226 tokens; with a reply of 40 they need 266, a second turn more."""
+    good, bad = attempts(Talkative(), room=266)
+    assert (bad.ended, len(bad.turns[0].prompt_ids)) == (Ending.CONTEXT, 226)
+    with pytest.warns(UserWarning, match="in the first what it says first makes a prompt of 226 tokens"):
+        good, bad = attempts(Talkative(), room=265)
+    assert (good.ended, good.reward) == (Ending.OVER, 0.5)
+    assert (bad.ended, bad.reward, len(bad.turns)) == (Ending.ERROR, None, 1)
+    assert (bad.opening, len(bad.turns[0].prompt_ids)) == ("", 25), "without the 200 and the new line"
+
+
+def test_experts_that_do_not_reach_the_goal_are_named_once() -> None:
+    experts = [replace(problem, expert=(ExpertTurn("ok", "ok"),) * 2) for problem in (GOOD, BAD)]
+    driver, _ = fake_driver(lambda prompt, place: "ok", lambda **_: [], Echo())
+    with pytest.warns(UserWarning, match="the expert of problem 'good' does not reach the goal"):
+        driver.replay(experts)
+    driver.replay(experts)  # a second warning would be an error here

@@ -11,7 +11,7 @@ from atesd.exposure.segments import Segments
 from atesd.rollout.render import Renderer
 from atesd.types import Message, Problem, UserError
 
-from support.rollouts import END, PADDING, PLAIN_TEMPLATE, byte_tokenizer
+from support.rollouts import CHAT_TEMPLATE, END, FORGETFUL_TEMPLATE, PADDING, PLAIN_TEMPLATE, byte_tokenizer
 
 PROBLEM = Problem("p", "How much is 2 + 3 + 4?", "2 + 3 = 5\n5 + 4 = 9\nSo \\boxed{9}.\nDone.", answer="9")
 TURN: list[Message] = [{"role": "user", "content": "1 + 1?"}]
@@ -144,6 +144,30 @@ def test_a_conversation_goes_on_as_the_template_would_have_it() -> None:
     sampled = [*renderer.text_ids("a reply"), renderer.eos_ids[0]]
     whole = renderer.student_ids([*TURN, {"role": "assistant", "content": "a reply"}, *said])
     assert [*renderer.student_ids(TURN), *sampled, *renderer.continuation_ids(said)] == whole
+
+
+THOUGHT = "<think>\nIs it 2?\n</think>\n\nIt is 2."
+
+
+@pytest.mark.parametrize(("template", "rewrites"), [(CHAT_TEMPLATE, False), (FORGETFUL_TEMPLATE, True)])
+def test_a_template_that_rewrites_history_is_told_from_one_that_keeps_it(template: str, rewrites: bool) -> None:
+    """Rendered anew, the reply of the turn before is there, or only what stands behind its thinking."""
+    tokenizer = byte_tokenizer(template=template)
+    talk = [*TURN, {"role": "assistant", "content": THOUGHT}]
+    assert THOUGHT in str(tokenizer.apply_chat_template(talk, tokenize=False)), "while it is the last message"
+    later = str(tokenizer.apply_chat_template([*talk, {"role": "user", "content": "Sure?"}], tokenize=False))
+    assert (THOUGHT in later, "It is 2." in later) == (not rewrites, True)
+    assert Renderer(tokenizer).rewrites_history() is rewrites
+
+
+def test_what_follows_a_reply_is_the_same_where_history_is_rewritten() -> None:
+    """Both templates put the same around what is said; the thinking that one of them drops is no part of it."""
+    said: list[Message] = [{"role": "user", "content": "Sure?"}]
+    kept, dropped = (Renderer(byte_tokenizer(template=each)) for each in (CHAT_TEMPLATE, FORGETFUL_TEMPLATE))
+    assert dropped.prompt_text(dropped.continuation_ids(said)) == (
+        "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert dropped.continuation_ids(said) == kept.continuation_ids(said)
 
 
 def test_thinking_flags_reach_the_header_of_a_later_turn_too() -> None:
