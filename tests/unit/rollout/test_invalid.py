@@ -96,6 +96,7 @@ def test_what_cannot_be_graded_stays_so_and_the_log_has_both_parts() -> None:
     assert logged == {
         "reward/ungradable": 1.0,
         "reward/mean": 0.5,
+        "reward/std": 0.0,
         "reward/env/mean": 1.0,
         "reward/env/ungradable": 1.0,
         "reward/invalid/mean": -0.5,

@@ -317,7 +317,7 @@ def test_an_adapter_of_another_base_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match="cannot be put on its base"):
         load(ModelConfig(path=str(adapter)), 0)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="is neither a folder here nor an id on the hub"):
+    with pytest.raises(UserError, match=f"names the adapter's base model {str(folder)!r}, where there is no folder"):
         load(ModelConfig(path=str(adapter)), 0)
 
 
