@@ -52,7 +52,7 @@ def test_the_covering_array_holds_every_pair_that_makes_sense() -> None:
     held = set().union(*(pairs(names) for names in COVERING))
     assert all(legal(names) for names in COVERING)
     assert held == set().union(*(pairs(names) for names in every() if legal(names)))
-    assert len(COVERING) < 160
+    assert len(COVERING) < 170
 
 
 def test_exactly_the_combinations_that_make_no_sense_are_refused() -> None:

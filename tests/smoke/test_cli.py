@@ -346,7 +346,8 @@ def test_a_forked_run_is_bit_for_bit_what_train_gives(tmp_path: Path, monkeypatc
     words = [PICO, *SMALL, 'reward={kind="math"}']
     compare = ["compare", *words, "threads=0", "--arms", "learned,half", "--seeds", "1", "--out", str(tmp_path / "cmp")]
     assert run(monkeypatch, *compare) == 0
-    assert run(monkeypatch, "train", *words, 'exposure={kind="beta"}', "threads=1", "--out", str(tmp_path / "run")) == 0
+    learned = ['exposure={kind="beta"}', 'routing={kind="distil"}']
+    assert run(monkeypatch, "train", *words, *learned, "threads=1", "--out", str(tmp_path / "run")) == 0
     forked = tmp_path / "cmp" / "learned" / "seed_0"
     for name in ("config.json", "groups.jsonl", "eval/step_000002.jsonl", "rollouts/step_000002.jsonl"):
         assert (forked / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name

@@ -165,6 +165,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # RLSD: the teacher is read for the size of advantages alone, against the weights that the step began with.
     "rlsd": {
+        "seed": 3,  # with which every update holds rewards that differ
         "reward": PARTIAL,
         "routing": {"kind": "both", "coef": 0.0},
         "rl": {"teacher_credit": {"share": 0.8, "clip": 0.3}, "kl_coef": 0.1, "eps_low": 0.05, "dual_clip": 1.2},
