@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atesd.cli.compare import finish, leaders_line, make_plan, paired_table
+from atesd.recipe import load_config, with_overrides
 from atesd.types import UserError
 
 from support.runs import write_graded
@@ -24,6 +25,22 @@ def printed(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=100).print(table)
     return out.getvalue()
+
+
+def test_the_embedded_recipe_is_aligned_and_its_other_arms_are_distilled(tmp_path: Path) -> None:
+    """Without an [arms] table `aligned` is the same from any recipe; else fixed ratios would be routed, too."""
+    config = load_config(PICO)
+    assert (config.exposure.kind, config.routing.kind) == ("influence", "aligned")
+    for name, overrides in config.arms.items():
+        expected = {"aligned": "aligned", "sft": "sft"}.get(name, "distil")
+        assert with_overrides(config, overrides).routing.kind == expected, name
+    bare = tmp_path / "bare.toml"
+    bare.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n')
+    plan = make_plan(bare, [], ["aligned", "learned"], range(1))
+    found = with_overrides(plan.config, plan.arms["aligned"])
+    assert (found.exposure, found.routing) == (config.exposure, config.routing)
+    learned = with_overrides(plan.config, plan.arms["learned"])
+    assert (learned.exposure.kind, learned.routing.kind) == ("beta", "distil")
 
 
 def test_pairs_are_read_by_their_intervals() -> None:
