@@ -23,6 +23,7 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
     silence_libraries()
     from atesd.tasks.synthetic import doors, pico
     from atesd.train import warmup, warmup_doors
+    from atesd.train.model import set_threads
 
     of_doors = world == "doors"
     default, planted = (
@@ -32,6 +33,7 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
     out = out or Path(f"runs/{world}-warm-start")
     _refuse_filled(out)
     total = steps or default
+    set_threads(1)  # so small a model gains nothing by a second one, which a busy machine makes many times slower
     console = make_console()
     console.print(f"training the {world} warm start, {total} steps: about {clock(total * _SECONDS_A_STEP)} on one core")
     begin = monotonic()
