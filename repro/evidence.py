@@ -5,6 +5,7 @@
     python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
     python repro/evidence.py aligned RUNS [COST]          `aligned` against the best fixed ratio, on every tier in RUNS;
                                                           COST: runs of both on a quiet machine, one at a time
+    python repro/evidence.py agents RUNS                  success of every arm, and what exposure and gate add together
     python repro/evidence.py smollm2 RUNS MISMATCH        every arm on a real model, and what repro/mismatch.py measured
 
 Each writes docs/evidence/NAME.json and NAME.svg and prints a Markdown table.
@@ -42,7 +43,14 @@ def main(arguments: Sequence[str]) -> None:
     """Run one of them."""
     kind, folder, *rest = arguments
     OUT.mkdir(parents=True, exist_ok=True)
-    kinds = {"comparison": comparison, "cliff": cliff, "curriculum": curriculum, "aligned": aligned, "smollm2": smollm2}
+    kinds = {
+        "comparison": comparison,
+        "cliff": cliff,
+        "curriculum": curriculum,
+        "aligned": aligned,
+        "agents": agents,
+        "smollm2": smollm2,
+    }
     kinds[kind](Path(folder), *rest)
 
 
@@ -113,6 +121,55 @@ def aligned(folder: Path, cost: str = "") -> None:
             f"{gained.low:+.3f} to {gained.high:+.3f} | {np.median(times):.2f} |"
         )
     write_atomic(OUT / "aligned.json", dump_json({"tiers": tiers}))
+
+
+def agents(folder: Path) -> None:
+    """Success of every arm beside GRPO's, exposure over the run, and the claim: is both better than the better single?
+
+    Confirmed where the joint arm is ahead of the better of `sdar` and `atesd` by more than two standard errors over
+    seeds, refuted within one of it or below, else undecided.
+    """
+    study = load_comparison(folder)
+    arms = {arm.name: arm for arm in study.arms}
+    found: dict[str, Any] = {"start": accuracy(starts(study)), "k": study.k, "seeds": list(study.seeds), "arms": {}}
+    print(
+        f"| arm | success, Average@{study.k} | 95 % | minus `grpo` | 95 % | mean ratio, first and last ten steps | turns |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, arm in arms.items():
+        own, pair = accuracy(finals(arm)), difference(arm, arms["grpo"])
+        if own is None or pair is None:
+            raise SystemExit(f"arm {name} in {folder} has no complete run: let the comparison go on")
+        logs = [RunDir.open(run).metrics()[1:] for run in runs_of(folder / name)]
+        ratios = [[row.get("exposure/ratio") for row in log] for log in logs]
+        turns = float(np.mean([row["rollout/turns_mean"] for log in logs for row in log]))
+        path = None if name == "grpo" else np.nanmean(np.array(ratios, dtype=float), axis=0).tolist()
+        found["arms"][name] = own | {"minus_grpo": pair._asdict(), "mean_ratio": path, "turns": turns}
+        seen = "" if path is None else f"{np.mean(path[:10]):.2f}, {np.mean(path[-10:]):.2f}"
+        print(
+            f"| `{name}` | {own['average_at_k']:.3f} | {own['low']:.3f} to {own['high']:.3f} | "
+            f"{pair.difference:+.3f} | {pair.low:+.3f} to {pair.high:+.3f} | {seen} | {turns:.1f} |"
+        )
+    single = max(("sdar", "atesd"), key=lambda name: found["arms"][name]["average_at_k"])
+    pair = difference(arms["sdar_atesd"], arms[single])
+    assert pair is not None
+    by_seed = np.array(
+        [
+            float(np.nanmean(joint.final.rewards) - np.nanmean(alone.final.rewards))
+            for joint, alone in zip(arms["sdar_atesd"].runs, arms[single].runs, strict=True)
+            if joint.final is not None and alone.final is not None
+        ]
+    )
+    error = float(by_seed.std(ddof=1) / np.sqrt(len(by_seed)))
+    gained = float(by_seed.mean())
+    verdict = "confirmed" if gained > 2 * error else "refuted" if gained <= error else "undecided"
+    found["claim"] = {"better_single": single, **pair._asdict(), "standard_error": error, "verdict": verdict}
+    print(
+        f"\n`sdar_atesd` - `{single}`: {gained:+.3f}, standard error {error:.3f} over {len(by_seed)} seeds, "
+        f"95 % {pair.low:+.3f} to {pair.high:+.3f}: {verdict}"
+    )
+    write_atomic(OUT / "agents.json", dump_json(found))
+    write_figure(folder, OUT / "agents.svg")
 
 
 def relative_cost(place: Path, seconds_of: Callable[[Path], float]) -> list[float]:
