@@ -132,9 +132,7 @@ def agents(folder: Path) -> None:
     study = load_comparison(folder)
     arms = {arm.name: arm for arm in study.arms}
     found: dict[str, Any] = {"start": accuracy(starts(study)), "k": study.k, "seeds": list(study.seeds), "arms": {}}
-    print(
-        f"| arm | success, Average@{study.k} | 95 % | minus `grpo` | 95 % | mean ratio, first and last ten steps | turns |"
-    )
+    print(f"| arm | success (Average@{study.k}) | 95 % | minus `grpo` | 95 % | ratio, first and last steps | turns |")
     print("|---|---|---|---|---|---|---|")
     for name, arm in arms.items():
         own, pair = accuracy(finals(arm)), difference(arm, arms["grpo"])
