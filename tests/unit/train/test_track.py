@@ -23,7 +23,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    shown = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return shown | {"recipe": [(event.step, 0.0) for event in found.Tensors("recipe/text_summary")]}
 
 
 def test_tensorboard_shows_every_step_once_though_the_run_was_interrupted(tmp_path: Path) -> None:
@@ -38,6 +39,7 @@ def test_tensorboard_shows_every_step_once_though_the_run_was_interrupted(tmp_pa
     shown = scalars(tmp_path / "run" / "track")
     assert shown["loss/total"] == [(row["step"], pytest.approx(row["loss/total"], rel=1e-6)) for row in rows[1:]]
     assert [step for step, _ in shown["time/step_s"]] == [1, 2, 3]
+    assert shown["recipe"] == [(0, 0.0), (2, 0.0)], "the recipe, at the start and where the run went on"
 
 
 class Fake:
@@ -93,6 +95,37 @@ def test_wandb_is_offline_unless_asked_and_gets_recipe_numbers_and_report(
     trackers.finish()
     trackers.finish()
     assert fake.state == ["start", "recipe 7", "finish"]
+
+
+class Plain:
+    """A tracker's own object that has no place for files, as tensorboard's."""
+
+
+def test_a_tracker_without_a_place_for_files_gets_none_beside_one_that_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Accelerator(cpu=True)
+
+    class Bare(Fake):
+        @property
+        def tracker(self) -> Any:
+            return Plain()
+
+    class Files(Fake):
+        pass
+
+    Bare.made, Files.made = [], []
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Bare)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Files)
+    (tmp_path / "run").mkdir()
+    alone = Trackers(TrackConfig(to=("trackio",)), tmp_path / "run")
+    alone.start({"seed": 7}, 0)
+    assert not alone.keep_files
+    both = Trackers(TrackConfig(to=("trackio", "wandb")), tmp_path / "run")
+    both.start({"seed": 7}, 0)
+    assert both.keep_files
+    both.attach(tmp_path / "report.html")
+    assert [len(fake.files) for fake in (*Bare.made, *Files.made)] == [0, 0, 1]
 
 
 def test_a_run_gives_its_report_to_trackers_that_keep_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
