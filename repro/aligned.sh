@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One credit from graded rollouts: docs/evidence.md. Ten fresh seeds (110 to 119 in the tiers, 100 to 109 elsewhere), some
-# five hours on two cores. Stop it with Ctrl-C; the same command continues. Parts can be named:
+# three to five hours on two cores. Stop it with Ctrl-C; the same command continues. Parts can be named:
 # repro/aligned.sh tiers composition policy cost.
 #   tiers        `aligned` against the best fixed ratio and the Beta policy
 #                  shortcut      the tier as it is: .25 is the best fixed ratio
@@ -8,7 +8,7 @@
 #                  moving        hardest references first, so that the levels, and with them the best ratio, change
 #   composition  recipes/pico-aligned.toml with parts taken out, at equal numbers of completions
 #   policy       is ATESD's controller learning? Its prior alone, draws around .5, ten times the decisions, credit as reward
-#   cost         pairs of runs one at a time: on a machine that does nothing else
+#   cost         five pairs of runs, one at a time: on a machine that does nothing else
 # The best fixed ratios were found on other seeds (README, LAB.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
