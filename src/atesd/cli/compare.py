@@ -38,8 +38,8 @@ BUILT_IN_ARMS: dict[str, tuple[str, ...]] = {
     "random": ('exposure={kind="random"}',),
     "learned": ('exposure={kind="beta"}',),
     "aligned": (
-        'exposure={kind="influence", reference="reward", by="level"}',
-        'routing={kind="aligned", otherwise="skip"}',
+        'exposure={kind="influence", reference="reward", by="level", hold=7}',
+        'routing={kind="aligned", otherwise="skip", every=7}',
     ),
     "sft": ('exposure={kind="fixed"}', 'routing={kind="sft"}'),
 }
