@@ -128,7 +128,8 @@ def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     """Return what `{hint}` stands for: the revealed part and the final answer, joined as the module text says.
 
     `source` is the problem whose solution is `shown`: with `hint = "wrong_problem"` the donor, see `donors`. A problem
-    without an answer gets the revealed part alone. Empty with `hint = "none"`.
+    without an answer gets the revealed part alone. Empty with `hint = "none"`. A masked solution is followed by the
+    answer even where it states it, as that place may be hidden.
     """
     if prompt.hint == "none":
         return ""
@@ -138,9 +139,20 @@ def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     if not source.answer or not prompt.answer:
         return visible
     answer = _fill(prompt.answer, answer=source.answer)
-    if states_answer(visible, answer, source.answer):
+    if not shown.masked and states_answer(visible, answer, source.answer):
         return visible
     return visible + answer if visible else answer.lstrip()
+
+
+def before_hint(problem: Problem, prompt: PromptConfig) -> str:
+    """Return what stands before the hint in the teacher's prompt. UserError where the template shows it twice."""
+    before, _, behind = prompt.teacher.partition("{hint}")
+    if "{hint}" in behind:
+        raise UserError(
+            "prompt.teacher shows {hint} more than once, of which tokens could not be hidden: show it once, or set "
+            'reveal.kind = "segments"'
+        )
+    return _fill(before, problem=problem.problem)
 
 
 def states_answer(visible: str, answer_text: str, answer: str) -> bool:
