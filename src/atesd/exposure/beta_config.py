@@ -134,11 +134,6 @@ class BetaSettings(Config):
         return self.hold if self.clock == "pipelined" else self.hold + self.span
 
     @property
-    def reads_hidden(self) -> bool:
-        """By its grounded term, where that is of what a ratio hides."""
-        return self.gt_target == "hidden_only"
-
-    @property
     def asks_rewards(self) -> bool:
         """Tell whether graded rollouts score a decision instead of progress."""
         return self.reward == "aligned"

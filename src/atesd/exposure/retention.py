@@ -12,9 +12,10 @@ they learn by self-distillation from the teacher that sees all of it, on the stu
 2. nobody attends to a dropped token but the token itself, the rest of the prompt included: in the paper a prompt is
 read in full first, so that what stands behind a token would still tell of it; 3. the other three choices, as controls.
 
-The final answer stands behind the whole solution at every ratio below 1 and is never dropped, even where the solution
-states it: that place may be. At ratio 1 nothing is dropped and the prompt is OPSD's; at ratio 0 the hint is the answer
-alone, as with any revealer. Positions stay those of the whole prompt.
+The final answer is never dropped. Where a solution ends by stating it, that statement is no part of |hint| and stays,
+so that the prompt is OPSD's at every ratio above 0; elsewhere the answer stands behind the whole solution, as other
+partial hints have it. At ratio 1 nothing is dropped; at ratio 0 the hint is the answer alone, as with any revealer.
+Positions stay those of the whole prompt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What both roles read: the student's prompt, and the teacher's at an exposure ratio, in ids.
 
-Of a masked hint (`Reveal.masked`) the tokens are found in the prompt: all that overlap the solution, but for one that
-reaches into visible text behind it, as that may be the answer.
+Of a masked hint (`Reveal.masked`) the tokens are found in the prompt: all that overlap the solution, or what stands in
+it before a statement of the answer at its end; but for one that reaches into visible text behind that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from atesd.exposure.prompt import (
     PromptConfig,
     before_hint,
     hint_text,
+    maskable,
     student_messages,
     teacher_messages,
     with_opening,
@@ -77,8 +78,12 @@ class Hints:
 
     def _veil(self, problem: Problem, shown: Reveal, ids: tuple[int, ...]) -> Veil | None:
         """Return what of a masked hint is hidden; None where its budget holds it all."""
+        source = self._donors.get(problem.id, problem)
+        hint = maskable(source, self._prompt).rstrip()
+        if not hint:
+            return None
         texts = self._texts(ids)
-        place = places(texts, before_hint(problem, self._prompt), shown.text.rstrip())
+        place = places(texts, before_hint(problem, self._prompt), hint)
         if place is None:
             raise UserError(
                 f"the solution of problem {problem.id!r} is not found in the teacher's prompt as its tokens spell it, "
@@ -86,7 +91,6 @@ class Hints:
                 'reveal.kind = "segments"'
             )
         start, stop = place
-        source = self._donors.get(problem.id, problem)
         budget = cast("Masker", self._revealer).kept(source, shown.ratio, texts[start:stop])
         return None if budget.keep >= stop - start else Veil(start, stop, *budget)
 
