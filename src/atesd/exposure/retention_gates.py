@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 from atesd.types import UserError
 
@@ -119,7 +119,7 @@ def capacity_excess(log_beta_HI: Tensor, positions: int, budget: int) -> Tensor:
     t_T = torch.arange(1, positions + 1, device=log_beta_HI.device)
     age_TI = t_T[:, None] - t_T[: log_beta_HI.shape[-1]]
     held_HTI = (age_TI.clamp(min=0) * log_beta_HI[:, None, :]).exp() * (age_TI >= 0)
-    return ((held_HTI.sum(-1) - budget).clamp(min=0) / t_T).mean()
+    return (relu(held_HTI.sum(-1) - budget) / t_T).mean()
 
 
 def evict(log_beta_EHI: Tensor, last: int, budget: int) -> Tensor:

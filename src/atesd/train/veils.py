@@ -32,6 +32,7 @@ from atesd.train.hub import first_line
 from atesd.types import UserError
 
 _ATTENTION = "atesd_veiled"
+_ROUNDING = 1e-2
 _REMEDY = 'take a model whose layers call scaled dot-product attention, or set reveal.kind = "segments"'
 
 
@@ -189,7 +190,7 @@ class Veils:
 
     @torch.no_grad()
     def _refuse_misfit(self) -> None:
-        """Try a pass of two tokens, of which the first is hidden from the second."""
+        """Try two pairs of tokens that differ in the first, which is hidden from the second: it must tell nothing."""
         name, attention = kind_of(self._model), self._settings._attn_implementation
         if attention != "sdpa":
             raise UserError(
@@ -197,12 +198,12 @@ class Veils:
                 f'attn_implementation = "{attention}": set model.attn_implementation = "sdpa", or reveal.kind = '
                 '"segments"'
             )
-        ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(self._model.parameters()).device)
-        kept = None if self.gates is not None else ()
-        veiled = {0: Passage((0, 0), (0,), Veil(0, 1, 0, kept))}
+        ids_BL = torch.tensor([[0, 1], [1, 1]], device=next(self._model.parameters()).device)
+        veil = Veil(0, 1, 0, None if self.gates is not None else ())
+        veiled = {row: Passage(tuple(ids), (0,), veil) for row, ids in enumerate(ids_BL.tolist())}
         try:
-            with self._replaced(self._hiding(Pass(ids_BL, (2,), ids_BL, veiled))) as given:
-                decoder(self._model)(input_ids=ids_BL, use_cache=False)
+            with self._replaced(self._hiding(Pass(ids_BL, (2, 2), ids_BL, veiled))) as given:
+                one_W, other_W = decoder(self._model)(input_ids=ids_BL, use_cache=False).last_hidden_state[:, 1]
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
             raise UserError(
                 f'reveal.kind = "retention" cannot hide tokens from the attention of {name} ({first_line(error)}): '
@@ -210,6 +211,11 @@ class Veils:
             ) from error
         if not given or not all(each.was_read for each in given):
             raise UserError(f'reveal.kind = "retention" cannot replace the attention of {name}: {_REMEDY}')
+        if (one_W - other_W).abs().max() > _ROUNDING * one_W.abs().max():
+            raise UserError(
+                f'reveal.kind = "retention" hides tokens from attention, and {name} passes on by other ways what they '
+                f"say: {_REMEDY}"
+            )
 
 
 def veils_for(model: nn.Module, masker: Masker) -> Veils:
