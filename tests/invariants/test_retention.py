@@ -99,7 +99,7 @@ def reference(model: Any, made: Learning) -> tuple[dict[str, float], list[Tensor
                         cap = cap + excess / t / length / (2 * 2) / len(rows)
     gradient = torch.autograd.grad(kl + 0.5 * ntp + 2.0 * cap, list(networks.parameters()))
     gates.networks.float()
-    return {"kl": float(kl), "ntp": float(ntp), "cap": float(cap)}, list(gradient)
+    return {"kl": float(kl.detach()), "ntp": float(ntp.detach()), "cap": float(cap.detach())}, list(gradient)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])

@@ -66,10 +66,11 @@ class Retention(RevealMethod):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        idle = [name for name in _OF_GATES if name in self.model_fields_set] if self.choose != "gates" else []
-        idle += ["unit"] * (self.choose != "random_segments" and "unit" in self.model_fields_set)
-        if idle:
-            raise ValueError(f'reveal.{idle[0]} has no effect with choose = "{self.choose}": remove it')
+        read = {"gates": _OF_GATES, "random_segments": ("unit",)}.get(self.choose, ())
+        fields = type(self).model_fields
+        for name in ("unit", *_OF_GATES):
+            if name not in read and getattr(self, name) != fields[name].default:
+                raise ValueError(f'reveal.{name} has no effect with choose = "{self.choose}": remove it')
         return self
 
     def describe(self) -> str:
