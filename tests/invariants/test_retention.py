@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atesd.exposure.retention import Retainer, Retention
+from atesd.exposure.retention_gates import Gates
 from atesd.facts import RunFacts
 from atesd.losses.divergence import LossConfig
 from atesd.metrics import is_timing
@@ -63,16 +67,19 @@ def learning(model: Any, *, budget: int = 10_000, rows: list[Row] = ROWS, sectio
 
 def reference(model: Any, made: Learning) -> tuple[dict[str, float], list[Tensor]]:
     """Return the parts of the loss and the gates' gradient, from models in float64."""
-    gates = made._gates
+    veiled = [(row.view_prompts["teacher"], row.completion, row.veils["teacher"]) for row in ROWS if row.veils]
+    return loss_of(model, made._gates, veiled, ntp=0.5, cap=2.0)
+
+
+def loss_of(
+    model: Any, gates: Gates, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...], Veil]], *, ntp: float, cap: float
+) -> tuple[dict[str, float], list[Tensor]]:
     networks = gates.networks.double()
     head = model.lm_head.weight.detach().double()
-    rows = [row for row in ROWS if row.veils]
-    count = sum(len(row.completion) for row in rows)
-    zero = torch.zeros((), dtype=torch.float64)
-    kl, ntp, cap = zero.clone(), zero.clone(), zero.clone()
-    for row in rows:
-        veil, prompt = row.veils["teacher"], row.view_prompts["teacher"]
-        ids = prompt + row.completion[:-1]
+    count = sum(len(completion) for _, completion, _ in rows)
+    kl, nll, excess = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for prompt, completion, veil in rows:
+        ids = prompt + completion[:-1]
         seen: list[Tensor] = []
 
         def fading(layer: int, states_TW: Tensor, veil: Veil = veil, seen: list[Tensor] = seen) -> Tensor:
@@ -88,18 +95,18 @@ def reference(model: Any, made: Learning) -> tuple[dict[str, float], list[Tensor
         gated = (final_states(model, ids, fading)[len(prompt) - 1 :] @ head.T).log_softmax(-1)
         full = (final_states(model, ids)[len(prompt) - 1 :] @ head.T).log_softmax(-1)
         kl = kl + (full.exp() * (full - gated)).sum() / count
-        ntp = ntp - gated[range(len(row.completion)), list(row.completion)].sum() / count
+        nll = nll - gated[range(len(completion)), list(completion)].sum() / count
         length = len(ids) - veil.start
         for log_beta_GI in seen:
             for log_beta_I in log_beta_GI:
                 for t in range(1, length + 1):
                     held = sum((log_beta_I[i - 1] * (t - i)).exp() for i in range(1, min(t, len(log_beta_I)) + 1))
-                    excess = cast("Tensor", held) - veil.keep
-                    if excess > 0:
-                        cap = cap + excess / t / length / (2 * 2) / len(rows)
-    gradient = torch.autograd.grad(kl + 0.5 * ntp + 2.0 * cap, list(networks.parameters()))
+                    beyond = cast("Tensor", held) - veil.keep
+                    if beyond > 0:
+                        excess = excess + beyond / t / length / (len(seen) * len(log_beta_GI)) / len(rows)
+    gradient = torch.autograd.grad(kl + ntp * nll + cap * excess, list(networks.parameters()))
     gates.networks.float()
-    return {"kl": float(kl.detach()), "ntp": float(ntp.detach()), "cap": float(cap.detach())}, list(gradient)
+    return {name: float(part.detach()) for name, part in (("kl", kl), ("ntp", nll), ("cap", excess))}, list(gradient)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
@@ -207,6 +214,36 @@ def test_every_step_moves_the_gates_by_the_parts_of_their_loss(whole: Path) -> N
         assert 0 < row["retention/beta"] < 1
     assert [gates_of(whole, step)["updates"] for step in (2, 4)] == [2, 4]
     assert gates_of(whole, 2)["weights"] != gates_of(whole, 4)["weights"]
+
+
+def test_what_a_run_logs_is_of_its_own_completions_and_hints(tmp_path: Path) -> None:
+    """The frozen teacher and the gates of the start; a token a letter, and ceil(.25 n) of those before the answer."""
+    trainer = Trainer.start(
+        build_config(TREE | {"teacher": {"weights": "frozen"}, "step": {"num_steps": 1, "problems": 3}}),
+        tmp_path / "run",
+        tmp_path / "run",
+    )
+    parts, groups = trainer.parts, []
+    assert isinstance(parts.revealer, Retainer)
+    assert parts.revealer.gates is not None
+    model, networks = deepcopy(parts.model), deepcopy(parts.revealer.gates.networks)
+    remember = parts.credit.remember
+    parts.credit.remember = lambda found, *more: (groups.extend(found), remember(found, *more))[1]  # type: ignore
+    trainer.train()
+    rows = []
+    for group in groups:
+        solution = group.problem.solution
+        head, tail = parts.renderer.text_ids(f"{group.problem.problem}\n>"), parts.renderer.text_ids(solution)
+        (opening, *_, closing) = parts.renderer.teacher_ids([{"role": "user", "content": "1"}])
+        prompt = (opening, *head, *tail, closing)
+        size = len(solution.rpartition("#")[0].rstrip())
+        assert len(tail) == len(solution)
+        start = 1 + len(head)
+        turn = group.trajectories[0].turns[0]
+        rows.append((prompt, turn.completion_ids, Veil(start, start + size, math.ceil(0.25 * size))))
+    numbers, _ = loss_of(model, cast("Any", SimpleNamespace(networks=networks)), rows, ntp=1.0, cap=1.0)
+    logged = reproducible(tmp_path / "run")[1]
+    assert {name: logged[f"retention/{name}"] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-6)
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
