@@ -22,9 +22,10 @@ from atesd.losses.divergence import LossConfig
 from atesd.metrics import is_timing
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
-from atesd.sections import TeacherConfig
+from atesd.sections import LoraConfig, TeacherConfig
 from atesd.train.batch import Row, Veil
 from atesd.train.loop import Interrupted, Trainer
+from atesd.train.model import add_lora
 from atesd.train.retention import Learning
 from atesd.train.scorer import Scorer
 from atesd.train.teacher import Teacher, Teachers
@@ -142,6 +143,21 @@ def test_only_the_gates_move_and_nothing_is_left_on_the_model() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_adapters_are_neither_asked_for_gradients_nor_moved() -> None:
+    """With adapters the frozen teacher is the base, whose hints fade as without adapters."""
+    adapted = add_lora(tiny_model(), LoraConfig(r=2, alpha=4), 0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.5)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    plain, made = learning(tiny_model()), learning(adapted)
+    assert made.update() == pytest.approx(plain.update(), rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+
+
 def test_a_step_without_a_veiled_hint_moves_nothing() -> None:
     made = learning(tiny_model(), rows=[row for row in ROWS if not row.veils])
     assert made.update() is None
@@ -214,6 +230,10 @@ def test_every_step_moves_the_gates_by_the_parts_of_their_loss(whole: Path) -> N
         assert 0 < row["retention/beta"] < 1
     assert [gates_of(whole, step)["updates"] for step in (2, 4)] == [2, 4]
     assert gates_of(whole, 2)["weights"] != gates_of(whole, 4)["weights"]
+    shown = [json.loads(line) for line in (whole / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    for row in shown:
+        size = len(row["hint"].rpartition("#")[0].rstrip())
+        assert row["attended"] == [math.ceil(0.25 * size), size]
 
 
 def test_what_a_run_logs_is_of_its_own_completions_and_hints(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Gates:
         seed: int,
         device: torch.device,
     ) -> None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.networks = nn.ModuleList(
                 nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, heads)) for _ in range(layers)
