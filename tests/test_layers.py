@@ -73,6 +73,8 @@ ORDERS: dict[str, list[str]] = {
         "overlap",
         "turns",
         "skills",
+        "retention_gates",
+        "retention",
         "window",
         "held",
         "schedules",
@@ -96,6 +98,7 @@ ORDERS: dict[str, list[str]] = {
         "model",
         "optim",
         "teacher",
+        "veils",
         "scorer",
         "agree",
         "stats",
@@ -109,6 +112,7 @@ ORDERS: dict[str, list[str]] = {
         "contract",
         "directions",
         "credit",
+        "retention",
         "measure",
         "record",
         "card",
@@ -129,7 +133,17 @@ ORDERS: dict[str, list[str]] = {
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("losses", "gates", "selection", "gradients", "rollout", "train", "exposure/beta.py", "cli/plan.py"),
+    "torch": (
+        "losses",
+        "gates",
+        "selection",
+        "gradients",
+        "rollout",
+        "train",
+        "exposure/beta.py",
+        "exposure/retention_gates.py",
+        "cli/plan.py",
+    ),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
     "safetensors": ("train",),

@@ -328,7 +328,8 @@ class RunConfig(Config):
             idle = [name for name in ("gate", "selection", "target") if self._is_set(name)]
             idle += ["loss.prompt_weight"] * (self.loss.prompt_weight != "none")
             idle += [f"loss.{name}" for name in _OF_DISTILLATION if self._differs(self.loss, name)]
-            idle += ["exposure"] * self.exposure.measured + ["reveal"] * self.reveal.reads_rollout
+            idle += ["exposure"] * self.exposure.measured
+            idle += ["reveal"] * (self.reveal.reads_rollout or self.reveal.masks)
             if idle:
                 raise ValueError(f"{router} distils nothing: remove {idle[0]}, which has no effect")
         return self
@@ -409,14 +410,30 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _reveal_fits(self) -> Self:
-        if not self.reveal.reads_rollout:
+    def _masks_fit(self) -> Self:
+        if not self.reveal.masks:
             return self
         reveal = f'reveal.kind = "{self.reveal.kind}"'
-        if self.prompt.hint == "none":
+        if self.routing.asks_teacher:
+            raise ValueError(
+                f"routing.teacher_share needs completions of the teacher, from whom {reveal} hides tokens only where "
+                "it scores: remove routing.teacher_share"
+            )
+        if self.exposure.reads_hidden:
+            raise ValueError(
+                f'{reveal} hides tokens, not segments that could be asked for: set exposure.gt_target = "solution"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reveal_fits(self) -> Self:
+        reveal = f'reveal.kind = "{self.reveal.kind}"'
+        if self.prompt.hint == "none" and (self.reveal.reads_rollout or self.reveal.masks):
             raise ValueError(
                 f'prompt.hint = "none" shows nothing at any ratio, so {reveal} has no effect: remove reveal.kind'
             )
+        if not self.reveal.reads_rollout:
+            return self
         if self.prompt.hint == "wrong_problem":
             raise ValueError(
                 f'{reveal} compares with the own solution, but prompt.hint = "wrong_problem" shows another: '

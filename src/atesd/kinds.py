@@ -25,6 +25,7 @@ from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.influence import Influence
 from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
+from atesd.exposure.retention import Retention
 from atesd.exposure.revealer import RevealMethod
 from atesd.exposure.schedules import Cosine, Fixed, Linear, Steps, Uniform
 from atesd.exposure.segments import Segments
@@ -105,7 +106,8 @@ RevealSection = Annotated[
     Annotated[Segments, Tag("segments")]  # that share of the segments
     | Annotated[Overlap, Tag("overlap")]  # at most up to where the rollout follows: PAINT
     | Annotated[Turns, Tag("turns")]  # that share of an expert's turns
-    | Annotated[Skills, Tag("skills")],  # retrieved skills: SDAR
+    | Annotated[Skills, Tag("skills")]  # retrieved skills: SDAR
+    | Annotated[Retention, Tag("retention")],  # tokens that attention reaches: Make Each Token Count
     Discriminator(reveal_kind),
     Own(RevealMethod),
 ]

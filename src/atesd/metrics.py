@@ -51,6 +51,11 @@ METRICS: dict[str, str] = {
     "exposure/{}/{}": "a number of one difficulty bin's own policy (bin0 is the easiest)",
     "exposure/{}/feature/{}": "state feature of a bin's open decision",
     "skill/{}/uses": "attempts whose teacher was shown a skill so far (reveal `skills` with retriever `ucb`)",
+    "retention/kl": "divergence of the teacher whose hint fades from the one that reads all of it, nats a token, "
+    "before the gates' update (reveal `retention`)",
+    "retention/ntp": "NLL of the completions under the teacher whose hint fades, nats a token",
+    "retention/cap": "what the gates remember of hints beyond the budget, over position, mean over layers and heads",
+    "retention/beta": "mean beta of the hints' tokens: what a step leaves of a token's weight",
     "curriculum/reference_nll": "mean NLL that the student gave to the references of the step's problems before its "
     "update, nats a token (probe.log_references)",
     "measure/{}": "a measurement taken for a policy, by its key (probe_nll, gt_solution@0.5, ...)",

@@ -29,6 +29,8 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
 REVEALS: dict[str, dict[str, Any]] = {
     "segments": {"unit": "line"},
     "overlap": {"kind": "overlap", "unit": "line", "n": 3},
+    "retention": {"kind": "retention", "hidden": 4},
+    "random_tokens": {"kind": "retention", "choose": "random_tokens"},
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "all": {"kind": "all"},
@@ -144,8 +146,10 @@ def legal(names: dict[str, str]) -> bool:
         return False
     if idle and names.get("exposure") in MEASURED:
         return False
-    if idle and names.get("reveal") == "overlap":
+    if idle and names.get("reveal") not in ("segments", None):
         return False
+    if router == "retire" and names.get("reveal") in ("retention", "random_tokens"):
+        return False  # the teacher would have to write
     if names.get("exposure") == "difficulty" and router == "hdpo":
         return False
     if names.get("reveal") == "overlap" and (router == "cliff" or target == "guarded"):

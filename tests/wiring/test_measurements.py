@@ -275,4 +275,5 @@ def test_no_measurement_is_left_unchecked(oracle: Oracles) -> None:
     for name in MEASURING:
         found |= {key.partition("@")[0] for _, key, _ in measured(oracle(name))}
     # reference_nll: its order of problems is checked; the probe's credits: tests/invariants/test_reward_credit.py
+    # retention: tests/invariants/test_retention.py
     assert found == checked | {"reference_nll", "probe_influence_by_level"}

@@ -44,6 +44,11 @@ class BetaConfig(ExposureMethod, BetaSettings):
     measured: ClassVar[bool] = True
     reads_length: ClassVar[bool] = True
 
+    @property
+    def reads_hidden(self) -> bool:
+        """By its grounded term, where that is of what a ratio hides."""
+        return self.gt_target == "hidden_only"
+
     def describe(self) -> str:
         """Name policy and reward."""
         return "a learned share: a Beta policy, rewarded for the student's progress (ATESD)"

@@ -36,6 +36,11 @@ class ExposureMethod(Method):
     """Whether the exposure depends on lambda*: then the target must be extrapolated."""
 
     @property
+    def reads_hidden(self) -> bool:
+        """Whether the teacher is asked for the segments that a ratio hides, so that there must be some."""
+        return False
+
+    @property
     def reads_rewards(self) -> bool:
         """Whether problems are told apart by the rewards of their attempts: then groups need several."""
         return False

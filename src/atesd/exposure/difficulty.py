@@ -46,6 +46,11 @@ class Difficulty(ExposureMethod):
         """By the pass rate."""
         return self.by == "pass_rate"
 
+    @property
+    def reads_hidden(self) -> bool:
+        """As the policies do."""
+        return self.policy.reads_hidden
+
     def describe(self) -> str:
         """Name the number of policies."""
         return f"learned shares: a Beta policy for each of {self.bins} difficulties of problems"

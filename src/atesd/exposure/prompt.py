@@ -128,19 +128,47 @@ def hint_text(source: Problem, shown: Reveal, prompt: PromptConfig) -> str:
     """Return what `{hint}` stands for: the revealed part and the final answer, joined as the module text says.
 
     `source` is the problem whose solution is `shown`: with `hint = "wrong_problem"` the donor, see `donors`. A problem
-    without an answer gets the revealed part alone. Empty with `hint = "none"`.
+    without an answer gets the revealed part alone. Empty with `hint = "none"`. A masked solution is whole, and followed
+    by the answer unless it ends by stating it, in a part that is never hidden (`maskable`).
     """
     if prompt.hint == "none":
         return ""
     if shown.complete and not shown.foreign:
         return source.solution
+    if shown.masked and maskable(source, prompt) != source.solution:
+        return source.solution
     visible = shown.text.rstrip()
     if not source.answer or not prompt.answer:
         return visible
     answer = _fill(prompt.answer, answer=source.answer)
-    if states_answer(visible, answer, source.answer):
+    if not shown.masked and states_answer(visible, answer, source.answer):
         return visible
     return visible + answer if visible else answer.lstrip()
+
+
+def before_hint(problem: Problem, prompt: PromptConfig) -> str:
+    """Return what stands before the hint in the teacher's prompt. UserError where the template shows it twice."""
+    before, _, behind = prompt.teacher.partition("{hint}")
+    if "{hint}" in behind:
+        raise UserError(
+            "prompt.teacher shows {hint} more than once, of which tokens could not be hidden: show it once, or set "
+            'reveal.kind = "segments"'
+        )
+    return _fill(before, problem=problem.problem)
+
+
+def maskable(source: Problem, prompt: PromptConfig) -> str:
+    """Return a solution without the statement of its answer at the end: all of it where it ends otherwise.
+
+    Only signs and white space may follow the statement.
+    """
+    if not source.answer or not prompt.answer:
+        return source.solution
+    pattern = _statement(_fill(prompt.answer, answer=source.answer), source.answer)
+    last = next(reversed(list(pattern.finditer(source.solution))), None)
+    if last is None or any(letter.isalnum() for letter in source.solution[last.end() :]):
+        return source.solution
+    return source.solution[: last.start()]
 
 
 def states_answer(visible: str, answer_text: str, answer: str) -> bool:
@@ -150,12 +178,17 @@ def states_answer(visible: str, answer_text: str, answer: str) -> bool:
     ends and inside the box aside. Digits and letters must stand alone: `#7` is in `so #7.`, not in `#72`, `#7.5` or
     `#7/2`; a box is exact by itself.
     """
+    return _statement(answer_text, answer).search(visible) is not None
+
+
+def _statement(answer_text: str, answer: str) -> re.Pattern[str]:
+    """Return what matches a statement of the answer."""
     stated = answer_text.strip()
     if f"\\boxed{{{answer}}}" in answer_text:
-        return re.search(rf"\\boxed\s*\{{\s*{re.escape(answer.strip())}\s*\}}", visible) is not None
+        return re.compile(rf"\\boxed\s*\{{\s*{re.escape(answer.strip())}\s*\}}")
     before = r"(?<!\w)(?<!\d[.,])" if stated[0].isalnum() or stated[0] in "+-." else ""
     after = r"(?!\w)(?![.,/]\d)" if stated[-1].isalnum() else ""
-    return re.search(before + re.escape(stated) + after, visible) is not None
+    return re.compile(before + re.escape(stated) + after)
 
 
 def donors(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:

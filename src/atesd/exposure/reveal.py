@@ -59,6 +59,9 @@ class Reveal:
     hidden_spans: tuple[tuple[int, int], ...] = ()
     foreign: bool = False
     """Whether the text is no part of the solution, as a retrieved skill is: then it is never replaced by it."""
+    masked: bool = False
+    """Whether the text is the whole solution, of which attention reaches some tokens (`Masker`): one segment, counted
+    as not shown."""
 
     @property
     def complete(self) -> bool:

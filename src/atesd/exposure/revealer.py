@@ -7,8 +7,8 @@ at the rollout that the teacher is about to score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from atesd.exposure.reveal import Reveal
 from atesd.types import Method, Policy, Problem, Trajectory
@@ -26,11 +26,51 @@ class Revealer(Policy, Protocol):
         ...
 
 
+class Budget(NamedTuple):
+    """How many tokens of a hint attention reaches, in every layer and head or on average over them."""
+
+    keep: int
+    kept: tuple[int, ...] | None
+    """Which ones, by their place in the hint, in order; None where gates choose them."""
+
+
+class ModelSize(NamedTuple):
+    """What gates must know of a model."""
+
+    layers: int
+    key_heads: int
+    width: int
+    """Of the states between layers."""
+    device: Any
+
+
+class Masker(Revealer, Protocol):
+    """A revealer that shows the whole solution and hides tokens of it from attention, where `Reveal.masked` says so."""
+
+    gates: Any
+    """What chooses tokens by the states of the model (`exposure/retention_gates.py`), after `prepare`; or None."""
+
+    def prepare(self, size: ModelSize) -> None:
+        """Look at the model's size once, before step 0 and before any state is restored."""
+        ...
+
+    def kept(self, problem: Problem, ratio: float, pieces: Sequence[str]) -> Budget:
+        """Return what is kept of a hint at a ratio; `pieces` are the texts of its tokens."""
+        ...
+
+    def learned(self, numbers: Mapping[str, float]) -> None:
+        """Take in the parts of the loss of the gates' latest update."""
+        ...
+
+
 class RevealMethod(Method):
     """Base of revealers' sections."""
 
     declares: ClassVar[tuple[str, ...]] = ("reads_rollout", "describe", "build")
     """`reads_rollout`: whether the share in force is known only after the rollout."""
+
+    masks: ClassVar[bool] = False
+    """Whether what is built is a `Masker`."""
 
     def warning(self, solutions: Sequence[str]) -> str | None:  # noqa: ARG002
         """Return what to warn of before step 0, seeing the training problems' solutions; None for nothing."""

@@ -152,7 +152,7 @@ function inspector(root) {
     reading.replaceChildren(
       element("div", { class: "reading" },
         block("Problem", row.problem),
-        distilled(row) ? block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)})`, row.hint)
+        distilled(row) ? block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)}${attended(row)})`, row.hint)
           : block("Hint", "None: no teacher read this completion."),
         row.turns ? conversation(row, style) : completion(row, style)),
     );
@@ -166,6 +166,9 @@ function inspector(root) {
       ...[["What the student read", row.student], ["What the teacher read", row.teacher]].filter(([, text]) => text)
         .map(([title, text]) => folded(title, text)));
   }
+
+  // A masked hint is shown whole; of its tokens attention reaches as many in every layer and head, or on average.
+  const attended = (row) => (row.attended ? `; attention reaches ${row.attended[0]} of ${row.attended[1]} tokens` : "");
 
   // Turn by turn: what the environment said, the action, and beside it what the teacher had read when it scored that.
   function conversation(row, style) {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,24 @@ from torch import Tensor
 from atesd.losses.target import View
 
 
+class Veil(NamedTuple):
+    """A hint within a prompt, of whose tokens attention reaches `keep` in every layer and head, or on average."""
+
+    start: int
+    """Where its tokens begin in the prompt, and, behind the last one, end."""
+    stop: int
+    keep: int
+    kept: tuple[int, ...] | None = None
+    """Which ones, counted from `start`; None where gates choose them."""
+
+
 class Passage(NamedTuple):
     """What a model reads and scores: a prompt and the completion behind it, in ids, each of at least one token."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    veil: Veil | None = None
+    """What of the prompt's hint is hidden; None where all is read."""
 
     @property
     def cost(self) -> int:
@@ -53,6 +67,8 @@ class Row:
     """The hint that the teacher reads."""
     view_prompts: Mapping[View, tuple[int, ...]] = field(default_factory=dict)
     """Prompts of the target's teacher views; empty where nothing is distilled."""
+    veils: Mapping[View, Veil] = field(default_factory=dict)
+    """What of them is hidden, of the views where anything is."""
     sampler_logprobs: tuple[float, ...] = ()
     """Empty where the completion was not sampled (the supervised route)."""
     advantage: float = 0.0
@@ -69,7 +85,8 @@ class Row:
 
     def view(self, view: View) -> Passage:
         """Return what a view reads; the base reads the student's prompt."""
-        return Passage(self.prompt if view == "base" else self.view_prompts[view], self.completion)
+        prompt = self.prompt if view == "base" else self.view_prompts[view]
+        return Passage(prompt, self.completion, self.veils.get(view))
 
     @property
     def cost(self) -> int:
@@ -89,6 +106,8 @@ class Pass(NamedTuple):
     """Positions of each passage; what stands behind them is padding."""
     places_N: Tensor
     """Where, in [B L], the hidden states stand that predict completion tokens, passage by passage."""
+    veiled: Mapping[int, Passage] = MappingProxyType({})
+    """The passages with a veil, by row: none, or all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +129,18 @@ class ViewInput:
 
 
 def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device, budget: int | None = None) -> ViewInput:
-    """Build the passes over a batch, each of at most `budget` padded positions, or of one passage."""
+    """Build the passes over a batch, each of at most `budget` padded positions, or of one passage.
+
+    Passages with a veil go through the model apart: the others are to be what they are without any.
+    """
     overhead = PASS_POSITIONS if device.type == "cpu" else PASS_POSITIONS_ON_GPU
-    members = cheapest_passes([passage.cost for passage in passages], overhead, budget)
+    alike = [[index for index, each in enumerate(passages) if (each.veil is None) == plain] for plain in (True, False)]
+    members = [
+        [same[place] for place in places]
+        for same in alike
+        if same
+        for places in cheapest_passes([passages[index].cost for index in same], overhead, budget)
+    ]
     read = [index for indices in members for index in indices]
     return ViewInput(
         passes=tuple(_pass([passages[index] for index in indices], pad_id, device) for indices in members),
@@ -126,7 +154,8 @@ def _pass(passages: Sequence[Passage], pad_id: int, device: torch.device) -> Pas
     first = [row * width + len(each.prompt) - 1 for row, each in enumerate(passages)]
     places = [torch.arange(start, start + len(each.completion)) for start, each in zip(first, passages, strict=True)]
     lengths = tuple(each.cost for each in passages)
-    return Pass(torch.tensor(ids).to(device), lengths, torch.cat(places).to(device))
+    veiled = {row: each for row, each in enumerate(passages) if each.veil is not None}
+    return Pass(torch.tensor(ids).to(device), lengths, torch.cat(places).to(device), veiled)
 
 
 def _order(read: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

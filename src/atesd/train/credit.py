@@ -76,6 +76,11 @@ class Credit:
         if chosen:
             self._distilled = Batch([groups[index] for index in chosen], [ratios[index] for index in chosen], target)
 
+    @property
+    def distilled(self) -> Batch | None:
+        """The distilled groups of the latest batch that credit is taken on; None where there are none."""
+        return self._distilled
+
     def influence(self, ratios: Sequence[float]) -> list[float | None]:
         """Return the credit of each ratio; None before the first batch and where nothing was distilled."""
         weights = self._weights(self._parameters)

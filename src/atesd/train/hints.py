@@ -1,14 +1,30 @@
-"""What both roles read: the student's prompt, and the teacher's at an exposure ratio, in ids."""
+"""What both roles read: the student's prompt, and the teacher's at an exposure ratio, in ids.
+
+Of a masked hint (`Reveal.masked`) the tokens are found in the prompt: all that overlap the solution, or what stands in
+it before a statement of the answer at its end; but for one that reaches into visible text behind that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import cast
 
-from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages, with_opening
+from atesd.exposure.prompt import (
+    PromptConfig,
+    before_hint,
+    hint_text,
+    maskable,
+    student_messages,
+    teacher_messages,
+    with_opening,
+)
 from atesd.exposure.reveal import Reveal
-from atesd.exposure.revealer import Revealer
-from atesd.rollout.render import Renderer
+from atesd.exposure.revealer import Masker, Revealer
+from atesd.rollout.render import KEPT, Renderer
+from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
 
 
@@ -19,6 +35,8 @@ class Hint:
     text: str
     ratio: float
     prompt_ids: tuple[int, ...]
+    veil: Veil | None = None
+    """Which of its tokens are hidden from attention; None for none."""
 
 
 class Hints:
@@ -31,6 +49,7 @@ class Hints:
         self._revealer = revealer
         self._renderer = renderer
         self._donors = donors
+        self._texts = lru_cache(KEPT)(renderer.token_texts)
 
     def hint(
         self, problem: Problem, ratio: float, rollout: Trajectory | None = None, *, opening: str | None = None
@@ -39,22 +58,41 @@ class Hints:
 
         `opening` is what an environment said first, behind the prompt: unset, the rollout's.
         """
-        text, shown_ratio = self._text(problem, ratio, rollout)
+        text, shown = self._text(problem, ratio, rollout)
         if opening is None:
             opening = rollout.opening if rollout is not None else ""
         messages = with_opening(teacher_messages(problem, text, self._prompt), opening)
-        return Hint(text, shown_ratio, tuple(self._renderer.teacher_ids(messages)))
+        ids = tuple(self._renderer.teacher_ids(messages))
+        return Hint(text, shown.ratio, ids, self._veil(problem, shown, ids) if shown.masked else None)
 
     def teacher_messages(self, problem: Problem, ratio: float) -> list[Message]:
         """Return the teacher's prompt at a ratio as messages, whatever the rollout."""
         text, _ = self._text(problem, ratio, None)
         return teacher_messages(problem, text, self._prompt)
 
-    def _text(self, problem: Problem, ratio: float, rollout: Trajectory | None) -> tuple[str, float]:
-        """Return the hint's text and the share that it really shows."""
+    def _text(self, problem: Problem, ratio: float, rollout: Trajectory | None) -> tuple[str, Reveal]:
+        """Return the hint's text and what it shows of the solution."""
         source = self._donors.get(problem.id, problem)
         shown = self._revealer.reveal(source, ratio, rollout)
-        return "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt), shown.ratio
+        return "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt), shown
+
+    def _veil(self, problem: Problem, shown: Reveal, ids: tuple[int, ...]) -> Veil | None:
+        """Return what of a masked hint is hidden; None where its budget holds it all."""
+        source = self._donors.get(problem.id, problem)
+        hint = maskable(source, self._prompt).rstrip()
+        if not hint:
+            return None
+        texts = self._texts(ids)
+        place = places(texts, before_hint(problem, self._prompt), hint)
+        if place is None:
+            raise UserError(
+                f"the solution of problem {problem.id!r} is not found in the teacher's prompt as its tokens spell it, "
+                "as the chat template or the tokenizer rewrites text, so that none of them can be hidden: set "
+                'reveal.kind = "segments"'
+            )
+        start, stop = place
+        budget = cast("Masker", self._revealer).kept(source, shown.ratio, texts[start:stop])
+        return None if budget.keep >= stop - start else Veil(start, stop, *budget)
 
     def shown(self, problem: Problem, ratio: float) -> Reveal:
         """Return what of the problem's own solution is visible at a ratio."""
@@ -98,6 +136,30 @@ class Hints:
         """Return a bound on the length of a problem's teacher prompt at any ratio."""
         answer = len(self._renderer.text_ids(self._prompt.answer))
         return len(self.teacher_ids(problem, 1.0)) + answer + len(self._renderer.text_ids(problem.answer or ""))
+
+
+def places(texts: Sequence[str], before: str, solution: str) -> tuple[int, int] | None:
+    """Return where the tokens of a solution begin and end in a prompt, from the text of each; None where they do not.
+
+    `before` is what the prompt's template says before it; a chat template may drop white space at the beginning. A
+    token without a text of its own, as a part of a letter, belongs where it stands.
+    """
+    whole = "".join(texts)
+    found = whole.find(before + solution)
+    if found < 0:
+        before = before.lstrip()
+        found = whole.find(before + solution)
+    if found < 0:
+        return None
+    begin, end = found + len(before), found + len(before) + len(solution)
+    limit = end + len(whole[end:]) - len(whole[end:].lstrip())
+    ends = list(accumulate(map(len, texts)))
+    inside = [
+        place
+        for place, (text, stop) in enumerate(zip(texts, ends, strict=True))
+        if (begin < stop <= limit and stop - len(text) < end) or (not text and begin <= stop < end)
+    ]
+    return inside[0], inside[-1] + 1
 
 
 def refuse_overlong(overlong: Sequence[str], context: int | None) -> None:

@@ -12,6 +12,7 @@ contract@r            at positions of forced form in probe completions, by class
 influence@r           and virtual_nll@r, virtual_reward@r, reward_influence@r, probe_influence@r, each of the last two
                       with _by_level@r: credit of a ratio; reward_influence_lambda@l of a lambda (train/credit.py)
 reference_nll         of every training problem, by id: token-mean NLL of its reference under the student
+retention             loss of the retention gates before an update of theirs (train/retention.py)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from atesd.runlog import Phases
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.probe import Probe
+from atesd.train.retention import Learning
 from atesd.types import ContractPoint, Measurement, Problem, Reading, UserError
 
 
@@ -39,7 +41,14 @@ class Taker(NamedTuple):
 class Measurer:
     """Takes measurements by kind."""
 
-    def __init__(self, probe: Probe, contract: Contract, credit: Credit, training: Sequence[Problem]) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        contract: Contract,
+        credit: Credit,
+        training: Sequence[Problem],
+        gates: Learning | None = None,
+    ) -> None:
         self._probe = probe
         likelihood = probe.teacher_log_likelihood
         self._table = {
@@ -65,6 +74,8 @@ class Measurer:
             "gt_hidden_only": Taker(_each(lambda ratio: likelihood(ratio, "hidden"))),
             "contract": Taker(contract.points),
         }
+        if gates is not None:  # last: what else is measured is of the gates that the step had
+            self._table["retention"] = Taker(_each(lambda _: gates.update()), "retention", needs_probe=False)
 
     @torch.no_grad()
     def measure(self, wanted: Iterable[Measurement], phases: Phases | None = None) -> dict[Measurement, Reading]:

@@ -91,4 +91,6 @@ def advantages(group: Group, expected: float | None) -> list[float | None]:
 
 
 def _restored(step: Sequence[Sequence[Any]]) -> list[Graded]:
-    return [Graded(Passage(*map(tuple, passage)), advantage, group) for passage, advantage, group in step]
+    return [
+        Graded(Passage(tuple(prompt), tuple(reply)), advantage, group) for (prompt, reply, *_), advantage, group in step
+    ]

@@ -82,8 +82,8 @@ class Probe:
             None
             if stored is None
             else [
-                Told(place, opening, tuple(told), Passage(*map(tuple, passage)))
-                for place, opening, told, passage in stored
+                Told(place, opening, tuple(told), Passage(tuple(prompt), tuple(reply)))
+                for place, opening, told, (prompt, reply, *_) in stored
             ]
         )
 
@@ -138,8 +138,8 @@ class Probe:
 
     def hinted(self, turn: Told, ratio: float) -> Passage:
         """Return a turn as the teacher reads it at a ratio, whatever the rollout."""
-        prompt = self.hints.teacher_ids(self.problems[turn.problem], ratio, turn.opening)
-        return Passage(prompt + turn.told, turn.student.completion)
+        hint = self.hints.hint(self.problems[turn.problem], ratio, opening=turn.opening)
+        return Passage(hint.prompt_ids + turn.told, turn.student.completion, hint.veil)
 
     def teacher_log_likelihood(self, ratio: float, part: Part) -> float | None:
         """Return the token-mean log-probability of a part of the references under the teacher at a ratio.
@@ -174,7 +174,8 @@ class Probe:
             "answer": problem.answer or "",
             "hidden": self.unrevealed(problem, ratio),
         }[part]
-        return [Passage(self.hints.teacher_ids(problem, ratio), self._ids(text))] if text.strip() else []
+        hint = self.hints.hint(problem, ratio)
+        return [Passage(hint.prompt_ids, self._ids(text), hint.veil)] if text.strip() else []
 
     def unrevealed(self, problem: Problem, ratio: float) -> str:
         """Return the hidden segments of a solution, joined."""

@@ -134,6 +134,7 @@ def rollout_rows(
             "advantage": round(row.advantage, 6),
             "ratio": row.ratio,
             "hint": row.hint,
+            **({"attended": [veil.keep, veil.stop - veil.start]} if (veil := row.veils.get("teacher")) else {}),
             "student_prompt": renderer.prompt_text(row.prompt),
             "teacher_prompt": renderer.prompt_text(row.view_prompts.get("teacher", ())),
             "turn": attempt.turns.index(turn) + 1,

@@ -11,7 +11,7 @@ from atesd.exposure.controller import Controller
 from atesd.losses.policy import PolicyConfig, group_advantages
 from atesd.losses.target import View
 from atesd.routing.route import Route
-from atesd.train.batch import Row
+from atesd.train.batch import Row, Veil
 from atesd.train.hints import Hints
 from atesd.train.outcomes import Outcomes
 from atesd.types import Group, NonFiniteError, Problem, Trajectory, Turn, UserError
@@ -74,6 +74,7 @@ class Rows:
             opening = attempt.opening
             first = {view: self._hints.teacher_ids(group.problem, fixed, opening) for view, fixed in own.items()}
             first["teacher"] = hint.prompt_ids
+        veils: dict[View, Veil] = {"teacher": hint.veil} if hint is not None and hint.veil is not None else {}
         return [
             Row(
                 prompt=turn.prompt_ids,
@@ -83,6 +84,7 @@ class Rows:
                 ratio=hint.ratio if hint else ratio,
                 hint=hint.text if hint else "",
                 view_prompts={view: prompt + attempt.told(turn) for view, prompt in first.items()},
+                veils=veils,
                 sampler_logprobs=turn.logprobs,
                 advantage=advantage or 0.0,
                 weight=self._weight(group),

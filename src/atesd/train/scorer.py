@@ -6,7 +6,7 @@ N scored tokens, L input positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
 from atesd.train.heads import Head, decoder, head
 from atesd.train.teacher import Teacher
+from atesd.train.veils import Veils
 
 
 class Student(nn.Module):
@@ -68,7 +69,8 @@ class Scorer:
     """Runs the model over passages, with the student's or a teacher's weights in place.
 
     `temperature` is that of sampling; `loss` may give each role its own. `student` is the model as wrapped for
-    training; without it the model itself stands in, which is enough for scoring.
+    training; without it the model itself stands in, which is enough for scoring. `veils` hide tokens where passages
+    ask for it.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class Scorer:
         token_budget: int,
         checkpointing: bool = False,
         student: nn.Module | None = None,
+        veils: Veils | None = None,
     ) -> None:
         self.model = model
+        self.veils = veils
         self.loss = loss
         self.token_budget = token_budget
         self.student_temperature = loss.temperature_student or temperature
@@ -140,7 +144,7 @@ class Scorer:
 
     def hidden(self, passages: Sequence[Passage]) -> Scored:
         """Return the hidden states of the scored positions under the weights in place."""
-        return hidden_states(self.model, self._input(passages))
+        return hidden_states(self.model, self._input(passages), self.veils)
 
     def _input(self, passages: Sequence[Passage]) -> ViewInput:
         return view_input(passages, self.pad_id, self.device, self.token_budget)
@@ -202,13 +206,15 @@ class Scorer:
         return total / count
 
 
-def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
+def hidden_states(model: nn.Module, inputs: ViewInput, veils: Veils | None = None) -> Scored:
     """Run the decoder and keep the hidden states [N, H] of the scored positions: the head sees no other row."""
     read = decoder(model)
     hidden = []
     for each in inputs.passes:
         announce(model, each.lengths)
-        hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
+        assert veils or not each.veiled, "a passage has a veil, and nothing would hide its tokens"
+        with veils.over(each) if veils and each.veiled else nullcontext():
+            hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
     return Scored(inputs.scored(hidden), *head(model))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
 from atesd.exposure.prompt import donors, evaluation_messages, student_messages
-from atesd.exposure.revealer import Revealer
+from atesd.exposure.revealer import Masker, Revealer
 from atesd.gradients.rule import GradientRule
 from atesd.rewards.weighted import build_reward
 from atesd.rollout.driver import Driver
@@ -39,10 +39,12 @@ from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.outcomes import Outcomes
 from atesd.train.probe import Probe
+from atesd.train.retention import Learning
 from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer, Student
 from atesd.train.step import Losses, Stepper
 from atesd.train.teacher import Teacher, Teachers, trained_tensors
+from atesd.train.veils import Veils, veils_for
 from atesd.types import Policy, Problem, UserError
 
 
@@ -147,7 +149,8 @@ def assemble(config: RunConfig) -> Parts:
     updates = config.step.num_steps * config.step.updates_per_batch
     student, optimizer = accelerator.prepare(Student(model, config.loss), build_optimizer(config.optim, model))
     scheduler = build_schedule(config.optim, optimizer, updates)
-    scorer = make_scorer(config, model, renderer, student)
+    veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
+    scorer = make_scorer(config, model, renderer, student, veils)
     outcomes = Outcomes(config.probe.credit_steps)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
@@ -196,6 +199,10 @@ def assemble(config: RunConfig) -> Parts:
         parameters=config.probe.credit_parameters,
         problems=config.probe.credit_problems,
     )
+    gates = None
+    if veils is not None and veils.gates is not None:
+        masker = cast("Masker", revealer)
+        gates = Learning(masker, scorer=scorer, veils=veils, teachers=teachers, rows=rows, credit=credit)
     return Parts(
         model=model,
         tokenizer=tokenizer,
@@ -219,11 +226,17 @@ def assemble(config: RunConfig) -> Parts:
         rule=rule,
         probe=probe,
         credit=credit,
-        measurer=Measurer(probe, contract, credit, problems),
+        measurer=Measurer(probe, contract, credit, problems, gates),
     )
 
 
-def make_scorer(config: RunConfig, model: nn.Module, renderer: Renderer, student: nn.Module | None = None) -> Scorer:
+def make_scorer(
+    config: RunConfig,
+    model: nn.Module,
+    renderer: Renderer,
+    student: nn.Module | None = None,
+    veils: Veils | None = None,
+) -> Scorer:
     """Return the recipe's scorer of a model."""
     return Scorer(
         model,
@@ -233,6 +246,7 @@ def make_scorer(config: RunConfig, model: nn.Module, renderer: Renderer, student
         token_budget=config.step.token_budget,
         checkpointing=config.model.gradient_checkpointing,
         student=student,
+        veils=veils,
     )
 
 

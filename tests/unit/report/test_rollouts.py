@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atesd.report.load import load_study
-from atesd.report.rollouts import CHARACTERS, TOKENS, pack_rollouts, pack_row
+from atesd.report.rollouts import CHARACTERS, TOKENS, damage_of, pack_rollouts, pack_row
 from atesd.runlog import RunDir
 
 from support.runs import rollout_rows, write_compare, write_run
@@ -127,3 +127,9 @@ def test_a_run_without_completions_shows_none(tmp_path: Path) -> None:
     assert pack_rollouts(load_study([run.path])) == {
         "runs": [], "shown": 0, "total": 0, "taught": False, "scale": 1.0, "notes": [],
     }  # fmt: skip
+
+
+def test_a_masked_hint_says_how_much_of_it_attention_reaches() -> None:
+    assert pack_row(row() | {"attended": [3, 12]})["attended"] == [3, 12]
+    assert "attended" not in pack_row(row())
+    assert damage_of(row() | {"attended": "all"}) == "attended"

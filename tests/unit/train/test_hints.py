@@ -11,8 +11,8 @@ from atesd.facts import RunFacts
 from atesd.recipe import build_config
 from atesd.rollout.render import Renderer
 from atesd.routing.route import Route
-from atesd.train.batch import Row
-from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.batch import Passage, Row
+from atesd.train.hints import Hints, places, refuse_overlong
 from atesd.train.outcomes import Outcomes
 from atesd.train.rows import Rows
 from atesd.types import Group, Problem, StopReason, Trajectory, Turn, UserError
@@ -109,10 +109,10 @@ def test_paced_weighs_by_p_times_1_minus_p() -> None:
 def test_further_views_have_prompts_of_their_own_and_the_base_reads_the_students() -> None:
     (row, _) = rows(maker(), [group(ONE, 1.0, 0.0)], [Route.DISTIL], ("teacher", "full", "answer", "base"))
     read = hints().teacher_ids
-    assert row.view("teacher") == (read(ONE, 0.5), (3, 4))
-    assert row.view("full") == (read(ONE, 1.0), (3, 4))
-    assert row.view("answer") == (read(ONE, 0.0), (3, 4))
-    assert row.view("base") == row.student == ((1, 2), (3, 4))
+    assert row.view("teacher") == Passage(read(ONE, 0.5), (3, 4))
+    assert row.view("full") == Passage(read(ONE, 1.0), (3, 4))
+    assert row.view("answer") == Passage(read(ONE, 0.0), (3, 4))
+    assert row.view("base") == row.student == Passage((1, 2), (3, 4))
     assert (row.hint, row.ratio) == ("l1 =2", 0.5)
 
 
@@ -161,3 +161,91 @@ def test_problems_that_do_not_fit_with_a_full_completion_are_told_apart_and_name
     with pytest.raises(UserError, match=r"1 problems \(long\) do not fit .* step.overlong = \"drop\""):
         refuse_overlong(overlong, room)
     refuse_overlong([], room)
+
+
+MASKED: dict[str, Any] = {"kind": "retention", "choose": "prefix"}
+
+
+def test_a_masked_hint_is_whole_and_its_first_tokens_are_kept() -> None:
+    """A token a byte: of the hint's 5 tokens `l1 l2`, with a line end between, ceil(.5 * 5) = 3."""
+    hint = hints(reveal=MASKED).hint(ONE, 0.5)
+    assert hint.text == "l1\nl2 =2", "the answer stands behind a solution that does not end by stating it"
+    assert hint.veil is not None
+    read = Renderer(byte_tokenizer()).token_texts(hint.prompt_ids)
+    assert "".join(read[hint.veil.start : hint.veil.stop]) == "l1\nl2"
+    assert hint.veil[2:] == (3, (0, 1, 2))
+    (row, _) = rows(maker(reveal=MASKED), [group(ONE, 1.0, 0.0)], [Route.DISTIL], ("teacher", "full", "answer", "base"))
+    assert row.view("teacher") == Passage(hint.prompt_ids, (3, 4), hint.veil)
+    assert [row.view(name).veil for name in ("full", "answer", "base")] == [None] * 3
+
+
+def test_what_a_solution_ends_with_stating_stays_and_its_prompt_is_opsds() -> None:
+    """Of `l1 l2`, without the statement, ceil(.25 * 5) = 2 tokens."""
+    stating = Problem("stating", "first", "l1\nl2\n=2 .\n", "2")
+    made = hints(reveal=MASKED)
+    hint = made.hint(stating, 0.25)
+    assert hint.text == stating.solution
+    assert hint.prompt_ids == made.teacher_ids(stating, 1.0)
+    assert hint.veil is not None
+    assert hint.veil.stop - hint.veil.start == len("l1\nl2")
+    assert hint.veil.keep == 2
+    inside = Problem("inside", "first", "l1\n=2 so\nl2", "2")
+    assert made.hint(inside, 0.25).text == "l1\n=2 so\nl2 =2"
+    assert made.hint(Problem("bare", "first", "=2", "2"), 0.5).veil is None, "nothing is left that could be hidden"
+
+
+def test_at_both_ends_and_where_the_budget_holds_all_nothing_is_hidden() -> None:
+    made, plain = hints(reveal=MASKED), hints()
+    for ratio in (0.0, 1.0):
+        assert made.hint(ONE, ratio) == plain.hint(ONE, ratio)
+    assert made.hint(ONE, 0.81).veil is None  # ceil(.81 * 5) = 5
+    assert made.hint(ONE, 0.8).veil is not None
+
+
+def test_turns_keep_the_veil_of_their_first_prompt() -> None:
+    turns = (
+        Turn((1, 2), (3,), (-1.0,), "a", StopReason.EOS, 0),
+        Turn((1, 2, 3, 5), (6,), (-3.0,), "b", StopReason.EOS, 0),
+    )
+    found = rows(maker(reveal=MASKED), [Group(ONE, (Trajectory(turns, 1.0),))], [Route.DISTIL])
+    hint = hints(reveal=MASKED).hint(ONE, 0.5)
+    assert [row.view("teacher") for row in found] == [
+        Passage(hint.prompt_ids, (3,), hint.veil), Passage((*hint.prompt_ids, 3, 5), (6,), hint.veil),
+    ]  # fmt: skip
+
+
+def test_another_problems_solution_can_be_masked() -> None:
+    made = hints((ONE, TWO), prompt=SECTIONS["prompt"] | {"hint": "wrong_problem"}, reveal=MASKED)
+    hint = made.hint(ONE, 0.5)
+    assert hint.text == "m1\nm2 =4"
+    assert hint.veil is not None
+    read = Renderer(byte_tokenizer()).token_texts(hint.prompt_ids)
+    assert "".join(read[hint.veil.start : hint.veil.stop]) == "m1\nm2"
+
+
+PLACES = [
+    (["q", "|", "ab", "c", "\n", "#5"], "q|", "abc", (2, 4)),
+    (["q", "|a", "bc\n\n", "#5"], "q|", "abc", (1, 3)),  # white space behind may go with the hint, and signs before
+    (["q", "|", "ab", "c#", "5"], "q|", "abc", (2, 3)),  # what reaches into visible text behind stays
+    (["q", "|", "ab", "c"], "q|", "abc", (2, 4)),
+    (["abc", "q", "|", "ab", "c"], "q|", "abc", (3, 5)),  # not the same text elsewhere
+    (["q", "|", "a", "", "\u00e9", "x"], "q|", "a\u00e9", (2, 5)),  # a part of a letter has no text of its own
+    (["q", "|", "ab"], "  q|", "ab", (2, 3)),  # a chat template that drops white space at the beginning
+    (["q", "|", "ab"], "q|", "abc", None),
+]
+
+
+@pytest.mark.parametrize(("texts", "before", "solution", "expected"), PLACES)
+def test_a_hints_tokens_overlap_the_solution_and_nothing_visible_behind(
+    texts: list[str], before: str, solution: str, expected: tuple[int, int] | None
+) -> None:
+    assert places(texts, before, solution) == expected
+
+
+def test_a_prompt_that_cannot_be_masked_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = hints(reveal=MASKED, prompt=SECTIONS["prompt"] | {"teacher": "{problem}|{hint}|{hint}"})
+    with pytest.raises(UserError, match=r'shows \{hint\} more than once, .* set reveal.kind = "segments"'):
+        twice.hint(ONE, 0.5)
+    monkeypatch.setattr(Renderer, "token_texts", lambda self, ids: ["x"] * len(ids))
+    with pytest.raises(UserError, match=r"solution of problem 'one' is not found .* set reveal.kind = \"segments\""):
+        hints(reveal=MASKED).hint(ONE, 0.5)
