@@ -86,6 +86,7 @@ ORDERS: dict[str, list[str]] = {
         "features",
         "beta_controller",
         "difficulty",
+        "dlr",
     ],
     "train": [
         "batch",

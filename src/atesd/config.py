@@ -399,12 +399,12 @@ class RunConfig(Config):
         if self.exposure.reads_rewards and self.rollout.group_size < 2:
             raise ValueError(
                 f"{exposure} tells problems apart by their pass rates, but with rollout.group_size = 1 these know two "
-                'difficulties, right and wrong: raise the group size, or set exposure.by = "reference_ppl"'
+                f"difficulties, right and wrong: raise the group size, or {self.exposure.without_rewards}"
             )
         if self.exposure.reads_rewards and self.routing.distils_failures_only:
             raise ValueError(
                 f'{exposure} tells problems apart by their pass rates, and routing.kind = "{self.routing.kind}", which '
-                'distils failed groups alone, leaves one bin: set exposure.by = "reference_ppl"'
+                f"distils failed groups alone, leaves one bin: {self.exposure.without_rewards}"
             )
         return self
 

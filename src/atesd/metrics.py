@@ -44,6 +44,11 @@ METRICS: dict[str, str] = {
     "exposure/credit/{}": "averaged influence credit of a candidate ratio; with the reward as reference its credit "
     "over its error",
     "exposure/{}/credit/{}": "the same of the problems of one level",
+    "exposure/arm/{}": "mean probability that the router gives a candidate ratio, behind its latest step (exposure `dlr`)",
+    "exposure/won/{}": "share of the step's problems among whose draws that ratio won (exposure `dlr`)",
+    "exposure/router/cross_entropy": "mean of -log p(winner) before the router's step, nats (exposure `dlr`)",
+    "exposure/router/kl": "KL of the router's mean distribution from its prior before that step, nats",
+    "exposure/router/entropy": "mean entropy of the router's distributions before that step, nats",
     "exposure/progress": "progress of the hold window that ended at this step",
     "exposure/bandit_best": "ratio at which the bandit's regression expects most progress",
     "exposure/paired_credit": "fall of the probe NLL, or of the loss of earlier rewards, per unit of exposure, by two "

@@ -46,6 +46,11 @@ class Difficulty(ExposureMethod):
         """By the pass rate."""
         return self.by == "pass_rate"
 
+    @property
+    def without_rewards(self) -> str:
+        """Take the references' perplexity."""
+        return 'set exposure.by = "reference_ppl"'
+
     def describe(self) -> str:
         """Name the number of policies."""
         return f"learned shares: a Beta policy for each of {self.bins} difficulties of problems"
