@@ -180,6 +180,7 @@ class DlrController(AlignedController):
     def state_dict(self) -> dict[str, Any]:
         """Return credits, router, features and the step under way."""
         return super().state_dict() | {
+            "seed": self._seed,
             "router": self._router.state_dict(),
             "features": self._features.state_dict(),
             "step": {"shown": self._shown, "read": self._read, "drawn": self._drawn, "mean": self._mean},
@@ -188,6 +189,7 @@ class DlrController(AlignedController):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
+        self._seed = state["seed"]
         self._router.load_state_dict(state["router"])
         self._features.load_state_dict(state["features"])
         step = state["step"]
@@ -212,15 +214,15 @@ class Features:
         self._state = TrainingState(BetaSettings.model_validate(settings), run.total_steps)
         self._scores: dict[str, float] = {}
         self.count = (
-            len(self._known_levels) + sum(name in self._names for name in ("reference_ppl", "pass_rate")) + len(of_state)
+            len(self._known_levels)
+            + sum(name in self._names for name in ("reference_ppl", "pass_rate"))
+            + len(of_state)
         )
 
     def of(self, problem_ids: Sequence[str], pass_rates: Sequence[float | None]) -> Array:
         """Return [B, F]."""
         shared = self._state.vector() if self._has_state else []
-        rows = [
-            [*self._own(problem, rate), *shared] for problem, rate in zip(problem_ids, pass_rates, strict=True)
-        ]
+        rows = [[*self._own(problem, rate), *shared] for problem, rate in zip(problem_ids, pass_rates, strict=True)]
         return np.asarray(rows, dtype=float).reshape(len(rows), self.count)
 
     def _own(self, problem: str, rate: float | None) -> list[float]:
@@ -320,7 +322,7 @@ def drawn(p_BK: Array, uniform_BN: Array) -> NDArray[np.int64]:
     """Return N independent draws a row, [B, N], by inverting its distribution function."""
     edges_BK = p_BK.cumsum(axis=1)
     beyond_BNK = uniform_BN[:, :, None] * edges_BK[:, None, -1:] >= edges_BK[:, None, :]
-    return np.minimum(beyond_BNK.sum(axis=2), p_BK.shape[1] - 1)
+    return np.asarray(np.minimum(beyond_BNK.sum(axis=2), p_BK.shape[1] - 1))
 
 
 def winner(arms: Sequence[int], z_K: Array) -> int:
