@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self, cast
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from atesd.cliff import CliffConfig
+from atesd.codes.config import CodesConfig
 from atesd.curriculum import RandomConfig
 from atesd.envs.single_turn import SingleTurn
 from atesd.evaluate.runner import EvalConfig
@@ -123,6 +124,8 @@ class RunConfig(Config):
     """The order of problems."""
     gradient: GradientSection = AllGradients()
     """Which weights an update moves, and how."""
+    codes: CodesConfig | None = None
+    """Latent codes that steer the student and are trained with it; leave it out for none."""
     env: EnvSection = SingleTurn()
     """What the student acts in: single problems, or several turns with an environment."""
     rollout: RolloutConfig = RolloutConfig()
@@ -255,6 +258,7 @@ class RunConfig(Config):
             self.rl.describe() if self.routing.reinforces else "",
             self.curriculum.describe(),
             self.gradient.describe(),
+            self.codes.describe() if self.codes is not None else "",
             self.env.describe(),
             self.rollout.engine.describe(),
         ]
@@ -331,6 +335,27 @@ class RunConfig(Config):
             idle += ["exposure"] * self.exposure.measured + ["reveal"] * self.reveal.reads_rollout
             if idle:
                 raise ValueError(f"{router} distils nothing: remove {idle[0]}, which has no effect")
+        return self
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> Self:
+        if self.codes is None:
+            return self
+        if self.routing.reinforces or not self.routing.distils:
+            raise ValueError(
+                f'[codes] are chosen by their distance from the teacher, and routing.kind = "{self.routing.kind}" trains '
+                'groups otherwise: set routing = {kind = "distil"}, or remove codes'
+            )
+        if self.model.gradient_checkpointing:
+            raise ValueError(
+                "[codes] steer a pass as it is made, and model.gradient_checkpointing = true makes it once more later, "
+                "without them: remove either"
+            )
+        if not self.rollout.engine.samples_in_place:
+            raise ValueError(
+                f'[codes] steer samples too, and rollout.engine.kind = "{self.rollout.engine.kind}" samples from a '
+                'copy of the weights, without them: set rollout.engine.kind = "hf", or remove codes'
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from atesd.codes.model import steered_rows
 from atesd.gradients.rule import announce
 from atesd.losses.divergence import (
     LOSS_ALONE,
@@ -208,7 +209,8 @@ def hidden_states(model: nn.Module, inputs: ViewInput) -> Scored:
     hidden = []
     for each in inputs.passes:
         announce(model, each.lengths)
-        hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
+        with steered_rows(model, each.prompts, each.lengths, each.members):
+            hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
     return Scored(inputs.scored(hidden), *head(model))
 
 
