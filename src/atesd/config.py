@@ -343,8 +343,8 @@ class RunConfig(Config):
             return self
         if self.routing.reinforces or not self.routing.distils:
             raise ValueError(
-                f'[codes] are chosen by their distance from the teacher, and routing.kind = "{self.routing.kind}" trains '
-                'groups otherwise: set routing = {kind = "distil"}, or remove codes'
+                f'[codes] are chosen by how near they are to the teacher, and routing.kind = "{self.routing.kind}" '
+                'trains groups otherwise: set routing = {kind = "distil"}, or remove codes'
             )
         if self.model.gradient_checkpointing:
             raise ValueError(

@@ -8,9 +8,9 @@ B rows, L positions of a pass, N scored positions of all rows, M chunks of all r
 
 Dynamic Latent Routing, arXiv 2605.14323. What a position reads lies below all steering, so that the logits of all
 chunks come from one pass, whatever the codes, and codes of different chunks are independent given the tokens. No
-gradient reaches the model through the router. **Wherever nothing else is said the most probable code steers (argmax):**
-sampling, evaluation and every score of the student; it is a function of the tokens, so that samples can be scored again.
-Prompts are not steered, but for their last position, which predicts the first token; teachers never are.
+gradient reaches the model through the router. Wherever nothing else is said the most probable code steers (argmax): in
+sampling, in evaluation and in every score of the student. It is a function of the tokens, so that samples can be scored
+again. Prompts are not steered, but for their last position, which predicts the first token; teachers never are.
 
 Ours, as the paper leaves them open: 1. scale is 1; 2. position t is the one that predicts token t; 3. W begins at 0;
 4. argmax where the model is used. `train/latent.py` chooses codes and trains them.
@@ -160,7 +160,7 @@ class Codes(nn.Module):
         flat_XH, device = hidden_BLH.flatten(0, 1), hidden_BLH.device
         read_MH = flat_XH.detach().index_select(0, torch.cat(first).to(device))
         if self._noted is not None:
-            self._noted.update(zip(members, read_MH.split([len(each) for each in first]), strict=True))
+            self._noted.update(zip(members, read_MH.split_with_sizes([len(each) for each in first]), strict=True))
         if self._given is None:
             codes_M = self.greedy(read_MH)
         else:

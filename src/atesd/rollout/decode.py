@@ -38,8 +38,8 @@ def decoding(
     """Yield what completes one batch of prompts after the other, on the weights as they stand now.
 
     The draws come from one generator of their own, a number for every prompt and position: they are the same whichever
-    rows have ended. A completion ends with the first of `eos_ids`; `codes` steer it. NonFiniteError where the logits leave no
-    distribution.
+    rows have ended. A completion ends with the first of `eos_ids`; `codes` steer it. NonFiniteError where the logits
+    leave no distribution.
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(model, codes)

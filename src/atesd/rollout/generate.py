@@ -32,9 +32,9 @@ def generating(
 ) -> Iterator[Complete]:
     """Yield what completes one batch of prompts after the other, padded on the left and masked by length.
 
-    A completion may go on behind its first end token; `codes` steer it. `generate` fills whatever a call leaves unset from
-    `model.generation_config`, so that is put aside meanwhile, and it draws from the global random state, which is put
-    back. NonFiniteError where the logits leave no distribution.
+    `codes` steer a completion, which may go on behind its first end token. `generate` fills whatever a call leaves
+    unset from `model.generation_config`, so that is put aside meanwhile, and it draws from the global random state,
+    which is put back. NonFiniteError where the logits leave no distribution.
     """
 
     def complete(prompts: Sequence[Sequence[int]]) -> list[Completion]:

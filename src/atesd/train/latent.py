@@ -13,9 +13,9 @@ tokens; p_mean(c) is the mean of p(c) over all chunks of the update, prior(c) is
 
 Dynamic Latent Routing, arXiv 2605.14323, trains on -log p(x) - log[p(x | a*) / sg p(x)] with a* the likeliest drawn.
 Ours: 1. its log-likelihoods of a text become minus the KL from the teacher on the student's own completion (the
-divergence that `loss` names, unclipped, from the first teacher view); sg p(x) has no gradient and is left out; 2. a plain
-Zipf prior stands for the paper's bi-Zipf, which is not known; 3. draws are at temperature 1; the first of equals is
-chosen, as while all vectors are 0.
+divergence that `loss` names, unclipped, from the first teacher view); sg p(x) has no gradient and is left out; 2. a
+plain Zipf prior stands for the paper's bi-Zipf, which is not known; 3. draws are at temperature 1; the first of equals
+is chosen, as while all vectors are 0.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class CodeTraining:
         for place in range(self._config.draws):
             with self._codes.following([sequences_NM[place] for sequences_NM in drawn]):
                 stats = self._scorer.streams(passages, views, target, use=Use(loss=False)).stats
-            columns.append(torch.stack([part.sum() for part in stats.divergence.double().split(list(lengths))]))
+            columns.append(
+                torch.stack([part.sum() for part in stats.divergence.double().split_with_sizes(list(lengths))])
+            )
         return torch.stack(columns, dim=1)
 
     def _add(self, name: str, amount: float) -> None:
@@ -170,5 +172,7 @@ def zipf(count: int) -> Tensor:
 
 
 def divergence(p_C: Tensor, prior_C: Tensor) -> Tensor:
-    """Return KL(p || prior) in nats; a code of probability 0 adds nothing."""
-    return (torch.special.xlogy(p_C, p_C) - p_C * prior_C.log()).sum()
+    """Return KL(p || prior) in nats; a code of probability 0 adds nothing, with no gradient."""
+    held_C = p_C > 0
+    log_C = torch.where(held_C, p_C, 1).log()
+    return (p_C * (log_C - prior_C.log()))[held_C].sum()

@@ -96,8 +96,9 @@ def load(
 
     `seed` fixes the random half of LoRA's initialisation; `template` is the recipe's chat template. A folder that holds
     an adapter gives its base with the adapter merged, or beside it where half precision would round the merge away and
-    nothing trains. Codes in the folder become part of the model, frozen. UserError if the folder lacks a model, tokenizer or chat template, if its weights are pickled,
-    damaged or not finite, or if an adapter or the tokenizer does not fit the model.
+    nothing trains. Latent codes in the folder become part of the model, frozen. UserError if the folder lacks a model,
+    tokenizer or chat template, if its weights are pickled, damaged or not finite, or if an adapter, codes or the
+    tokenizer do not fit the model.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
     path = resolve(config.path)

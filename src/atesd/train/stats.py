@@ -124,7 +124,9 @@ def split_rows(scored: MicroScores, lengths: Sequence[int]) -> list[RowStats]:
     """Cut the statistics of a micro-batch back into its rows."""
     stats = scored.stats
     sampled = (
-        [None] * len(lengths) if scored.sampled_logprob_N is None else scored.sampled_logprob_N.split(list(lengths))
+        [None] * len(lengths)
+        if scored.sampled_logprob_N is None
+        else scored.sampled_logprob_N.split_with_sizes(list(lengths))
     )
     pieces = [getattr(stats, name.name).split_with_sizes(list(lengths)) for name in fields(TokenStats)]
     return [

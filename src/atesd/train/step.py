@@ -338,7 +338,7 @@ class Stepper:
             self._old |= zip(batch.indices, self._logprobs(batch).split_with_sizes(batch.lengths), strict=True)
 
     def _logprobs(self, batch: MicroBatch) -> Tensor:
-        """Return log-probabilities of the sampled tokens under the weights in place, without hint, codes or gradient."""
+        """Return log-probabilities of the sampled tokens under the weights in place: no hint, codes or gradient."""
         with torch.no_grad(), unsteered(self._scorer.model):
             return self._scorer.log_likelihood(batch.passages, self._scorer.student_temperature)
 
