@@ -140,7 +140,7 @@ def test_training_goes_on_from_a_folder_with_codes(tmp_path: Path) -> None:
         {"exposure": {"kind": "beta", "hold": 1, "look_ahead": 1, "decisions_per_update": 1}},
         {"exposure": {"kind": "dlr", "hold": 1, "draws": 2}, "curriculum": {"kind": "reverse_ppl"}},
     ],
-    ids=lambda sections: "_".join(sections),
+    ids="_".join,
 )
 def test_codes_compose(sections: dict[str, Any], tmp_path: Path) -> None:
     short = {"step": {"num_steps": 2, "problems": 4}, "eval": {"every": 2, "k": 1}}
