@@ -147,4 +147,5 @@ def test_codes_compose(sections: dict[str, Any], tmp_path: Path) -> None:
     Trainer.start(build_config(BASE | CODES | short | sections), tmp_path / "run").train()
     last = rows_of(tmp_path / "run")[-1]
     assert last["step"] == 2
-    assert last.get("rollout/logprob_gap", 0.0) < 1e-4
+    if "updates_per_batch" not in sections.get("step", {}):  # a second update scores with other weights than sampled
+        assert last.get("rollout/logprob_gap", 0.0) < 1e-4

@@ -6,6 +6,7 @@ keeps them in codes.safetensors, beside the model, which loads without them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -90,8 +91,8 @@ def _precision(model: nn.Module) -> torch.dtype:
 def save_codes(folder: Path, codes: Codes) -> None:
     """Write codes beside their model."""
     tensors = {"router": codes.router_CH.detach().contiguous(), "vectors": codes.vectors_CH.detach().contiguous()}
-    facts = {"chunk": str(codes.chunk), "layer": str(codes.layer), "scale": repr(codes.scale)}
-    save_file(tensors, folder / FILE, metadata=facts)
+    facts = {"chunk": codes.chunk, "layer": codes.layer, "scale": codes.scale}
+    save_file(tensors, folder / FILE, metadata={"codes": json.dumps(facts)})  # one entry: several have no fixed order
 
 
 def load_codes(folder: str | Path) -> Codes:
@@ -108,7 +109,8 @@ def load_codes(folder: str | Path) -> Codes:
         raise UserError(f"{folder} holds no {FILE}: give the folder of a model that was trained with codes")
     try:
         with safe_open(path, framework="pt") as file:
-            facts, router, vectors = file.metadata(), file.get_tensor("router"), file.get_tensor("vectors")
+            facts = json.loads(file.metadata()["codes"])
+            router, vectors = file.get_tensor("router"), file.get_tensor("vectors")
         codes = Codes(
             *router.shape,
             chunk=int(facts["chunk"]),

@@ -15,7 +15,7 @@ Dynamic Latent Routing, arXiv 2605.14323, trains on -log p(x) - log[p(x | a*) / 
 Ours: 1. its log-likelihoods of a text become minus the KL from the teacher on the student's own completion (the
 divergence that `loss` names, unclipped, from the first teacher view); sg p(x) has no gradient and is left out; 2. a
 plain Zipf prior stands for the paper's bi-Zipf, which is not known; 3. draws are at temperature 1; the first of equals
-is chosen, as while all vectors are 0.
+is chosen, as while all vectors are 0; 4. under the sampled-token loss the steered term has no importance weight.
 """
 
 from __future__ import annotations
