@@ -27,11 +27,23 @@ METHODS = {
     "envs",
     "rollout",
 }
-BELOW_CONFIG = METHODS | {"types", "alignment", "seeds", "cliff", "facts", "evaluate", "kinds", "own", "sections"}
+BELOW_CONFIG = METHODS | {
+    "codes",
+    "types",
+    "alignment",
+    "seeds",
+    "cliff",
+    "facts",
+    "evaluate",
+    "kinds",
+    "own",
+    "sections",
+}
 BELOW_TRAIN = BELOW_CONFIG | {"config", "packaged", "recipe", "runlog", "seals", "metrics"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "metrics": set(),
+    "codes": {"types"},
     "seeds": set(),
     "cliff": {"types"},
     "alignment": {"types"},
@@ -49,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "runlog": {"types", "seals"},
     "tasks": {"types", "facts", "seeds", "rewards"},
     "envs": {"types", "facts"},
-    "rollout": {"types", "seeds", "envs"},
+    "rollout": {"types", "seeds", "envs", "codes"},
     "evaluate": {"types", "seeds", "rewards", "rollout", "runlog"},
     "own": {"types"},
     "kinds": METHODS | {"own"},
@@ -64,6 +76,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Inside a part: a file may import those that stand before it.
 ORDERS: dict[str, list[str]] = {
+    "codes": ["config", "steer", "model"],
     "exposure": [
         "reveal",
         "prompt",
@@ -88,6 +101,7 @@ ORDERS: dict[str, list[str]] = {
         "features",
         "beta_controller",
         "difficulty",
+        "dlr",
     ],
     "train": [
         "batch",
@@ -107,6 +121,7 @@ ORDERS: dict[str, list[str]] = {
         "rows",
         "finite",
         "gap",
+        "latent",
         "step",
         "probe",
         "contract",
@@ -134,6 +149,7 @@ ORDERS: dict[str, list[str]] = {
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": (
+        "codes",
         "losses",
         "gates",
         "selection",
@@ -146,7 +162,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     ),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
-    "safetensors": ("train",),
+    "safetensors": ("codes", "train"),
     "accelerate": ("train",),
     "peft": ("train",),
     "math_verify": ("rewards/verifier.py",),

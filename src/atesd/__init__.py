@@ -33,6 +33,7 @@ _HOME = {
     "UserError": "types",
     "evaluate_model": "train.inspect",
     "extract_answer": "rewards.answer",
+    "load_codes": "codes.model",
     "load_config": "recipe",
     "paired_difference": "evaluate.metrics",
     "reveal": "exposure.reveal",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self, cast
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from atesd.cliff import CliffConfig
+from atesd.codes.config import CodesConfig
 from atesd.curriculum import RandomConfig
 from atesd.envs.single_turn import SingleTurn
 from atesd.evaluate.runner import EvalConfig
@@ -123,6 +124,8 @@ class RunConfig(Config):
     """The order of problems."""
     gradient: GradientSection = AllGradients()
     """Which weights an update moves, and how."""
+    codes: CodesConfig | None = None
+    """Latent codes that steer the student and are trained with it; leave it out for none."""
     env: EnvSection = SingleTurn()
     """What the student acts in: single problems, or several turns with an environment."""
     rollout: RolloutConfig = RolloutConfig()
@@ -255,6 +258,7 @@ class RunConfig(Config):
             self.rl.describe() if self.routing.reinforces else "",
             self.curriculum.describe(),
             self.gradient.describe(),
+            self.codes.describe() if self.codes is not None else "",
             self.env.describe(),
             self.rollout.engine.describe(),
         ]
@@ -335,6 +339,27 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _codes_fit(self) -> Self:
+        if self.codes is None:
+            return self
+        if self.routing.reinforces or not self.routing.distils:
+            raise ValueError(
+                f'[codes] are chosen by how near they are to the teacher, and routing.kind = "{self.routing.kind}" '
+                'trains groups otherwise: set routing = {kind = "distil"}, or remove codes'
+            )
+        if self.model.gradient_checkpointing:
+            raise ValueError(
+                "[codes] steer a pass as it is made, and model.gradient_checkpointing = true makes it once more later, "
+                "without them: remove either"
+            )
+        if not self.rollout.engine.samples_in_place:
+            raise ValueError(
+                f'[codes] steer samples too, and rollout.engine.kind = "{self.rollout.engine.kind}" samples from a '
+                'copy of the weights, without them: set rollout.engine.kind = "hf", or remove codes'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit(self) -> Self:
         if self.loss.prompt_weight == "none":
             return self
@@ -400,12 +425,12 @@ class RunConfig(Config):
         if self.exposure.reads_rewards and self.rollout.group_size < 2:
             raise ValueError(
                 f"{exposure} tells problems apart by their pass rates, but with rollout.group_size = 1 these know two "
-                'difficulties, right and wrong: raise the group size, or set exposure.by = "reference_ppl"'
+                f"difficulties, right and wrong: raise the group size, or {self.exposure.without_rewards}"
             )
         if self.exposure.reads_rewards and self.routing.distils_failures_only:
             raise ValueError(
                 f'{exposure} tells problems apart by their pass rates, and routing.kind = "{self.routing.kind}", which '
-                'distils failed groups alone, leaves one bin: set exposure.by = "reference_ppl"'
+                f"distils failed groups alone, leaves one bin: {self.exposure.without_rewards}"
             )
         return self
 

@@ -22,6 +22,7 @@ from atesd.exposure.beta_controller import BetaConfig
 from atesd.exposure.closed_form import ClosedForm
 from atesd.exposure.controller import ExposureMethod
 from atesd.exposure.difficulty import Difficulty
+from atesd.exposure.dlr import Dlr
 from atesd.exposure.influence import Influence
 from atesd.exposure.overlap import Overlap
 from atesd.exposure.paired import Paired
@@ -97,7 +98,8 @@ ExposureSection = Annotated[
     | ClosedForm  # the largest ratio on the safe side of the cliff
     | Paired  # a little more against a little less
     | Difficulty  # a learned policy per difficulty
-    | Influence,  # what each ratio's gradient would do to the probe
+    | Influence  # what each ratio's gradient would do to the probe
+    | Dlr,  # the best of several draws of a router: DLR
     Field(discriminator="kind"),
     Own(ExposureMethod),
 ]

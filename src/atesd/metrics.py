@@ -9,6 +9,15 @@ METRICS: dict[str, str] = {
     "surrogate), its coefficient included",
     "loss/rl": "clipped policy loss of reinforced groups, KL term included",
     "loss/nll": "mean negative log-likelihood of reference solutions (supervised route), nats a token",
+    "loss/steered": "loss/distil of the student that the chosen latent codes steer",
+    "loss/codes": "what the codes' router is trained on: cross-entropy and KL, each with its coefficient",
+    "codes/share/{}": "share of the last update's chunks whose most probable latent code it is, which steers samples",
+    "codes/entropy": "mean entropy of the router's distribution over codes in the last update, nats",
+    "codes/kl": "KL of the codes' mean distribution from a Zipf prior in the last update, nats",
+    "codes/logprob": "mean log-probability of a chunk's chosen code, nats",
+    "codes/gain": "how much nearer to the teacher the chosen codes bring the student, nats a token",
+    "codes/searched": "how much nearer the chosen sequences are than the mean of those drawn, nats a token",
+    "codes/size": "mean norm of what the chosen codes add, over that of what they are added to",
     "loss/first_token": "mean divergence at the first completion token: a large value means mismatched prompts",
     "loss/clip_frac": "share of vocabulary entries (pointwise) or tokens (token, importance weight of the sampled "
     "loss) that the clip holds",
@@ -44,6 +53,12 @@ METRICS: dict[str, str] = {
     "exposure/credit/{}": "averaged influence credit of a candidate ratio; with the reward as reference its credit "
     "over its error",
     "exposure/{}/credit/{}": "the same of the problems of one level",
+    "exposure/arm/{}": "mean probability that the router gives a candidate ratio, behind its latest step "
+    "(exposure `dlr`)",
+    "exposure/won/{}": "share of the step's problems among whose draws that ratio won (exposure `dlr`)",
+    "exposure/router/cross_entropy": "mean of -log p(winner) before the router's step, nats (exposure `dlr`)",
+    "exposure/router/kl": "KL of the router's mean distribution from its prior before that step, nats",
+    "exposure/router/entropy": "mean entropy of the router's distributions before that step, nats",
     "exposure/progress": "progress of the hold window that ended at this step",
     "exposure/bandit_best": "ratio at which the bandit's regression expects most progress",
     "exposure/paired_credit": "fall of the probe NLL, or of the loss of earlier rewards, per unit of exposure, by two "

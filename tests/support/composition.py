@@ -24,6 +24,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "aligned": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "reward", "by": "level"},
     "aligned_both": {"kind": "influence", "hold": 1, "grid": [0.0, 1.0], "reference": "both"},
     "paired_reward": {"kind": "paired", "hold": 1, "reference": "reward"},
+    "dlr": {"kind": "dlr", "hold": 1, "grid": [1.0, 0.0], "draws": 2},
     "beta_aligned": {"kind": "beta", "reward": "aligned", "hold": 1, "decisions_per_update": 1},
 }
 REVEALS: dict[str, dict[str, Any]] = {
@@ -91,6 +92,7 @@ MEASURED = (
     "aligned",
     "aligned_both",
     "paired_reward",
+    "dlr",
     "beta_aligned",
 )
 AXES = {

@@ -17,9 +17,10 @@ from atesd.sections import TeacherConfig
 from atesd.selection import Selection
 from atesd.train.batch import Row
 from atesd.train.gap import GapRule
+from atesd.train.latent import CodeTraining
 from atesd.train.optim import build_optimizer
 from atesd.train.scorer import Scorer, Student
-from atesd.train.setup import losses_of
+from atesd.train.setup import losses_of, with_codes
 from atesd.train.stats import StepOutcome
 from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher, Teachers
@@ -51,21 +52,23 @@ def make_stepper(
         "rollout": {"temperature": 1.0},
     }
     config = build_config(tree | sections)
+    codes = with_codes(config.codes, model, "tiny")
     teacher = Teacher(config.teacher, model)
     optimizer = build_optimizer(config.optim, model)
     accelerator = Accelerator(cpu=True)
     student, prepared = accelerator.prepare(Student(model, config.loss), optimizer)
+    scorer = Scorer(
+        model,
+        pad_id=PAD,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        token_budget=config.step.token_budget,
+        checkpointing=config.model.gradient_checkpointing,
+        student=student,
+    )
     stepper = Stepping(
         accelerator=accelerator,
-        scorer=Scorer(
-            model,
-            pad_id=PAD,
-            loss=config.loss,
-            temperature=config.rollout.temperature,
-            token_budget=config.step.token_budget,
-            checkpointing=config.model.gradient_checkpointing,
-            student=student,
-        ),
+        scorer=scorer,
         teachers=Teachers(teacher, Teacher(TeacherConfig(), model)),
         optimizer=prepared,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0),
@@ -77,6 +80,7 @@ def make_stepper(
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
         gap_rule=gap_rule,
+        codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
     )
     stepper.default = config.target
     return stepper, teacher

@@ -46,6 +46,9 @@ class AlignedController:
 
     def wants(self, step: int) -> Sequence[Measurement]:
         """Ask for the credits of all candidates where the window may end, by the probe too while rewards are equal."""
+        return self._asked(step)
+
+    def _asked(self, step: int) -> list[Measurement]:
         if not (step and self._clock.may_end):
             return []
         return [*self._credits.wanted(), *(self._instead.wanted() if self._instead else [])]
@@ -53,17 +56,21 @@ class AlignedController:
     def observe(self, observation: Observation) -> None:
         """Add the window's credits up."""
         self._latest = {}
-        wanted = self.wants(observation.step)
+        wanted = self._asked(observation.step)
         if observation.stats.get("reward/std", 0.0) > 0:
             self._instead = None
         if wanted:
             spoke = [credits for credits in (self._credits, self._instead) if credits and credits.add(observation)]
             if spoke:
                 self._latest = spoke[0].metrics()
+                self._renewed()
             elif not is_idle(observation.stats):
                 self._latest = {"exposure/discarded": 1.0}
         if step_counts(observation.stats):
             self._clock.tick()
+
+    def _renewed(self) -> None:
+        """Take in that credits have just been renewed."""
 
     def metrics(self) -> Mapping[str, float]:
         """Return the credits over their errors where they were renewed."""

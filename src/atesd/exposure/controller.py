@@ -44,3 +44,8 @@ class ExposureMethod(Method):
     def reads_rewards(self) -> bool:
         """Whether problems are told apart by the rewards of their attempts: then groups need several."""
         return False
+
+    @property
+    def without_rewards(self) -> str:
+        """The setting that does without them."""
+        return ""

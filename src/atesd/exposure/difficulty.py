@@ -51,6 +51,11 @@ class Difficulty(ExposureMethod):
         """As the policies do."""
         return self.policy.reads_hidden
 
+    @property
+    def without_rewards(self) -> str:
+        """Take the references' perplexity."""
+        return 'set exposure.by = "reference_ppl"'
+
     def describe(self) -> str:
         """Name the number of policies."""
         return f"learned shares: a Beta policy for each of {self.bins} difficulties of problems"

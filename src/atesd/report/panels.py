@@ -39,6 +39,10 @@ CURVES = (
     Quantity("exposure/paired_credit", "Paired credit: what more exposure would gain, nats", shown=changes),
     Quantity("exposure/progress", "Progress of a hold window", shown=changes),
     Quantity("exposure/bandit_best", "Ratio that the regression finds best", shown=changes),
+    Quantity("codes/gain", "Gain by the chosen latent codes, nats a token", shown=changes),
+    Quantity("codes/searched", "Gain of the chosen code sequences over those drawn, nats a token", shown=changes),
+    Quantity("codes/entropy", "Entropy of the latent codes' router, nats", shown=changes),
+    Quantity("codes/size", "Size of what latent codes add, over what they are added to", shown=changes),
     Quantity("cliff/b/{}", "Base's probability of the forced token, {}"),
     Quantity("cliff/p/{}", "Teacher's probability of the forced token, {}"),
 )
@@ -80,12 +84,26 @@ PANELS = (
         run_lines(Quantity("exposure/credit/{}", "ratio {}"), "credit", zeroline=True, zerolinecolor="@axis"),
     ),
     Panel(
+        "arms",
+        "exposure",
+        "Mean probability of candidate ratios under the router over training steps",
+        "What the router of exposure draws from, mean over the problems of its latest step.",
+        run_lines(Quantity("exposure/arm/{}", "ratio {}"), "probability", **FROM_ZERO),
+    ),
+    Panel(
         "routes",
         "controls",
         "Share of groups by route over training steps",
         "How the groups of each step were trained.",
         special.route_stacks,
         special.plain_arms,
+    ),
+    Panel(
+        "codes",
+        "controls",
+        "Share of chunks by latent code over training steps",
+        "How often each latent code is the most probable of a chunk, and steers it when the student samples.",
+        run_lines(Quantity("codes/share/{}", "code {}"), "share of chunks", tickformat=".0%", **FROM_ZERO),
     ),
     Panel(
         "gates",

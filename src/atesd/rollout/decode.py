@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atesd.codes.steer import Codes
 from atesd.rollout.llama import Decoder
 from atesd.rollout.sampler import SamplingConfig
 from atesd.rollout.weights import why_no_distribution
@@ -31,15 +32,17 @@ _FIRST_CANDIDATES = 64
 
 
 @contextmanager
-def decoding(model: Any, sampling: SamplingConfig, *, eos_ids: Collection[int], seed: int) -> Iterator[Complete]:
+def decoding(
+    model: Any, sampling: SamplingConfig, *, eos_ids: Collection[int], seed: int, codes: Codes | None = None
+) -> Iterator[Complete]:
     """Yield what completes one batch of prompts after the other, on the weights as they stand now.
 
     The draws come from one generator of their own, a number for every prompt and position: they are the same whichever
-    rows have ended. A completion ends with the first of `eos_ids`. NonFiniteError where the logits leave no
-    distribution.
+    rows have ended. A completion ends with the first of `eos_ids`; `codes` steer it. NonFiniteError where the logits
+    leave no distribution.
     """
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(model)
+    decoder = Decoder(model, codes)
     ends = torch.tensor(list(eos_ids), device=model.device)
     look_every = _LOOK_EVERY.get(model.device.type, 1)
 

@@ -6,13 +6,14 @@ B prompts of one call, L prompt positions, T sampled positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from atesd.codes.steer import Codes
 from atesd.rollout.decode import Complete, Completion
 from atesd.rollout.sampler import SamplingConfig
 from atesd.rollout.weights import why_no_distribution
@@ -21,13 +22,19 @@ from atesd.types import NonFiniteError
 
 @contextmanager
 def generating(
-    model: Any, sampling: SamplingConfig, *, eos_ids: Collection[int], pad_id: int, seed: int
+    model: Any,
+    sampling: SamplingConfig,
+    *,
+    eos_ids: Collection[int],
+    pad_id: int,
+    seed: int,
+    codes: Codes | None = None,
 ) -> Iterator[Complete]:
     """Yield what completes one batch of prompts after the other, padded on the left and masked by length.
 
-    A completion may go on behind its first end token. `generate` fills whatever a call leaves unset from
-    `model.generation_config`, so that is put aside meanwhile, and it draws from the global random state, which is put
-    back. NonFiniteError where the logits leave no distribution.
+    `codes` steer a completion, which may go on behind its first end token. `generate` fills whatever a call leaves
+    unset from `model.generation_config`, so that is put aside meanwhile, and it draws from the global random state,
+    which is put back. NonFiniteError where the logits leave no distribution.
     """
 
     def complete(prompts: Sequence[Sequence[int]]) -> list[Completion]:
@@ -35,12 +42,13 @@ def generating(
         ids_BL = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         start_B1 = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
         recorder = _Recorder(sampling.temperature or 1.0, model)
-        sequences_BL = model.generate(
-            input_ids=ids_BL.to(model.device),
-            attention_mask=(torch.arange(width) >= start_B1).long().to(model.device),
-            generation_config=_settings(sampling, eos_ids, pad_id),
-            logits_processor=LogitsProcessorList([recorder]),
-        )
+        with nullcontext() if codes is None else codes.generating(model):
+            sequences_BL = model.generate(
+                input_ids=ids_BL.to(model.device),
+                attention_mask=(torch.arange(width) >= start_B1).long().to(model.device),
+                generation_config=_settings(sampling, eos_ids, pad_id),
+                logits_processor=LogitsProcessorList([recorder]),
+            )
         logprobs_BT = recorder.finish(sequences_BL).tolist()
         return list(zip(sequences_BL[:, width:].tolist(), logprobs_BT, strict=True))
 

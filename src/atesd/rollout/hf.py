@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import nn
 
+from atesd.codes.model import codes_of
+from atesd.codes.steer import Codes
 from atesd.rollout.decode import Complete, decoding
 from atesd.rollout.generate import generating
 from atesd.rollout.known import distance, why_unknown
@@ -57,7 +59,8 @@ class HFSampler:
     temperature 0 they are those of temperature 1. Completions end at the first of `eos_ids`, which is kept; the pad id
     may be one of them. Nothing of the model's own generation_config is used, so that a repetition penalty shipped with
     a model cannot make its samples off-policy. The samples depend on weights, prompts, settings and seed alone, and
-    the global random state is left untouched. An adapter samples as it stands, switched on or off.
+    the global random state is left untouched. An adapter samples as it stands, switched on or off. The codes of a model
+    steer its samples, unless they are switched off.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class HFSampler:
         always_generate: bool = False,
     ) -> None:
         # An adapter lives inside the base model's layers, and the wrapper's `generate` only adds its own settings.
+        self._whole = model
         self._model = _beneath(model)
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
@@ -104,8 +108,16 @@ class HFSampler:
     ) -> AbstractContextManager[Complete]:
         """Choose what samples."""
         if self._may_decode(prompt, longest + sampling.max_new_tokens):
-            return decoding(self._model, sampling, eos_ids=self._eos_ids, seed=seed)
-        return generating(self._model, sampling, eos_ids=self._eos_ids, pad_id=self._pad_id, seed=seed)
+            return decoding(self._model, sampling, eos_ids=self._eos_ids, seed=seed, codes=self._codes)
+        return generating(
+            self._model, sampling, eos_ids=self._eos_ids, pad_id=self._pad_id, seed=seed, codes=self._codes
+        )
+
+    @property
+    def _codes(self) -> Codes | None:
+        """What steers at present: looked up anew, as codes may join a model later."""
+        codes = codes_of(self._whole)
+        return codes if codes is not None and codes.active else None
 
     def _may_decode(self, prompt: Sequence[int], length: int) -> bool:
         """Whether our loop knows the model and gives its logits; warn if it does not. Broken weights decide nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from atesd.rollout.llama import Decoder
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # of transformers itself
 _SAME_MATHS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+# Weights that are read in a type of their own: adapters, latent codes.
+_BESIDE = re.compile(r"\.lora_|^latent_codes\.")
 # Those whose frequencies depend on nothing but the config.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 PATH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -43,7 +46,7 @@ def _objections(model: Any, length: int) -> Iterator[str]:
         wrong = _why_not_linear(layer)
         if wrong:
             yield f"{name} {wrong}"
-    plain = [weight for name, weight in model.named_parameters() if ".lora_" not in name]
+    plain = [weight for name, weight in model.named_parameters() if not _BESIDE.search(name)]
     if len({(weight.dtype, weight.device) for weight in plain}) > 1 or plain[0].dtype not in PATH_TOLERANCE:
         yield "its weights are of several or unusual types, or on several devices"
     for name, module in model.named_modules():

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from atesd.codes.steer import Codes, Walk
+
+_Steer = Callable[[Tensor], Tensor]
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**18
@@ -54,6 +57,8 @@ class Cache:
         """The position of each row's next token."""
         self.filled = int(lengths.max())
         """Columns in use."""
+        self.walk: Walk | None = None
+        """The codes in force, where some steer."""
         columns_S = torch.arange(shape[2], device=lengths.device)
         hidden_BS = (columns_S >= lengths[:, None]) & (columns_S < self.filled)
         self.mask_B11S = (
@@ -72,6 +77,8 @@ class Cache:
                 kept[:, :, : self.filled] = tensor[:, :, : self.filled].index_select(0, rows)
                 tensors[layer] = kept
         self.positions_B = self.positions_B[rows]
+        if self.walk is not None:
+            self.walk.keep(rows)
         if self.mask_B11S is not None:
             self.mask_B11S = self.mask_B11S[rows]
 
@@ -83,8 +90,9 @@ class Decoder:
     their layers in float32 and float64; in half precision, where a merge would round them away, they are applied apart.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, codes: Codes | None = None) -> None:
         body, config = model.model, model.config
+        self._codes = codes
         self._embedding_VH = body.embed_tokens.weight
         self._layers = [_Layer(layer) for layer in body.layers[: config.num_hidden_layers]]
         self._norm = _norm(body.norm)
@@ -118,8 +126,19 @@ class Decoder:
 
             return attend
 
-        hidden_ULH = self._pass(ids_UL, torch.arange(width, device=device)[None], attend_in)
-        last_UH = hidden_ULH[torch.arange(len(place), device=device), lengths_U - 1]
+        ends = torch.arange(len(place), device=device), lengths_U - 1
+        walk = None if self._codes is None else Walk(self._codes)
+
+        def steer(hidden_ULH: Tensor) -> Tensor:
+            assert walk is not None
+            return hidden_ULH.index_put(ends, walk.steer(hidden_ULH[ends]))
+
+        positions_1L = torch.arange(width, device=device)[None]
+        hidden_ULH = self._pass(ids_UL, positions_1L, attend_in, None if walk is None else steer)
+        if walk is not None:
+            walk.keep(rows_B)
+        cache.walk = walk
+        last_UH = hidden_ULH[ends]
         return self._head(self._norm(last_UH))[rows_B], cache
 
     def step(self, tokens_B: Tensor, cache: Cache) -> Tensor:
@@ -140,17 +159,27 @@ class Decoder:
 
             return attend
 
-        hidden_B1H = self._pass(tokens_B[:, None], cache.positions_B[:, None], attend_in)
+        walk = cache.walk
+        steer = None if walk is None else lambda hidden_B1H: walk.steer(hidden_B1H[:, 0])[:, None]
+        hidden_B1H = self._pass(tokens_B[:, None], cache.positions_B[:, None], attend_in, steer)
         cache.positions_B = cache.positions_B + 1
         cache.filled = end
         return self._head(self._norm(hidden_B1H[:, 0]))
 
-    def _pass(self, ids_BP: Tensor, positions_BP: Tensor, attend_in: Callable[[int], _Attend]) -> Tensor:
-        """Return the last layer's output [B, P, H], before the final norm."""
+    def _pass(
+        self,
+        ids_BP: Tensor,
+        positions_BP: Tensor,
+        attend_in: Callable[[int], _Attend],
+        steer: _Steer | None,
+    ) -> Tensor:
+        """Return the last layer's output [B, P, H], before the final norm; `steer` acts behind the codes' layer."""
         hidden_BPH = F.embedding(ids_BP, self._embedding_VH)
         turn = (self._cos_S1D[positions_BP], self._sin_S1D[positions_BP])
         for index, layer in enumerate(self._layers):
             hidden_BPH = layer(hidden_BPH, turn, attend_in(index))
+            if steer is not None and self._codes is not None and index == self._codes.layer:
+                hidden_BPH = steer(hidden_BPH)
         return hidden_BPH
 
     def _rotate_up_to(self, length: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atesd.codes.model import unsteered
 from atesd.losses.tiles import Tile
 from atesd.rollout.known import PATH_TOLERANCE, relative_distance
 from atesd.train.batch import Passage, ViewInput, view_input
@@ -46,7 +47,7 @@ def refuse_disagreement(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> Non
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unsteered(model):
             own_NV, tiled_NV = _both(model, inputs)
             alone_NV = _logits_of(model, passages[-1], scorer)
             padded_NV = _logits_of(model, passages[-1], scorer, padding=_LENGTHS[0] - _LENGTHS[1])

@@ -104,6 +104,10 @@ class Pass(NamedTuple):
     ids_BL: Tensor
     lengths: tuple[int, ...]
     """Positions of each passage; what stands behind them is padding."""
+    prompts: tuple[int, ...]
+    """Positions of each passage's prompt."""
+    members: tuple[int, ...]
+    """Which passages of the batch they are."""
     places_N: Tensor
     """Where, in [B L], the hidden states stand that predict completion tokens, passage by passage."""
     veiled: Mapping[int, Passage] = MappingProxyType({})
@@ -143,19 +147,21 @@ def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device, b
     ]
     read = [index for indices in members for index in indices]
     return ViewInput(
-        passes=tuple(_pass([passages[index] for index in indices], pad_id, device) for indices in members),
+        passes=tuple(_pass(passages, indices, pad_id, device) for indices in members),
         order_N=None if read == sorted(read) else _order(read, [len(each.completion) for each in passages], device),
     )
 
 
-def _pass(passages: Sequence[Passage], pad_id: int, device: torch.device) -> Pass:
+def _pass(batch: Sequence[Passage], members: Sequence[int], pad_id: int, device: torch.device) -> Pass:
+    passages = [batch[member] for member in members]
     width = max(passage.cost for passage in passages)
     ids = [[*each.prompt, *each.completion[:-1], *[pad_id] * (width - each.cost)] for each in passages]
     first = [row * width + len(each.prompt) - 1 for row, each in enumerate(passages)]
     places = [torch.arange(start, start + len(each.completion)) for start, each in zip(first, passages, strict=True)]
     lengths = tuple(each.cost for each in passages)
+    prompts = tuple(len(each.prompt) for each in passages)
     veiled = {row: each for row, each in enumerate(passages) if each.veil is not None}
-    return Pass(torch.tensor(ids).to(device), lengths, torch.cat(places).to(device), veiled)
+    return Pass(torch.tensor(ids).to(device), lengths, prompts, tuple(members), torch.cat(places).to(device), veiled)
 
 
 def _order(read: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Whole states on disk: atomic, without pickle.
 
     step_000100/  config.json model.safetensors tokenizer...   loads with `from_pretrained` (adapters: with peft)
+                  codes.safetensors                             latent codes, where the model has some
                   optimizer.safetensors  teacher.safetensors    tensors by parameter name
                   state.json                                    everything else
                   manifest.json                                 size and digest of every file
@@ -26,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
 from atesd.runlog import dump_json, step_name
 from atesd.seals import MANIFEST, seal_files
 from atesd.types import UserError
@@ -119,13 +121,17 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights (or adapters) into the model."""
+    """Put a checkpoint's weights (or adapters) and codes into the model."""
+    codes = codes_of(model)
+    if codes is not None:
+        codes.load_state_dict(load_codes(folder).state_dict())
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(cast("Any", model), load_file(folder / "adapter_model.safetensors"))
         return
-    missing, unexpected = model.load_state_dict(_all_shards(folder), strict=False)
+    with taken_off(model):
+        missing, unexpected = model.load_state_dict(_all_shards(folder), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise UserError(f"checkpoint {folder} does not fit the model of config.json: it was written by another run")
@@ -149,8 +155,17 @@ def load_teacher(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    cast("PreTrainedModel", model).save_pretrained(folder, safe_serialization=True)
+    write_weights(folder, model)
     tokenizer.save_pretrained(folder)
+
+
+def write_weights(folder: Path, model: nn.Module) -> None:
+    """Write a model's weights (adapters only, with LoRA) as it loads without its codes, and these beside it."""
+    with taken_off(model):
+        cast("PreTrainedModel", model).save_pretrained(folder, safe_serialization=True)
+    codes = codes_of(model)
+    if codes is not None:
+        save_codes(folder, codes)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from atesd.config import RunConfig
 from atesd.runlog import write_atomic
 from atesd.seals import MANIFEST
+from atesd.train.checkpoint import write_weights
 from atesd.train.hub import first_line
 from atesd.train.model import load
 from atesd.types import UserError
@@ -37,7 +38,7 @@ def merge_model(config: RunConfig, folder: Path, out: Path, card: str, dtype: Pr
         update={"path": str(folder), "revision": None, "lora": None, "dtype": "float32", "quantization": None}
     )
     model, tokenizer = load(source, 0, config.prompt.chat_template)
-    cast("Any", model).to(getattr(torch, dtype)).save_pretrained(out, safe_serialization=True)
+    write_weights(out, cast("Any", model).to(getattr(torch, dtype)))
     tokenizer.save_pretrained(out)
     write_atomic(out / "README.md", card)
 

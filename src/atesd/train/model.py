@@ -21,6 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from atesd.codes.model import FILE as CODES
+from atesd.codes.model import attach, load_codes
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
@@ -94,8 +96,9 @@ def load(
 
     `seed` fixes the random half of LoRA's initialisation; `template` is the recipe's chat template. A folder that holds
     an adapter gives its base with the adapter merged, or beside it where half precision would round the merge away and
-    nothing trains. UserError if the folder lacks a model, tokenizer or chat template, if its weights are pickled,
-    damaged or not finite, or if an adapter or the tokenizer does not fit the model.
+    nothing trains. Latent codes in the folder become part of the model, frozen. UserError if the folder lacks a model,
+    tokenizer or chat template, if its weights are pickled, damaged or not finite, or if an adapter, codes or the
+    tokenizer do not fit the model.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
     path = resolve(config.path)
@@ -116,6 +119,8 @@ def load(
         enable_checkpointing(model)
     if config.lora is not None:
         model = add_lora(model, config.lora, seed)
+    if (Path(path) / CODES).is_file():
+        attach(model, load_codes(path))
     return cast("PreTrainedModel", model), tokenizer
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from atesd.codes.model import steered_rows
 from atesd.gradients.rule import announce
 from atesd.losses.divergence import (
     LOSS_ALONE,
@@ -213,7 +214,8 @@ def hidden_states(model: nn.Module, inputs: ViewInput, veils: Veils | None = Non
     for each in inputs.passes:
         announce(model, each.lengths)
         assert veils or not each.veiled, "a passage has a veil, and nothing would hide its tokens"
-        with veils.over(each) if veils and each.veiled else nullcontext():
+        veiled = veils.over(each) if veils and each.veiled else nullcontext()
+        with veiled, steered_rows(model, each.prompts, each.lengths, each.members):
             hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
     return Scored(inputs.scored(hidden), *head(model))
 

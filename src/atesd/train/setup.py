@@ -12,6 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from atesd.codes.config import CodesConfig
+from atesd.codes.model import FILE, attach, build_codes, codes_of
+from atesd.codes.steer import Codes
 from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
@@ -34,6 +37,7 @@ from atesd.train.credit import Credit
 from atesd.train.directions import Directions
 from atesd.train.gap import GapRule
 from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.latent import CodeTraining
 from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
@@ -120,6 +124,7 @@ def assemble(config: RunConfig) -> Parts:
     model, tokenizer = load(config.model, derive_seed(config.seed, "lora"), config.prompt.chat_template)
     if config.model.quantization is None:  # else it was loaded where it trains
         model.to(accelerator.device)
+    codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
@@ -176,6 +181,7 @@ def assemble(config: RunConfig) -> Parts:
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
         gap_rule=GapRule(config.rollout.gap_warning, config.rollout.gap_limit),
+        codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
     )
     probe = Probe(
         sets["probe"],
@@ -228,6 +234,36 @@ def assemble(config: RunConfig) -> Parts:
         credit=credit,
         measurer=Measurer(probe, contract, credit, problems, gates),
     )
+
+
+def with_codes(config: CodesConfig | None, model: nn.Module, path: str) -> Codes | None:
+    """Give the model the codes that its recipe trains: those of its folder, or new ones; None where it trains none.
+
+    UserError where a folder's codes would be left as they are, or are others than the recipe's.
+    """
+    found = codes_of(model)
+    if config is None:
+        if found is not None:
+            raise UserError(
+                f"the model in {path!r} is steered by latent codes, which this recipe does not train: add [codes] with "
+                f"{_spelt(found)}, or train a copy of the folder without {FILE}"
+            )
+        return None
+    codes = build_codes(config, model)
+    if found is None:
+        attach(model, codes)
+        return codes
+    if (found.shape, found.scale) != (codes.shape, codes.scale):
+        raise UserError(
+            f"[codes] asks for {_spelt(codes)}, and the codes in {path!r} have {_spelt(found)}: set these, or train a "
+            f"copy of the folder without {FILE}"
+        )
+    return found.requires_grad_(True)
+
+
+def _spelt(codes: Codes) -> str:
+    shape = codes.shape
+    return f"count = {shape['count']}, chunk = {codes.chunk}, layer = {codes.layer}, scale = {codes.scale:g}"
 
 
 def make_scorer(

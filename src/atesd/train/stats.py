@@ -25,6 +25,13 @@ class RowStats:
 
     stats: TokenStats
     weight_T: Tensor
+    sampled_logprob_T: Tensor | None = None
+    """log p_S of the tokens as the sampler saw the student, where the statistics are of another: without its codes."""
+
+    @property
+    def as_sampled(self) -> Tensor:
+        """log p_S of the tokens under what they were sampled from."""
+        return self.stats.student_logprob if self.sampled_logprob_T is None else self.sampled_logprob_T
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class MicroScores:
     parts: dict[str, Component]
     heard: Listening | None = None
     policy: PolicyValues | None = None
+    sampled_logprob_N: Tensor | None = None
+    """As `RowStats.sampled_logprob_T`."""
     losses: dict[str, float] = field(default_factory=dict)
 
     def detached(self) -> MicroScores:
@@ -71,6 +80,8 @@ def fetched(taken: Sequence[MicroScores]) -> list[MicroScores]:
 def _logged_of(scored: MicroScores) -> Iterator[Tensor]:
     yield from (getattr(scored.stats, each.name) for each in fields(TokenStats))
     yield scored.weight_N
+    if scored.sampled_logprob_N is not None:
+        yield scored.sampled_logprob_N
     if scored.heard is not None:
         yield from (scored.heard.selection_N, scored.heard.gate_N)
     if scored.policy is not None:
@@ -82,10 +93,19 @@ def _rebuilt(scored: MicroScores, there: Iterator[Tensor]) -> MicroScores:
     """Put together what `_logged_of` took apart, in its order."""
     stats = TokenStats(*islice(there, len(fields(TokenStats))))
     weight_N = next(there)
+    sampled_N = None if scored.sampled_logprob_N is None else next(there)
     heard = None if scored.heard is None else Listening(stats, next(there), next(there))
     policy = None if scored.policy is None else PolicyValues(*islice(there, len(fields(PolicyValues))))
     losses = {name: float(next(there)) for name in scored.parts}
-    return replace(scored, stats=stats, weight_N=weight_N, heard=heard, policy=policy, losses=losses)
+    return replace(
+        scored,
+        stats=stats,
+        weight_N=weight_N,
+        sampled_logprob_N=sampled_N,
+        heard=heard,
+        policy=policy,
+        losses=losses,
+    )
 
 
 @dataclass(slots=True)
@@ -100,12 +120,18 @@ class StepOutcome:
         self.metrics[key] = self.metrics.get(key, 0.0) + amount
 
 
-def split_rows(stats: TokenStats, weight_N: Tensor, lengths: Sequence[int]) -> list[RowStats]:
+def split_rows(scored: MicroScores, lengths: Sequence[int]) -> list[RowStats]:
     """Cut the statistics of a micro-batch back into its rows."""
+    stats = scored.stats
+    sampled = (
+        [None] * len(lengths)
+        if scored.sampled_logprob_N is None
+        else scored.sampled_logprob_N.split_with_sizes(list(lengths))
+    )
     pieces = [getattr(stats, name.name).split_with_sizes(list(lengths)) for name in fields(TokenStats)]
     return [
-        RowStats(TokenStats(*(piece[index] for piece in pieces)), weight_T)
-        for index, weight_T in enumerate(weight_N.split_with_sizes(list(lengths)))
+        RowStats(TokenStats(*(piece[index] for piece in pieces)), weight_T, sampled[index])
+        for index, weight_T in enumerate(scored.weight_N.split_with_sizes(list(lengths)))
     ]
 
 
@@ -176,7 +202,7 @@ def stream_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[
 def logprob_gap(rows: Sequence[Row], scored: Mapping[int, RowStats]) -> dict[str, float]:
     """Compare the sampler's log-probabilities with the trainer's: about 0 unless they use different weights."""
     gaps = [
-        (row.stats.student_logprob - torch.tensor(rows[index].sampler_logprobs)).abs()
+        (row.as_sampled - torch.tensor(rows[index].sampler_logprobs)).abs()
         for index, row in scored.items()
         if rows[index].sampler_logprobs
     ]

@@ -23,10 +23,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from atesd.codes.model import unsteered
 from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
 from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
-from atesd.losses.divergence import LOSS_ALONE, TokenStreams, Use
+from atesd.losses.divergence import LOSS_ALONE, Scored, TokenStreams, Use
 from atesd.losses.policy import PolicyConfig, PolicyTokens, policy_values
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
@@ -35,6 +36,7 @@ from atesd.selection import Selection
 from atesd.train.batch import Passage, Row, micro_batches
 from atesd.train.finite import Scales, cause, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
+from atesd.train.latent import CodeTraining
 from atesd.train.scorer import Scorer
 from atesd.train.stats import (
     Listening,
@@ -136,6 +138,7 @@ class Stepper:
         max_grad_norm: float,
         seed: int,
         gap_rule: GapRule | None = None,
+        codes: CodeTraining | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._scorer = scorer
@@ -150,6 +153,7 @@ class Stepper:
         self._max_grad_norm = max_grad_norm or math.inf
         self._seed = seed
         self._gap_rule = gap_rule
+        self._codes = codes
         self._target: Target = Plain()
         self._old: dict[int, Tensor] = {}
 
@@ -167,7 +171,8 @@ class Stepper:
         self._remember_old([batch for part in parts for batch in part])
         for part in parts:
             if part:
-                self._update(part, outcome, rows if part is parts[0] else ())
+                with unsteered(self._scorer.model):
+                    self._update(part, outcome, rows if part is parts[0] else ())
             else:
                 outcome.add("optim/empty_updates", 1)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
@@ -196,7 +201,7 @@ class Stepper:
             read.append(batch)
         taken = fetched(taken) if taken else []
         for batch, scored in zip(read, taken, strict=True):
-            rows = split_rows(scored.stats, scored.weight_N, batch.lengths)
+            rows = split_rows(scored, batch.lengths)
             outcome.rows |= zip(batch.indices, rows, strict=True)
         heard = [scored.heard for scored in taken if scored.heard]
         outcome.metrics |= listening_metrics(self._gate, self._target, heard)
@@ -212,7 +217,8 @@ class Stepper:
         self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor, counts: Mapping[str, float]
     ) -> MicroScores:
         """Run a micro-batch and weigh its tokens in every active component."""
-        streams = self._streams(batch, self._use(batch, active, selection_N))
+        views = self._views(batch)
+        streams = self._streams(batch, views, self._use(batch, active, selection_N))
         outcome_N = batch.outcomes(selection_N.device)
         streams = replace(streams, stats=told(streams.stats, outcome_N))
         every_N = torch.ones_like(selection_N)
@@ -223,12 +229,32 @@ class Stepper:
             scored.weight_N = gate_N * batch.weighed(selection_N)
             values_N = self._gate.values(streams)
             scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
+            if self._codes is not None:
+                self._steer(self._codes, batch, views, streams, scored)
         if "rl" in active:
             scored.policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._losses.policy)
             scored.parts["rl"] = self._component("rl", batch, scored.policy.loss_N, every_N, every_N, counts)
         if "nll" in active:
             scored.parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
         return scored
+
+    def _steer(
+        self,
+        training: CodeTraining,
+        batch: MicroBatch,
+        views: Sequence[Scored],
+        plain: TokenStreams,
+        scored: MicroScores,
+    ) -> None:
+        """Add the loss of the student that the best of several code sequences steer, weighed as the plain one's."""
+        part = scored.parts["distil"]
+        choice = training.choose(batch.passages, batch.indices, views, self._target, self._scheduler.last_epoch)
+        heard = self._gate.reads_divergence
+        use = Use(heard, not heard, lambda _, rows: part.weights_N[rows])
+        steered = training.steered(choice, batch.passages, views, self._target, use)
+        training.compare(plain, steered)
+        scored.parts["steered"] = replace(part, values_N=self._gate.values(steered))
+        scored.sampled_logprob_N = choice.sampled_logprob_N.float()
 
     def _component(
         self,
@@ -265,6 +291,9 @@ class Stepper:
     def _move(self, taken: Sequence[MicroScores], outcome: StepOutcome) -> None:
         """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
         losses = _summed([scored.losses for scored in taken])
+        if self._codes is not None:
+            losses["codes"], found = self._codes.learn(self._accelerator.backward)
+            outcome.metrics |= found
         total = sum(losses.values())
         model = self._scorer.model
         self._rule.apply(model)
@@ -285,15 +314,18 @@ class Stepper:
         refuse_broken_weights(model)
         self._teachers.own.update()
 
-    def _streams(self, batch: MicroBatch, use: Use = LOSS_ALONE) -> TokenStreams:
-        """Run the teacher views, then the student, whose graph must not see the teacher's weights in place."""
+    def _views(self, batch: MicroBatch) -> list[Scored]:
+        """Run the teacher views, before the student, whose graph must not see the teacher's weights in place."""
+        return [
+            self._scorer.view([row.view(view) for row in batch.rows], self._teachers.of(view))
+            for view in (self._target.views if batch.distils else ())
+        ]
+
+    def _streams(self, batch: MicroBatch, views: Sequence[Scored], use: Use = LOSS_ALONE) -> TokenStreams:
+        """Run the student, as it is without codes."""
         if not batch.distils:
             temperature = 1.0 if batch.components == ("nll",) else None
             return self._scorer.streams(batch.passages, temperature=temperature, use=use)
-        views = [
-            self._scorer.view([row.view(view) for row in batch.rows], self._teachers.of(view))
-            for view in self._target.views
-        ]
         old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old else None
         return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=old_N, use=use)
 
@@ -306,8 +338,8 @@ class Stepper:
             self._old |= zip(batch.indices, self._logprobs(batch).split_with_sizes(batch.lengths), strict=True)
 
     def _logprobs(self, batch: MicroBatch) -> Tensor:
-        """Return log-probabilities of the sampled tokens under the weights in place, without a hint or gradient."""
-        with torch.no_grad():
+        """Return log-probabilities of the sampled tokens under the weights in place: no hint, codes or gradient."""
+        with torch.no_grad(), unsteered(self._scorer.model):
             return self._scorer.log_likelihood(batch.passages, self._scorer.student_temperature)
 
     def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
@@ -349,7 +381,9 @@ class Stepper:
         if not distilled or not self._selection.needs_batch:
             return every
         with torch.no_grad():
-            whole = concatenate([self._streams(batches[index]).stats for index in distilled])
+            whole = concatenate(
+                [self._streams(batches[index], self._views(batches[index])).stats for index in distilled]
+            )
         refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
         selected = self._selection.select(whole, seed).detach().cpu()

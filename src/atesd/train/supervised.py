@@ -31,7 +31,7 @@ from atesd.train.hints import Hints
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.scorer import Scorer
-from atesd.train.setup import make_renderer, make_scorer, refuse_hostile, shown_instead
+from atesd.train.setup import make_renderer, make_scorer, refuse_hostile, shown_instead, with_codes
 from atesd.types import Config, NonFiniteError, Problem, UserError
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -94,6 +94,7 @@ def warm_up(
     if settings.quantization is not None:
         raise UserError("a warm-up ends in whole weights, and 4-bit ones would round them: remove model.quantization")
     model, tokenizer = load(settings, derive_seed(plan.seed, "lora"), config.prompt.chat_template)
+    with_codes(None, model, config.model.path)
     model.to(Accelerator().device)
     renderer = make_renderer(config, tokenizer, model)
     task = config.task.build(config.facts())

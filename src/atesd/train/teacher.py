@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atesd.codes.model import unsteered
 from atesd.losses.target import View
 from atesd.sections import TeacherConfig
 from atesd.types import UserError
@@ -41,8 +42,8 @@ class Teacher:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Score with the teacher's weights inside the block; no gradient flows there."""
-        with torch.no_grad():
+        """Score with the teacher's weights, which no code steers, inside the block; no gradient flows there."""
+        with torch.no_grad(), unsteered(self._model):
             if self._adapter_off:
                 with cast("Any", self._model).disable_adapter():
                     yield

@@ -202,7 +202,7 @@ class Veils:
         veil = Veil(0, 1, 0, None if self.gates is not None else ())
         veiled = {row: Passage(tuple(ids), (0,), veil) for row, ids in enumerate(ids_BL.tolist())}
         try:
-            with self._replaced(self._hiding(Pass(ids_BL, (2, 2), ids_BL, veiled))) as given:
+            with self._replaced(self._hiding(Pass(ids_BL, (2, 2), (1, 1), (0, 1), ids_BL, veiled))) as given:
                 one_W, other_W = decoder(self._model)(input_ids=ids_BL, use_cache=False).last_hidden_state[:, 1]
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
             raise UserError(

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "closed_form": {"hold": 1},
     "paired": {"hold": 1},
     "influence": {"hold": 1},
+    "dlr": {"hold": 1},
 }
 PROBLEMS = ["a", "b", "c", "d"]
 RATES = [1.0, 0.5, 0.0, None]
@@ -57,6 +58,10 @@ class Student:
                 return self.loss - self.speed(ratio)
             case "influence":
                 return self.speed(ratio)
+            case (
+                "reward_influence_by_level" | "probe_influence_by_level"
+            ):  # two folds, whose errors are no one's friend
+                return {f"/{fold}": self.speed(ratio) + (0.001, -0.001)[fold] * (1 + ratio) for fold in (0, 1)}
             case "contract":  # lambda* falls with the ratio: 2.7 at 0, 1.2 at 1
                 return {"form": ContractPoint(0.7 + 0.2995 * ratio, 0.5, 99)}
             case "reference_nll":
