@@ -20,9 +20,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from atesd.exposure.retention_gates import Gates, decay_bias, evict
 from atesd.exposure.revealer import Masker, ModelSize
@@ -61,6 +58,7 @@ class Veils:
         self._settings = cast("Any", model).config.get_text_config()
         self._layers = _layers_of(model)
         self._learning: list[Remembered] | None = None
+        _register()
         self._refuse_misfit()
 
     @contextmanager
@@ -257,6 +255,8 @@ def _attention(
     **options: Any,
 ) -> Any:
     """Attend as transformers' own function does, with the layer's bias on the logits."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if atesd_bias is None:
         raise ValueError("its layers do not hand keywords on to attention")
     bias_BHQK = atesd_bias.values.to(query.dtype)
@@ -267,5 +267,10 @@ def _attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=bias_BHQK, **options)
 
 
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+def _register() -> None:
+    """Make the attention known to transformers, whose code of models only a run with veils needs."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
