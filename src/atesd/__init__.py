@@ -35,7 +35,9 @@ _HOME = {
     "extract_answer": "rewards.answer",
     "load_config": "recipe",
     "paired_difference": "evaluate.metrics",
+    "resume_run": "trainers",
     "reveal": "exposure.reveal",
+    "start_run": "trainers",
     "token_streams": "losses.divergence",
     "write_report": "report.html",
 }
