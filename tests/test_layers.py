@@ -144,7 +144,17 @@ ORDERS: dict[str, list[str]] = {
 }
 # Heavy libraries and the places that may import them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("losses", "gates", "selection", "gradients", "rollout", "train", "flow", "exposure/beta.py", "cli/plan.py"),
+    "torch": (
+        "losses",
+        "gates",
+        "selection",
+        "gradients",
+        "rollout",
+        "train",
+        "flow",
+        "exposure/beta.py",
+        "cli/plan.py",
+    ),
     "transformers": ("rollout", "train"),
     "tokenizers": ("train",),
     "safetensors": ("train", "flow/net.py"),

@@ -191,7 +191,11 @@ class RunConfig(Config):
         found = [name for name in ignored if self._is_set(name)]
         for section, read in _OF_FLOWS.items():
             part = getattr(self, section)
-            found += [f"{section}.{name}" for name in type(part).model_fields if name not in read and self._differs(part, name)]
+            found += [
+                f"{section}.{name}"
+                for name in type(part).model_fields
+                if name not in read and self._differs(part, name)
+            ]
         if found:
             raise ValueError(f"{kind} has no language model, so {found[0]} would have no effect: remove it")
         return self

@@ -145,9 +145,9 @@ class StepConfig(Config):
 
 
 class FlowConfig(Config):
-    """A flow student (tasks `ring` and `digits`): its network, its warm start and its rollouts. All sizes are our choice.
+    """A flow student (tasks `ring` and `digits`): its network, its warm start and its rollouts. All sizes are ours.
 
-    Euler-Maruyama steps of a rectified flow (DiffusionOPD 2605.15055 gives no schedule): flow/sde.py.
+    Rollouts are Euler-Maruyama steps of a rectified flow: flow/sde.py. DiffusionOPD (2605.15055) gives no schedule.
     """
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 15
@@ -156,8 +156,8 @@ class FlowConfig(Config):
     """Noise of the rollout: its SDE has the diffusion eta sqrt(1 - t). 0 is the ODE, whose loss is the limit of the
     SDE's times its variance."""
     start: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.0)
-    """Times between which a training rollout begins, drawn evenly: at 0 from noise (the paper), later from the problem's
-    own point, noised to that time. Evaluation always begins from noise."""
+    """Times between which a training rollout begins, drawn evenly: at 0 from noise (the paper), later from the
+    problem's own point, noised to that time. Evaluation always begins from noise."""
     width: Annotated[int, Field(ge=1, le=4096)] = 96
     """Units of a hidden layer."""
     depth: Annotated[int, Field(ge=1, le=16)] = 3
@@ -181,7 +181,8 @@ class FlowConfig(Config):
     def _noise_is_none_or_some(self) -> FlowConfig:
         if 0 < self.eta < MIN_ETA:
             raise ValueError(
-                f"flow.eta = {self.eta:g} divides the loss by a variance near 0: choose 0, the ODE, or at least {MIN_ETA:g}"
+                f"flow.eta = {self.eta:g} divides the loss by a variance near 0: choose 0, the ODE, or at least "
+                f"{MIN_ETA:g}"
             )
         return self
 

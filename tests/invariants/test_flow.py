@@ -78,7 +78,10 @@ def test_what_a_run_logs_is_in_the_table(tmp_path: Path) -> None:
     def known(key: str) -> bool:
         return any(
             len(parts) == len(key.split("/"))
-            and all(a in ("{}", b) or ("{}" in a and a.partition("{")[0] in b) for a, b in zip(parts, key.split("/"), strict=True))
+            and all(
+                a in ("{}", b) or ("{}" in a and a.partition("{")[0] in b)
+                for a, b in zip(parts, key.split("/"), strict=True)
+            )
             for parts in patterns
         )
 
@@ -207,7 +210,10 @@ REFUSED = [
     ({"flow": {"start": [0.0, 1.0]}}, "less than 1"),
     ({"flow": {"eta": 1e-6}}, "choose 0, the ODE, or at least 0.01"),
     ({"exposure": {"kind": "difficulty"}}, "group_size"),
-    ({"task": {"kind": "pico"}, "teacher": {}}, 'task.kind = "pico" is answered in words, so flow would have no effect'),
+    (
+        {"task": {"kind": "pico"}, "teacher": {}},
+        'task.kind = "pico" is answered in words, so flow would have no effect',
+    ),
 ]
 
 
@@ -267,7 +273,9 @@ def test_transitions_that_leave_the_finite_numbers_stop_the_run_and_are_named(tm
     trainer._begin()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Views, "student", broken)
-        with pytest.raises(NonFiniteError, match="transition 2 of 3 of the student's rollout leads to numbers") as error:
+        with pytest.raises(
+            NonFiniteError, match="transition 2 of 3 of the student's rollout leads to numbers"
+        ) as error:
             trainer._one_step()
     assert "\n" not in str(error.value)
     assert trainer.step == 0

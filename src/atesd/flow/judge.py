@@ -6,6 +6,7 @@ own, so that it depends on nothing that a run chooses but the images.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -65,7 +66,7 @@ class DigitsJudge:
         random = torch.Generator().manual_seed(0)
         dims = task.train.x_ND.shape[1]
         sizes = [dims, WIDTH, FEATURES, len(task.labels)]
-        layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+        layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
         for layer in layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=random)
             nn.init.zeros_(layer.bias)
@@ -78,7 +79,7 @@ class DigitsJudge:
             chosen = torch.randint(0, len(x), (BATCH,), generator=random)
             loss = nn.functional.cross_entropy(self._head(self._body(x[chosen])), label[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for weight in weights:
             weight.requires_grad_(False)

@@ -53,7 +53,8 @@ class _Named:
 class FlowTrainer(Trainer):
     """One run in one directory: `FlowTrainer.start(...)` or `FlowTrainer.resume(...)`, then `train()`."""
 
-    parts: FlowParts  # type: ignore[assignment] (the inherited methods use what both kinds of parts have)
+    # The inherited methods use what both kinds of parts have.
+    parts: FlowParts  # type: ignore[assignment]
 
     @classmethod
     def start(

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from atesd.exposure.controller import Controller
 from atesd.flow.probe import FlowProbe
 from atesd.flow.rollout import States, Views
 from atesd.flow.step import FlowStepper
@@ -24,7 +23,7 @@ from atesd.sections import OptimConfig
 from atesd.train.credit import Credit
 from atesd.train.directions import FOLDS, Batch, Directions, Gradient
 from atesd.train.measure import Measurer, Taker
-from atesd.types import Measurement, Policy, UserError
+from atesd.types import Policy, UserError
 
 
 @dataclass(frozen=True, slots=True)

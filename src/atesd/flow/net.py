@@ -19,6 +19,8 @@ class VelocityNet(nn.Module):
     A hidden entry of the condition is 0, and the mask beside it says that it is hidden.
     """
 
+    octaves: Tensor
+
     def __init__(self, dims: int, conditions: int, width: int, depth: int) -> None:
         super().__init__()
         self.sizes = {"dims": dims, "conditions": conditions, "width": width, "depth": depth}

@@ -8,7 +8,6 @@ P pairs, each at every one of TIMES.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -116,5 +115,3 @@ def _pairs(points: Points, at_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     t_B1 = torch.tensor(TIMES).repeat_interleave(len(at_P))[:, None]
     z_BD, x1_BD = z_ND[at_P].repeat(count, 1), x1_ND[at_P].repeat(count, 1)
     return interpolate(z_BD, x1_BD, t_B1), t_B1, at_P.repeat(count), x1_BD - z_BD
-
-

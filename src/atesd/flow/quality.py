@@ -43,4 +43,5 @@ def mode_coverage(mode_N: Tensor, modes: int, samples: int) -> float:
 def _root(matrix_DD: Tensor) -> Tensor:
     """Return the square root of a symmetric matrix without negative eigenvalues but for rounding."""
     values, vectors = torch.linalg.eigh(matrix_DD)
-    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    root_DD: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    return root_DD

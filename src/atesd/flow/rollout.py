@@ -77,9 +77,7 @@ def roll(
     dims = points.x_ND.shape[1]
     low, high = config.start if start else (0.0, 0.0)
     start_B1 = low + (high - low) * torch.rand(len(at_B), 1, generator=random)
-    x_BD = interpolate(
-        torch.randn(len(at_B), dims, generator=random), torch.as_tensor(points.x_ND)[at_B], start_B1
-    )
+    x_BD = interpolate(torch.randn(len(at_B), dims, generator=random), torch.as_tensor(points.x_ND)[at_B], start_B1)
     dt_B1 = (1.0 - start_B1) / config.steps
     visited: list[Tensor] = []
     moments = times(start_B1, config.steps)

@@ -1,10 +1,9 @@
-"""One update: the divergence between the student's transitions and the teacher's, on states that the student visited."""
+"""One update: the divergence between the student's and the teacher's transitions, on states that the student visited."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +78,10 @@ class FlowStepper:
 
     def divergence(self, states: States, student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
         """Return the divergence of each transition, [S]; the states are held still."""
-        means = [mean_of(states.x_SD, each, states.t_S1, states.dt_S1, self._eta) for each in (student_SD, teacher_SD)]
-        return transition_kl(*means, sigma_of(states.t_S1, states.dt_S1, self._eta))
+        own, teachers = (
+            mean_of(states.x_SD, each, states.t_S1, states.dt_S1, self._eta) for each in (student_SD, teacher_SD)
+        )
+        return transition_kl(own, teachers, sigma_of(states.t_S1, states.dt_S1, self._eta))
 
     @torch.no_grad()
     def _described(self, states: States, student_SD: Tensor, teacher_SD: Tensor) -> dict[str, float]:

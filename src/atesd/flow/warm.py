@@ -1,4 +1,4 @@
-"""The warm start: ordinary flow matching with random parts of the condition hidden, so that one network serves both roles.
+"""The warm start: flow matching with random parts of the condition hidden, so that one network serves both roles.
 
     loss = mean ||v(x_t, t | visible) - (x_1 - z)||^2,   t ~ U(0, 1)
 
@@ -40,6 +40,6 @@ def warm_start(task: FlowTask, config: FlowConfig, seed: int) -> VelocityNet:
         velocity_BD = net(interpolate(z_BD, x1_ND[at_B], t_B1), t_B1, condition_NC[at_B], visible_BC)
         loss = (velocity_BD - (x1_ND[at_B] - z_BD)).square().sum(-1).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return net

@@ -140,7 +140,7 @@ def paired(study: Study) -> dict[str, Difference]:
 
 
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Name the pairs that are compared: learned - X for every other arm X, and half - full, as far as they are there."""
+    """Name the pairs that are compared: learned - X for every other arm X, and half - full, where there are both."""
     pairs = [(LEARNED, name) for name in arms if name != LEARNED] + [(HALF, FULL)]
     return [(a, b) for a, b in pairs if a in arms and b in arms]
 

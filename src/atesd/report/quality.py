@@ -21,9 +21,14 @@ PREFIX = "quality/"
 MINUS = " \u2212 "
 
 
-def qualities(study: Study) -> dict[str, dict[str, Any]]:
-    """Return by name: `start`, `arms` and, of a comparison, `paired`; {} where no run logs any."""
-    return {name: _quality(study, PREFIX + name) for name in names_in(study.runs, f"{PREFIX}{{}}")}
+def qualities(study: Study, pairs: Sequence[tuple[str, str]] | None = None) -> dict[str, dict[str, Any]]:
+    """Return by name: `start`, `arms` and, of a comparison, `paired`; {} where no run logs any.
+
+    Without `pairs` those of the accuracies are compared.
+    """
+    if pairs is None:
+        pairs = pairs_of([arm.name for arm in study.arms]) if study.is_comparison else []
+    return {name: _quality(study, PREFIX + name, pairs) for name in names_in(study.runs, f"{PREFIX}{{}}")}
 
 
 def quality_tables(study: Study) -> str:
@@ -46,7 +51,7 @@ def reading(entry: Mapping[str, Any]) -> str:
     return "higher" if entry["low"] > 0 else "lower" if entry["high"] < 0 else NOT_TOLD_APART
 
 
-def _quality(study: Study, key: str) -> dict[str, Any]:
+def _quality(study: Study, key: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     starts: dict[int | None, float] = {}
     for run in study.runs:
         if run.rows and run.rows[0]["step"] == 0 and key in run.rows[0]:
@@ -56,7 +61,7 @@ def _quality(study: Study, key: str) -> dict[str, Any]:
         for arm in study.arms
     }
     paired = {}
-    for first, second in pairs_of([arm.name for arm in study.arms]) if study.is_comparison else []:
+    for first, second in pairs:
         seeds = [seed for seed in finals[first] if seed in finals[second]]
         if seeds:
             paired[f"{first}-{second}"] = _entry([finals[first][seed] - finals[second][seed] for seed in seeds])

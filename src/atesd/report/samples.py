@@ -33,8 +33,8 @@ def _of_run(run: Run, arm: int) -> Choices:
     shown = {each.step: each for each in (run.start, *run.evaluations[-1:]) if each is not None}.values()
     found = [(_when(each), *samples_of(each.path)) for each in shown]
     if run.about.get("samples") == "images":
-        drawn = [(when, _grid(points, levels)) for when, points, levels in found if points.shape[1:] == (SIDE * SIDE,)]
-        return {f"{run.label}, {when}": each for when, each in drawn}
+        images = [each for each in found if each[1].shape[1:] == (SIDE * SIDE,)]
+        return {f"{run.label}, {when}": _grid(points, levels) for when, points, levels in images}
     traces = [
         _scatter(when, points, "@muted/0.6" if place == 0 and len(found) > 1 else colour(arm))
         for place, (when, points, _) in enumerate(found)

@@ -52,7 +52,7 @@ PAIRS = """<h3>Paired differences</h3><p>Arms are compared within the same seed 
 does not tell the two apart. With few seeds the intervals are somewhat too narrow.</p>"""
 
 
-FLOW_MISMATCH = """<p>In every state both roles foresee an end, x&nbsp;+&nbsp;(1&nbsp;−&nbsp;t)&nbsp;v. Top-1
+FLOW_MISMATCH = """<p>In every state both roles foresee an end, x&nbsp;+&nbsp;(1&nbsp;&minus;&nbsp;t)&nbsp;v. Top-1
 disagreement is how often the two ends look like different labels; the divergence is that of a transition.</p>"""
 
 NAMED_PAIRS = 3  # in the finding
@@ -201,13 +201,17 @@ def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
     )
     if study.right:
         words = (
-            f"<p>Average@{study.k} is the share of samples that {escape(study.right)}: it does not see whether they differ "
-            "from each other. Distance and coverage, below, do. Intervals hold 95 % of what resampling seeds and groups "
-            "of samples gives; the dashed line marks the start.</p>"
+            f"<p>Average@{study.k} is the share of samples that {escape(study.right)}: it does not see whether they "
+            "differ from each other. The numbers below the tables do. Intervals hold 95 % of what resampling seeds and "
+            "groups of samples gives; the dashed line marks the start.</p>"
         )
     words += f"<p>{caution(len(study.seeds))}</p>" if caution(len(study.seeds)) else ""
     pairs = paired_table(study, findings)
-    return Section("results", title, note + words + result_table(study, findings) + (PAIRS + pairs if pairs else "") + quality_tables(study))
+    return Section(
+        "results",
+        title,
+        note + words + result_table(study, findings) + (PAIRS + pairs if pairs else "") + quality_tables(study),
+    )
 
 
 def _note(words: str, points: Sequence[str]) -> str:

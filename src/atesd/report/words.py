@@ -124,8 +124,8 @@ def _flow_in_words(study: Study) -> list[tuple[str, str]]:
         ),
         "Task": lambda run: str(setting(run.config, "task.kind") or ""),
         "Rollouts": lambda run: (
-            f"{setting(run.config, 'flow.steps')} transitions, eta {setting(run.config, 'flow.eta')}, begun between times "
-            f"{setting(run.config, 'flow.start')}"
+            f"{setting(run.config, 'flow.steps')} transitions, eta {setting(run.config, 'flow.eta')}, begun between "
+            f"times {setting(run.config, 'flow.start')}"
         ),
         "Teacher's weights": lambda run: _taught(TEACHERS, run, "teacher.weights"),
         "Divergence": lambda _: "KL between Gaussian transitions",

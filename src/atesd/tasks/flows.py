@@ -71,8 +71,9 @@ class Layout:
     def visible(self, rank_BM: Whole, ratios: Sequence[float]) -> NDArray[np.bool_]:
         """Return what the teacher sees of each condition, [B, C]: of larger ratios what smaller ones show, and more."""
         shown_B1 = np.array([[self.shown(ratio)] for ratio in ratios])
-        told_C = self.piece_C == ALWAYS
-        return told_C | (rank_BM[:, np.maximum(self.piece_C, 0)] < shown_B1)
+        told_C: NDArray[np.bool_] = self.piece_C == ALWAYS
+        visible_BC: NDArray[np.bool_] = told_C | (rank_BM[:, np.maximum(self.piece_C, 0)] < shown_B1)
+        return visible_BC
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class FlowTaskMethod(TaskMethod):
 
     def build(self, run: RunFacts) -> Task:  # noqa: ARG002
         """UserError: there are no problems in words."""
-        refuse_text(self.kind)  # type: ignore[attr-defined] (every method has one)
+        refuse_text(self)
 
     @abstractmethod
     def points(self, run: RunFacts) -> FlowTask:
@@ -107,11 +108,12 @@ class FlowTaskMethod(TaskMethod):
 def refuse_points(task: TaskMethod) -> None:
     """UserError for a task that is not answered in words."""
     if not task.is_text:
-        refuse_text(task.kind)  # type: ignore[attr-defined] (every method has one)
+        refuse_text(task)
 
 
-def refuse_text(kind: str) -> NoReturn:
+def refuse_text(task: TaskMethod) -> NoReturn:
     """UserError for what only a task in words can be asked."""
+    kind = task.model_dump()["kind"]  # every method has one
     raise UserError(
         f'task.kind = "{kind}" has no texts and no language model: of the commands, train, compare and report serve it'
     )
@@ -185,8 +187,8 @@ class DigitsConfig(FlowTaskMethod):
     def _patches_tile(self) -> DigitsConfig:
         if self.patch not in (1, 2, 4, 8):
             raise ValueError(
-                f"task.patch = {self.patch} cuts an image of {SIDE}x{SIDE} pixels into no whole patches, which are what "
-                "the teacher is shown: choose 1, 2, 4 or 8"
+                f"task.patch = {self.patch} cuts an image of {SIDE}x{SIDE} pixels into no whole patches, which are "
+                "what the teacher is shown: choose 1, 2, 4 or 8"
             )
         return self
 

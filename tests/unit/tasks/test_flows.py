@@ -80,7 +80,10 @@ def test_digits_are_split_without_overlap_and_scaled() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"kind": "digits", "patch": 0}, "into no whole patches, which are what the teacher is shown: choose 1, 2, 4 or 8"),
+        (
+            {"kind": "digits", "patch": 0},
+            "into no whole patches, which are what the teacher: choose 1, 2, 4 or 8",
+        ),
         ({"kind": "digits", "patch": 3}, "task.patch = 3 cuts an image of 8x8 pixels"),
         ({"kind": "digits", "train_size": 1697, "probe_size": 1}, "100 must be left"),
         ({"kind": "ring", "train_size": 0}, "greater than or equal to 1"),
