@@ -125,7 +125,7 @@ class FlowTrainer(Trainer):
             random = torch.Generator().manual_seed(derive_seed(config.seed, "sample", self.step))
             states, _ = roll(parts.views, parts.task.train, torch.as_tensor(at), config.flow, random, start=True)
         with phase("exposure"):
-            named: Any = [_Named(f"{parts.task.train.name}-{index:05d}") for index in at]
+            named: Any = [_Named(parts.task.train.ids[place]) for place in at]
             ratios = proposed(parts.controller, self.step, named, [None] * len(at))
             parts.credit.keep(states, parts.levels(at), ratios)
         with phase("update"):

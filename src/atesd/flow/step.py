@@ -1,4 +1,4 @@
-"""One update: the divergence between the student's and the teacher's transitions, on states that the student visited."""
+"""One update: the divergence between both roles' transitions, on states that the student visited."""
 
 from __future__ import annotations
 

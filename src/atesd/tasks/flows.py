@@ -35,9 +35,13 @@ GREY = 16  # its brightest pixel
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """A set of points: `x_ND`, the label of each, its condition, and the place `rank_NM` at which a piece is shown."""
+    """A set of points: `x_ND`, the label of each, its condition, and the place `rank_NM` at which a piece is shown.
+
+    Points of equal ids are the same points.
+    """
 
     name: str
+    ids: tuple[str, ...]
     x_ND: Floats
     label_N: Whole
     condition_NC: Floats
@@ -45,11 +49,6 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.x_ND)
-
-    @property
-    def ids(self) -> list[str]:
-        """Names of the points."""
-        return [f"{self.name}-{index:05d}" for index in range(len(self))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,8 @@ class RingConfig(FlowTaskMethod):
             bits_N3 = 2.0 * (label_N[:, None] >> np.array([2, 1, 0]) & 1) - 1.0
             rank_NM = np.tile(np.arange(5), (size, 1))
             condition_NC = np.concatenate([bits_N3, x_ND], axis=1)
-            return Points(name, x_ND.astype(np.float32), label_N, condition_NC.astype(np.float32), rank_NM)
+            ids = tuple(f"{name}-{seed}-{index:05d}" for index in range(size))
+            return Points(name, ids, x_ND.astype(np.float32), label_N, condition_NC.astype(np.float32), rank_NM)
 
         return FlowTask(
             name="ring",
@@ -216,7 +216,8 @@ class DigitsConfig(FlowTaskMethod):
             rng = np.random.default_rng(derive_seed(0, f"patches {name}"))
             rank_NM = rng.permuted(np.tile(np.arange(across * across), (len(chosen), 1)), axis=1)
             condition_NC = np.concatenate([class_NK, image_ND[chosen]], axis=1).astype(np.float32)
-            return Points(name, image_ND[chosen].astype(np.float32), label_N[chosen], condition_NC, rank_NM)
+            ids = tuple(f"image-{index:04d}" for index in chosen.tolist())
+            return Points(name, ids, image_ND[chosen].astype(np.float32), label_N[chosen], condition_NC, rank_NM)
 
         is_class = np.arange(10 + SIDE * SIDE) < 10
         return FlowTask(

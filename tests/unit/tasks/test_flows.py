@@ -64,13 +64,14 @@ def test_sets_follow_the_seed_and_the_probe_does_not() -> None:
     assert (first.train.x_ND == ring(3).train.x_ND).all()
     assert not np.isin(first.train.x_ND, other.train.x_ND).any()
     assert (first.probe.x_ND == other.probe.x_ND).all()
-    assert first.train.ids[:2] == ["train-00000", "train-00001"]
+    assert first.train.ids[:2] == ("train-3-00000", "train-3-00001")
+    assert first.evaluation.ids != other.evaluation.ids, "else a report would take them for the same"
 
 
 def test_digits_are_split_without_overlap_and_scaled() -> None:
     task = digits()
     sets = (task.train, task.probe, task.evaluation)
-    assert sum(map(len, sets)) == 1797
+    assert sum(map(len, sets)) == len({identity for each in sets for identity in each.ids}) == 1797
     assert task.train.x_ND.min() == -1
     assert task.train.x_ND.max() == 1
     assert (task.train.condition_NC[:, 10:] == task.train.x_ND).all()
