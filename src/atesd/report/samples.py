@@ -57,7 +57,7 @@ def samples_of(path: Path) -> tuple[Floats, list[str]]:
         if is_point(point) and is_text(row.get("level")) and len(point) == len(points[0] if points else point):
             points.append(np.clip(point, -EDGE, EDGE).tolist())
             levels.append(row["level"])
-    return np.array(points, dtype=np.float64).reshape(len(points), -1), levels
+    return np.array(points, dtype=np.float64) if points else np.empty((0, 0)), levels
 
 
 def _when(evaluation: Evaluation) -> str:
