@@ -20,7 +20,7 @@ from atesd.flow.setup import assemble
 from atesd.metrics import METRICS, is_timing
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
-from atesd.train.loop import Interrupted
+from atesd.train.loop import Interrupted, Trainer
 from atesd.trainers import resume_run, start_run
 from atesd.types import NonFiniteError, UserError
 
@@ -258,6 +258,12 @@ def test_other_commands_say_that_there_is_no_text(
     with pytest.raises(SystemExit):
         main()
     assert 'task.kind = "ring" has no texts and no language model' in capsys.readouterr().err
+
+
+def test_the_language_loop_sends_a_flow_away(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'task\.kind = "ring" has no texts and no language model'):
+        Trainer.start(build_config(tree(teacher={})), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_transitions_that_leave_the_finite_numbers_stop_the_run_and_are_named(tmp_path: Path) -> None:

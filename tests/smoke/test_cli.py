@@ -158,7 +158,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["eval", "nowhere", "--which", "best"], "leave it out"),
         (["train", PICO, "--resume", "nowhere"], "give neither a recipe"),
         (["train", "step.num_steps=9", "--resume", "nowhere"], "not a run directory"),
-        (["train", "pcio"], "did you mean 'pico'? give the path of a TOML file, or one of pico"),
+        (["train", "pcio"], "did you mean 'pico'? give the path of a TOML file, or one of digits-atesd, pico"),
         (["train", "elsewhere/pico.toml"], "but 'pico' is packaged: name it so"),
         (["recipes", "--out", "file"], "--out copies one recipe: name it"),
         (["recipes", "pico", "--out", "file"], "file already exists and is left as it is"),

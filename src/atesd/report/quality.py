@@ -14,7 +14,7 @@ import numpy as np
 from atesd.evaluate.metrics import t_interval
 from atesd.report.compare import pairs_of
 from atesd.report.load import Run, Study
-from atesd.report.plots import names_in
+from atesd.report.plots import SAME, names_in
 from atesd.report.tables import NOT_TOLD_APART, swatch, table
 
 PREFIX = "quality/"
@@ -45,9 +45,11 @@ def said(entry: Mapping[str, Any] | None, sign: str = "") -> str:
 
 
 def reading(entry: Mapping[str, Any]) -> str:
-    """Say what the interval of a difference allows to say."""
+    """Say what an interval allows to say; differences that are equal on all seeds tell nothing of their error."""
     if entry["low"] is None:
         return "one seed"
+    if entry["high"] - entry["low"] < SAME * abs(entry["mean"]):
+        return NOT_TOLD_APART
     return "higher" if entry["low"] > 0 else "lower" if entry["high"] < 0 else NOT_TOLD_APART
 
 

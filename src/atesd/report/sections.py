@@ -106,7 +106,9 @@ def _flow_sections(study: Study, findings: Findings, notes: Sequence[str]) -> li
         _figures(study, "quality", "Distance and coverage over training", "no evaluation was written"),
         _figures(study, "samples", "Samples", "no evaluation was written"),
         _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
-        _figures(study, "levels", "Accuracy by level", "the student is asked for no label, or seeds asked for different ones"),
+        _figures(
+            study, "levels", "Accuracy by level", "the student is asked for no label, or seeds asked for different ones"
+        ),
         _figures(study, "exposure", "Exposure over training", "no step was logged"),
         _figures(study, "mismatch", "Mismatch against exposure", "no step was logged", FLOW_MISMATCH),
         _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),

@@ -81,6 +81,7 @@ def test_what_an_interval_says() -> None:
         "lower",
     ]
     assert reading(entry | {"low": None, "high": None}) == "one seed"
+    assert reading(entry | {"low": 0.5, "high": 0.5}) == "not told apart", "coverage moves by eighths: seeds may agree"
     assert said(entry, "+") == "+0.5000 (+0.1000 to +0.9000)"
     assert said(entry | {"low": None}) == "0.5000"
     assert said(None) == ""

@@ -83,7 +83,7 @@ def test_digits_are_split_without_overlap_and_scaled() -> None:
     [
         (
             {"kind": "digits", "patch": 0},
-            "into no whole patches, which are what the teacher: choose 1, 2, 4 or 8",
+            "into no whole patches, which are what the teacher is shown: choose 1, 2, 4 or 8",
         ),
         ({"kind": "digits", "patch": 3}, "task.patch = 3 cuts an image of 8x8 pixels"),
         ({"kind": "digits", "train_size": 1697, "probe_size": 1}, "100 must be left"),
