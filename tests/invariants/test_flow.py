@@ -241,6 +241,11 @@ def test_a_controller_that_asks_for_what_is_not_served_is_refused_before_the_run
     assert not (tmp_path / "run").exists()
 
 
+def test_one_sample_is_too_few_for_a_distance(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"make one sample, of which no distance can be told: raise eval\.k"):
+        start_run(build_config(tree(eval={"k": 1, "problems": 1})), tmp_path / "run")
+
+
 def test_one_that_asks_later_is_stopped_in_one_line(tmp_path: Path) -> None:
     trainer = start_run(build_config(tree(exposure={"kind": "beta", "reward": "aligned", "hold": 1})), tmp_path / "run")
     with pytest.raises(UserError, match="no measurement is called 'reward_influence': known are influence, probe_infl"):

@@ -71,6 +71,9 @@ def assemble(config: RunConfig) -> FlowParts:
     task = section.points(facts)
     if task.name not in JUDGES:
         raise UserError(f"nobody can judge the samples of task {task.name!r}: known are {', '.join(JUDGES)}")
+    samples = config.eval.k * min(config.eval.problems or len(task.evaluation), len(task.evaluation))
+    if samples < 2:
+        raise UserError("eval.k and eval.problems make one sample, of which no distance can be told: raise eval.k")
     judge = JUDGES[task.name](task)
     net = warm_start(task, config.flow, config.seed)
     views = Views(net, task.layout)
