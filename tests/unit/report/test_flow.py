@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 from atesd.report.compare import summarise
 from atesd.report.html import render
 from atesd.report.load import load_study
+from atesd.report.panels import PANELS
 from atesd.report.quality import qualities, quality_tables, reading, said
 from atesd.report.samples import sample_figures, samples_of
 from atesd.runlog import RunDir, dump_json, write_atomic
@@ -95,6 +98,18 @@ def test_the_page_speaks_of_samples_and_shows_them(tmp_path: Path) -> None:
     assert "velocity network, 3 layers of 64 units" in shown
     for words in ("language model", "Qwen3", "completion", "answers training problems"):
         assert words not in shown, words
+
+
+@pytest.mark.parametrize("about", [POINTS, IMAGES], ids=["points", "images"])
+def test_both_figures_are_valid_plotly(about: dict[str, Any], tmp_path: Path) -> None:
+    study = load_study([write_comparison(tmp_path, about)])
+    shown = [panel.show(study) for panel in PANELS if panel.name in ("quality", "samples")]
+    assert all(shown)
+    for panel in filter(None, shown):
+        assert panel.caption.endswith(".")
+        for drawn in panel.choices.values():
+            text = re.sub(r'"@[^"]*"', '"#123456"', json.dumps(drawn, allow_nan=False))
+            go.Figure(json.loads(text))  # raises on an unknown property or a wrong value
 
 
 def test_points_are_drawn_before_and_after(tmp_path: Path) -> None:
