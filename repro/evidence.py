@@ -25,7 +25,8 @@ from scipy.stats import spearmanr
 
 from atesd.evaluate.metrics import Difference, paired_difference
 from atesd.report.compare import accuracy, accuracy_matrix, are_shared, difference, finals, seconds, starts
-from atesd.report.load import Arm, load_comparison
+from atesd.report.load import Arm, Study, load_comparison
+from atesd.report.quality import qualities, reading, said
 from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
 
 from figure import write_figure
@@ -74,8 +75,32 @@ def comparison(folder: Path, name: str, base: str) -> None:
             f"{pair.difference:+.3f} | {pair.low:+.3f} to {pair.high:+.3f} | {cost:.2f} | "
             f"{' / '.join(f'{share:.0%}' for share in routes.values())} |"
         )
+    if numbers := qualities(study, [(arm, base) for arm in arms if arm != base]):
+        found |= {"quality": numbers, "first_step": {arm.name: first_step(arm) for arm in study.arms}}
+        print_quality(study, found)
     write_atomic(OUT / f"{name}.json", dump_json(found))
     write_figure(folder, OUT / f"{name}.svg")
+
+
+def print_quality(study: Study, found: Mapping[str, Any]) -> None:
+    """Print numbers about a flow's samples with their differences to the base, and the first step's mismatch."""
+    for name, entry in found["quality"].items():
+        print(f"\n| arm | {name} (t, 95 %) | minus the base (t, 95 %) | reading |\n|---|---|---|---|")
+        print(f"| start | {said(entry['start'])} | | |")
+        for arm in study.arms:
+            pair = next((pair for key, pair in entry["paired"].items() if key.startswith(f"{arm.name}-")), None)
+            words = f"{said(pair, '+')} | {reading(pair)}" if pair else " | "
+            print(f"| `{arm.name}` | {said(entry['arms'].get(arm.name))} | {words} |")
+    print("\n| arm | exposure of step 1 | divergence | top-1 disagreement |\n|---|---|---|---|")
+    for arm, numbers in found["first_step"].items():
+        print(f"| `{arm}` | {' | '.join(format(value, '.4g') for value in numbers.values())} |")
+
+
+def first_step(arm: Arm) -> dict[str, float]:
+    """Return means over seeds of what the first step logged, when all arms' students are still the same."""
+    keys = ("exposure/ratio", "divergence/mean", "mismatch/top1")
+    rows = [row for run in arm.runs for row in run.rows if row["step"] == 1]
+    return {key: float(np.mean([row[key] for row in rows])) for key in keys} if rows else dict.fromkeys(keys, 0.0)
 
 
 def aligned(folder: Path, cost: str = "") -> None:

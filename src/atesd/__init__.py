@@ -36,7 +36,9 @@ _HOME = {
     "load_codes": "codes.model",
     "load_config": "recipe",
     "paired_difference": "evaluate.metrics",
+    "resume_run": "trainers",
     "reveal": "exposure.reveal",
+    "start_run": "trainers",
     "token_streams": "losses.divergence",
     "write_report": "report.html",
 }

@@ -43,7 +43,16 @@ from atesd.losses.target import Plain
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.sampler import SamplingConfig
 from atesd.routing.fixed import Distil
-from atesd.sections import ModelConfig, OptimConfig, ProbeConfig, SaveConfig, StepConfig, TeacherConfig, TrackConfig
+from atesd.sections import (
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    ProbeConfig,
+    SaveConfig,
+    StepConfig,
+    TeacherConfig,
+    TrackConfig,
+)
 from atesd.selection import SelectAll
 from atesd.strength import Aligned, Constant, Guard, Strength
 from atesd.tasks.kinds import PicoConfig
@@ -65,6 +74,21 @@ _SENSIBLE = {
 }
 # What of `loss` only the distillation loss reads.
 _OF_DISTILLATION = ("divergence", "top_k", "tail", "clip", "clip_tau", "temperature_teacher")
+
+
+# What a flow task reads of a recipe, besides the sections that it reads as a whole; and what no text task reads.
+_OF_FLOWS = {
+    "step": ("num_steps", "problems"),
+    "eval": ("every", "k", "problems"),
+    "probe": ("credit_problems", "log_every"),
+    "save": ("every", "keep"),
+}
+_MEANT = {  # what exposure is, where the reference is no solution in words
+    "the whole solution (OPSD)": "the whole condition",
+    "the final answer only": "nothing but what it is always told",
+    "of the solution": "of the condition",
+}
+_READ_BY_FLOWS = ("seed", "task", "exposure", "teacher", "curriculum", "optim", "flow", "track", "threads", "arms")
 
 
 ONE, SEVERAL = "(one)", "(several)"  # in places of pydantic's errors; recipe.py leaves them out
@@ -140,6 +164,8 @@ class RunConfig(Config):
     """Evaluation on held-out problems."""
     save: SaveConfig = SaveConfig()
     """Checkpoints and rollout files."""
+    flow: FlowConfig = FlowConfig()
+    """A student that makes points instead of text, for the tasks `ring` and `digits`."""
     track: TrackConfig = TrackConfig()
     """Trackers beside the run directory."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -154,6 +180,27 @@ class RunConfig(Config):
             value = reduce(lambda section, name: getattr(section, name, None), place.split("."), cast("Any", self))
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{place} = {value:g} leads beyond the range of float32: choose {low:g} to {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_are_read(self) -> Self:
+        """Refuse what only a language model, or only a flow, would read."""
+        kind = f'task.kind = "{self.task.kind}"'
+        if self.task.is_text:
+            if self._is_set("flow"):
+                raise ValueError(f"{kind} is answered in words, so flow would have no effect: remove it")
+            return self
+        ignored = [name for name in type(self).model_fields if name not in {*_READ_BY_FLOWS, *_OF_FLOWS}]
+        found = [name for name in ignored if self._is_set(name)]
+        for section, read in _OF_FLOWS.items():
+            part = getattr(self, section)
+            found += [
+                f"{section}.{name}"
+                for name in type(part).model_fields
+                if name not in read and self._differs(part, name)
+            ]
+        if found:
+            raise ValueError(f"{kind} has no language model, so {found[0]} would have no effect: remove it")
         return self
 
     @model_validator(mode="after")
@@ -249,6 +296,8 @@ class RunConfig(Config):
         """
         weighs = "Problems weigh p (1 - p) by their pass rate p (PACED)" if self.loss.prompt_weight == "paced" else ""
         router = self.routing.describe()
+        if not self.task.is_text:
+            return self._about_flow()
         controls = [
             self.target.describe(),
             self.selection.describe(),
@@ -267,6 +316,22 @@ class RunConfig(Config):
             "controls": [words for words in controls if words],
             "distils": self.routing.distils,
             "reinforces": self.routing.reinforces,
+        }
+
+    def _about_flow(self) -> dict[str, Any]:
+        """Say the same of a flow, and what its samples are and when they count as right."""
+        task = cast("Any", self.task)
+        words = self.exposure.describe()
+        for said, meant in _MEANT.items():
+            words = words.replace(said, meant)
+        curriculum = self.curriculum.describe()
+        return {
+            "exposure": words,
+            "controls": [curriculum] if curriculum else [],
+            "distils": True,
+            "reinforces": False,
+            "samples": task.looks,
+            "right": task.right,
         }
 
     def _shown(self) -> str:

@@ -54,6 +54,7 @@ from atesd.tasks.base import TaskMethod
 from atesd.tasks.benchmarks import BenchmarkConfig
 from atesd.tasks.episodes import EpisodesConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
+from atesd.tasks.flows import DigitsConfig, RingConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import DoorsConfig, PicoConfig
 from atesd.tasks.textworld import TextWorldConfig
@@ -74,7 +75,9 @@ TaskSection = Annotated[
     | JsonlConfig  # your own problems
     | DatasetConfig  # Hugging Face data sets, Parquet, CSV
     | GymConfig  # reasoning-gym
-    | BenchmarkConfig,  # AIME, HMMT, MATH-500, AMC, Minerva, GSM8K
+    | BenchmarkConfig  # AIME, HMMT, MATH-500, AMC, Minerva, GSM8K
+    | RingConfig  # points around a circle, made by a flow
+    | DigitsConfig,  # small images of digits, made by a flow
     Field(discriminator="kind"),
     Own(TaskMethod),
 ]

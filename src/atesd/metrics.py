@@ -26,6 +26,10 @@ METRICS: dict[str, str] = {
     "divergence/mean": "unclipped divergence, mean over valid tokens, nats",
     "divergence/p99": "99th percentile of the unclipped divergence over valid tokens, nats",
     "mismatch/top1": "share of valid tokens where student and teacher have different argmax",
+    "mismatch/velocity": "squared difference of the teacher's and the student's velocities over the teacher's square "
+    "(flow tasks, where mismatch/top1 says how often the ends that both foresee have different labels)",
+    "quality/{}": "a number about all samples of a flow's evaluation: energy_distance and mode_coverage of `ring`, "
+    "frechet_distance and class_agreement of `digits`",
     "student/entropy": "mean entropy of the student over valid tokens, nats",
     "student/confidence": "mean of the student's largest probability over valid tokens",
     "teacher/entropy": "mean entropy of the teacher over valid tokens, nats",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from atesd.types import Config
 
 Positive = Annotated[int, Field(ge=1)]
+MIN_ETA = 1e-2
 _ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -141,6 +142,49 @@ class StepConfig(Config):
     """What to do with a problem whose teacher prompt plus a full completion exceeds the model's context."""
     truncated: Literal["train", "mask"] = "train"
     """Whether completions that hit the length limit are trained on. They always grade as wrong."""
+
+
+class FlowConfig(Config):
+    """A flow student (tasks `ring` and `digits`): its network, its warm start and its rollouts. All sizes are ours.
+
+    Rollouts are Euler-Maruyama steps of a rectified flow: flow/sde.py. DiffusionOPD (2605.15055) gives no schedule.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 15
+    """Transitions of a rollout."""
+    eta: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Noise of the rollout: its SDE has the diffusion eta sqrt(1 - t). 0 is the ODE, whose loss is the limit of the
+    SDE's times its variance."""
+    start: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.0)
+    """Times between which a training rollout begins, drawn evenly: at 0 from noise (the paper), later from the
+    problem's own point, noised to that time. Evaluation always begins from noise."""
+    width: Annotated[int, Field(ge=1, le=4096)] = 96
+    """Units of a hidden layer."""
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
+    """Hidden layers."""
+    warm_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Updates of the warm start."""
+    warm_batch: Positive = 256
+    """Points in each of them."""
+    warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    """Its learning rate, which falls linearly to 0."""
+    blind: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the warm start's samples that show what the student sees; the others show what teachers see."""
+
+    @model_validator(mode="after")
+    def _start_is_a_range(self) -> FlowConfig:
+        if self.start[0] > self.start[1]:
+            raise ValueError(f"flow.start = {list(self.start)} runs backwards: give the earlier time first")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_none_or_some(self) -> FlowConfig:
+        if 0 < self.eta < MIN_ETA:
+            raise ValueError(
+                f"flow.eta = {self.eta:g} divides the loss by a variance near 0: choose 0, the ODE, or at least "
+                f"{MIN_ETA:g}"
+            )
+        return self
 
 
 class TrackConfig(Config):

@@ -69,6 +69,9 @@ def test_every_recipe_trains_two_steps(
 ) -> None:
     out = tmp_path / "run"
     small = SMALL
+    if "[flow]" in recipe.read_text():
+        trains_two_steps_of_a_flow(recipe, out, monkeypatch, capsys)
+        return
     if "runs/cliff/base" in recipe.read_text():
         small = [*SMALL, 'model.path="pico"', "step.updates_per_batch=2"]  # the base that repro/cliff_base.py writes
     elif "Qwen/Qwen3" in recipe.read_text():
@@ -95,6 +98,28 @@ def test_every_recipe_trains_two_steps(
         assert row["teacher_prompt"] == row["hint"] == "", "no teacher read it"
     assert json.loads((out / "result.json").read_text())["step"] == 2
     assert run(monkeypatch, "eval", str(out), "--which", "best", "--problems", "1") == 0, "adapters load, too"
+
+
+def trains_two_steps_of_a_flow(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train, extend, report: what a flow's recipe is served by."""
+    if recipe.stem.startswith("digits"):
+        pytest.importorskip("sklearn")
+    small = ["flow.warm_steps=3", "step.num_steps=2", "step.problems=2", "eval.problems=4", "save.every=1"]
+    assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "step 2/2" in text
+    assert "avg@" in text
+    assert "distance" in text
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2]
+    assert json.loads((out / "result.json").read_text())["step"] == 2
+    assert run(monkeypatch, "report", str(out)) == 0
+    page = (out / "report.html").read_text()
+    assert "What the student makes of the same noise before training and at the last evaluation." in page
+    assert "Qwen3" not in page.partition("<pre>")[0].rpartition("<body")[2]
+    assert run(monkeypatch, "export", str(out), "--out", str(out.with_name("exported"))) == 2
+    assert "has no texts and no language model" in capsys.readouterr().err
 
 
 def real_model_made_small(folder: Path) -> list[str]:
@@ -133,7 +158,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["eval", "nowhere", "--which", "best"], "leave it out"),
         (["train", PICO, "--resume", "nowhere"], "give neither a recipe"),
         (["train", "step.num_steps=9", "--resume", "nowhere"], "not a run directory"),
-        (["train", "pcio"], "did you mean 'pico'? give the path of a TOML file, or one of pico"),
+        (["train", "pcio"], "did you mean 'pico'? give the path of a TOML file, or one of digits-atesd, pico"),
         (["train", "elsewhere/pico.toml"], "but 'pico' is packaged: name it so"),
         (["recipes", "--out", "file"], "--out copies one recipe: name it"),
         (["recipes", "pico", "--out", "file"], "file already exists and is left as it is"),

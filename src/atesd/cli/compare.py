@@ -239,13 +239,19 @@ def finish(folder: Path, console: Console) -> None:
     """Write summary and report from what is there, and print the tables."""
     from atesd.report.compare import caution, summarise
     from atesd.report.html import write_report
+    from atesd.report.load import load_comparison
+    from atesd.report.quality import qualities
 
     summary = summarise(folder)
+    if found := qualities(load_comparison(folder)):
+        summary["quality"] = found
     write_atomic(folder / "summary.json", dump_json(summary))
     console.print(summary_table(summary))
     if summary["paired"]:
         console.print(paired_table(summary))
     console.print(leaders_line(summary["leaders"]))
+    for name, found in summary.get("quality", {}).items():
+        console.print(quality_table(name, found))
     if warning := caution(len(summary["seeds"])):
         console.print(warning)
     report = write_report([folder], folder / "report.html")
@@ -281,6 +287,21 @@ def paired_table(summary: Mapping[str, Any]) -> Table:
         row = [name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+")]
         row += [interval(pair, sign="+", over="t_")] if few else []
         table.add_row(*row, verdict(Difference(**pair).sign))
+    return table
+
+
+def quality_table(name: str, found: Mapping[str, Any]) -> Table:
+    """Return one number about all samples: means over seeds and paired differences."""
+    from atesd.report.quality import reading, said
+
+    table = Table(title=f"{name.replace('_', ' ')}, mean over seeds (t interval, 95 %)", title_justify="left")
+    for column in ("arm or pair", "value", "reading"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    table.add_row("start", said(found["start"]), "")
+    for arm, entry in found["arms"].items():
+        table.add_row(arm, said(entry), "")
+    for pair, entry in found["paired"].items():
+        table.add_row(pair.replace("-", " - ", 1), said(entry, "+"), reading(entry))
     return table
 
 

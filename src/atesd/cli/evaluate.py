@@ -25,6 +25,7 @@ from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.seals import MANIFEST, folder_flaw
 from atesd.tasks.benchmarks import BENCHMARKS
+from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def run_eval(
     if task is not None:
         settings = [*(settings_of(task, data) if is_benchmark else [task_override(task)]), *settings]
     config = with_overrides(config, settings)
+    refuse_points(config.task)
     if run_code:
         announce_code(config, console)
     else:

@@ -12,6 +12,7 @@ from atesd.cli.evaluate import is_run, model_of, recipe_of
 from atesd.cli.progress import make_console, silence_libraries
 from atesd.cli.train import start_of
 from atesd.runlog import RunDir
+from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def run_export(
     folder = model_of(run, which)
     with announced_methods(console) if run_code else refused_methods(f"{run}/config.json"):
         config = recipe_of(str(run), run)
+    refuse_points(config.task)
     if merge:
         refuse_nothing_to_merge(folder)
     if push_to_hub is not None:

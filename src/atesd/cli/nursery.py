@@ -217,7 +217,7 @@ def _load() -> bool:
     """Import what a run needs. Return whether it is safe to fork: no other thread may hold a lock just then."""
     from atesd.train.model import preload
 
-    for name in ("cli.train", "recipe", "train.loop"):
+    for name in ("cli.train", "recipe", "trainers"):
         import_module(f"atesd.{name}")
     preload()
     gc.freeze()

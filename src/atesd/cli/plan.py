@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from atesd.cli.progress import clock, make_console, silence_libraries
+from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def run_plan(
     from atesd.train.plan import GIB, Lengths, make_plan
 
     config = load_config(recipe, overrides)
+    refuse_points(config.task)
     chosen = device_of(device, memory, flops, bandwidth)
     lengths = Lengths(prompt, solution)
     plan = make_plan(config, chosen, lengths)

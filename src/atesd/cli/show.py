@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from atesd.cli.progress import make_console, silence_libraries
+from atesd.tasks.flows import refuse_points
 
 
 def run_show(recipe: Path, overrides: Sequence[str], ratio: float | None, count: int) -> None:
@@ -23,7 +24,9 @@ def run_show(recipe: Path, overrides: Sequence[str], ratio: float | None, count:
         check_ratio(ratio)
     console = make_console()
     shown = None
-    for prompt in show_prompts(load_config(recipe, overrides), ratio, count):
+    config = load_config(recipe, overrides)
+    refuse_points(config.task)
+    for prompt in show_prompts(config, ratio, count):
         if prompt["problem_id"] != shown:
             shown = prompt["problem_id"]
             title = " ".join(f"{shown} {prompt['level']}".split())

@@ -23,7 +23,8 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     """Start or continue a run, show it, and print its final evaluation beside that of the start."""
     silence_libraries()
     from atesd.recipe import load_config
-    from atesd.train.loop import Interrupted, Trainer
+    from atesd.train.loop import Interrupted
+    from atesd.trainers import resume_run, start_run
 
     console = make_console()
     if resume is not None:
@@ -31,12 +32,12 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
         if out is not None or (recipe is not None and "=" not in str(recipe)):
             raise UserError("--resume continues a run with its own recipe: give neither a recipe nor --out")
         with announced_methods(console):
-            trainer = Trainer.resume(resume, overrides, before=lambda config: _before_resumed(config, console))
+            trainer = resume_run(resume, overrides, before=lambda config: _before_resumed(config, console))
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
         config = load_config(recipe, overrides)
         place = out or Path("runs") / f"{recipe.stem}-{config.seed}"
-        trainer = Trainer.start(config, place, say=console.print, before=_warn_of_memory)
+        trainer = start_run(config, place, say=console.print, before=_warn_of_memory)
         console.print(f"run directory {trainer.run.path}")
     else:
         raise UserError("nothing to train: give a recipe, such as pico, or --resume RUN_DIR")

@@ -135,9 +135,14 @@ def caution(seeds: int) -> str:
 def paired(study: Study) -> dict[str, Difference]:
     """Return the difference learned - X for every other arm X, and half - full, over the seeds that both have."""
     arms = {arm.name: arm for arm in study.arms}
-    pairs = [(LEARNED, name) for name in arms if name != LEARNED] + [(HALF, FULL)]
-    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs if a in arms and b in arms}
+    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs_of(list(arms))}
     return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Name the pairs that are compared: learned - X for every other arm X, and half - full, where there are both."""
+    pairs = [(LEARNED, name) for name in arms if name != LEARNED] + [(HALF, FULL)]
+    return [(a, b) for a, b in pairs if a in arms and b in arms]
 
 
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:

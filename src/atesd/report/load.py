@@ -47,6 +47,8 @@ ABOUT = {
     "controls": list_of(is_text),
     "distils": is_bool,
     "reinforces": is_bool,
+    "samples": is_text,
+    "right": is_text,
 }
 RESULT = {"step": is_step, "seconds": is_amount}
 COMPARISON = {
@@ -129,6 +131,11 @@ class Run:
         return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
 
     @property
+    def right(self) -> str:
+        """When a sample of a flow counts as right, which completes "the share of samples that ..."; else empty."""
+        return str(self.about.get("right", ""))
+
+    @property
     def start(self) -> Evaluation | None:
         """The evaluation before the first update, if there was one."""
         return next((evaluation for evaluation in self.evaluations if evaluation.step == 0), None)
@@ -199,6 +206,12 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs, arm by arm."""
         return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def right(self) -> str:
+        """When a sample counts as right, where all runs are flows of one kind; else empty."""
+        found = {run.right for run in self.runs}
+        return found.pop() if len(found) == 1 else ""
 
     @property
     def notes(self) -> list[str]:

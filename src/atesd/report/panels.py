@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atesd.report import special
+from atesd.report import samples, special
 from atesd.report.plots import (
     FROM_ZERO,
     Panel,
@@ -20,6 +20,7 @@ CURVES = (
     Quantity("divergence/mean", "Mean divergence, nats"),
     Quantity("divergence/p99", "Divergence, 99th percentile, nats"),
     Quantity("mismatch/top1", "Top-1 disagreement"),
+    Quantity("mismatch/velocity", "Gap of both velocities, over the teacher's"),
     Quantity("student/entropy", "Student entropy, nats"),
     Quantity("teacher/entropy", "Teacher entropy, nats"),
     Quantity("reward/mean", "Reward of training completions"),
@@ -55,6 +56,22 @@ PANELS = (
         "Mean over seeds; the band holds 95 % of what resampling seeds and problems gives. "
         "Step 0 is the model before training.",
         special.accuracy_bands,
+    ),
+    Panel(
+        "quality",
+        "quality",
+        "Numbers about all samples over training steps",
+        "One number about all samples of an evaluation, mean over seeds. Distances are better when smaller. The noise "
+        "that samples begin with is the same at every evaluation.",
+        mean_lines(Quantity("quality/{}", "{}"), **FROM_ZERO),
+    ),
+    Panel(
+        "samples",
+        "samples",
+        "Samples before training and after",
+        "What the student makes of the same noise before training and at the last evaluation.",
+        samples.sample_figures,
+        most=12,  # images are large
     ),
     Panel(
         "levels", "levels", "Final Average@{k} by level", "Final accuracy with 95 % intervals.", special.level_intervals

@@ -12,6 +12,7 @@ from atesd.report.compare import Findings, caution
 from atesd.report.load import Run, Study
 from atesd.report.panels import PANELS
 from atesd.report.plots import Shown
+from atesd.report.quality import quality_tables
 from atesd.report.rollouts import pack_rollouts
 from atesd.report.tables import (
     NOT_TOLD_APART,
@@ -32,6 +33,12 @@ teacher's probabilities. The teacher knows more only because it reads a <em>hint
 part of the reference solution. The <em>exposure ratio</em> is the share of the solution shown, from 0 (answer only) to
 1 (whole solution).</p>"""
 
+FLOW = """<p class="lead">A flow, the <em>student</em>, makes {samples} out of noise by a chain of small random
+steps, each a normal distribution. A <em>teacher</em>, by default the same network as it was before training, says for
+every state on the student's own way where it would go, and the student moves towards that. The teacher knows more only
+because it sees more of a <em>condition</em>: numbers about a real example. The <em>exposure ratio</em> is the share of
+it shown, from 0 to 1; where a line here speaks of a solution, this condition is meant.</p>"""
+
 REINFORCEMENT = """<p class="lead">{start} <em>reinforced</em>: several attempts at one problem form a group, and the
 student moves towards those with more reward than the group's mean and away from the others. The difference to the mean
 is the attempt's <em>advantage</em>; where all attempts are equally good, there is nothing to learn.</p>"""
@@ -44,6 +51,9 @@ found. It is no evidence about how mismatch or accuracy depend on exposure in la
 PAIRS = """<h3>Paired differences</h3><p>Arms are compared within the same seed and problem. An interval that contains 0
 does not tell the two apart. With few seeds the intervals are somewhat too narrow.</p>"""
 
+
+FLOW_MISMATCH = """<p>In every state both roles foresee an end, x&nbsp;+&nbsp;(1&nbsp;&minus;&nbsp;t)&nbsp;v. Top-1
+disagreement is how often the two ends look like different labels; the divergence is that of a transition.</p>"""
 
 NAMED_PAIRS = 3  # in the finding
 MOST_NOTES = 20  # of one kind
@@ -66,6 +76,8 @@ def sections(study: Study, findings: Findings) -> list[Section]:
     """Return all sections in reading order."""
     completions = _rollouts(study)
     notes = [*study.notes, *completions.notes]
+    if study.right:
+        return _flow_sections(study, findings, notes)
     return [
         _results(study, findings, notes),
         _setup(study),
@@ -86,6 +98,24 @@ def sections(study: Study, findings: Findings) -> list[Section]:
     ]
 
 
+def _flow_sections(study: Study, findings: Findings, notes: Sequence[str]) -> list[Section]:
+    """Return the sections of flows, which write no completions."""
+    return [
+        _results(study, findings, notes),
+        _setup(study),
+        _figures(study, "quality", "Distance and coverage over training", "no evaluation was written"),
+        _figures(study, "samples", "Samples", "no evaluation was written"),
+        _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
+        _figures(
+            study, "levels", "Accuracy by level", "the student is asked for no label, or seeds asked for different ones"
+        ),
+        _figures(study, "exposure", "Exposure over training", "no step was logged"),
+        _figures(study, "mismatch", "Mismatch against exposure", "no step was logged", FLOW_MISMATCH),
+        _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),
+        _figures(study, "curves", "Training curves", "no step was logged"),
+    ]
+
+
 def page_header(study: Study, findings: Findings, parts: Sequence[Section]) -> str:
     """Title, the finding in one sentence, facts, navigation and the legend that holds for every figure."""
     links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts if not part.missing)
@@ -97,13 +127,13 @@ def page_header(study: Study, findings: Findings, parts: Sequence[Section]) -> s
     hint = "" if len(study.arms) < 2 else '<span class="muted">Press an arm to hide it in every figure.</span>'
     return (
         f'<header><p class="kicker">Exposure report</p><h1>{escape(study.title)}</h1>'
-        f'<p class="finding">{finding(findings)}</p>{_facts(study)}'
+        f'<p class="finding">{finding(findings, study.right)}</p>{_facts(study)}'
         f'<nav aria-label="Sections">{links}</nav></header>'
         f'<div class="legend" role="group" aria-label="Arms">{buttons}{hint}</div>'
     )
 
 
-def finding(findings: Findings) -> str:
+def finding(findings: Findings, right: str = "") -> str:
     """Say in a sentence or two what came out: the highest, ties named, and the start; learned against other arms."""
     known = {name: entry for name, entry in findings.arms.items() if entry is not None}
     if not known:
@@ -113,6 +143,13 @@ def finding(findings: Findings) -> str:
     start = findings.start
     before = "" if start is None else f", from {percent(start['average_at_k'])} before training"
     answered = shares[0] if shares[0] == shares[-1] else f"{shares[-1]} to {shares[0]}"
+    if right:
+        lead = (
+            f"{names[0]} has the highest share of right samples"
+            if len(names) == 1
+            else f"Not told apart by the share of right samples: {listed(names)}"
+        )
+        return f"{lead}: {answered} of the samples {escape(right)}{before}.{_against(findings)}"
     if len(names) > 1 and len(names) == len(known):
         text = f"No arm is told apart from the highest: {listed(names)} answer"
     elif len(names) > 1:
@@ -148,7 +185,7 @@ def _facts(study: Study) -> str:
         f"task {study.task}" if study.task else "",
         "one arm" if len(study.arms) == 1 else f"{len(study.arms)} arms",
         *(seeds if study.seeds else []),
-        f"{evaluated} held-out problems, {study.k} answers each" if evaluated else "",
+        f"{evaluated} held-out problems, {study.k} {'samples' if study.right else 'answers'} each" if evaluated else "",
         f"{duration(study.seconds)} in all" if study.seconds else "",
     ]
     return '<ul class="facts">' + "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "</ul>"
@@ -164,9 +201,19 @@ def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
         f"<p>Average@{study.k} is the share of right answers when every held-out problem is answered {study.k} times. "
         "Intervals hold 95 % of what resampling seeds and problems gives; the dashed line marks the start.</p>"
     )
+    if study.right:
+        words = (
+            f"<p>Average@{study.k} is the share of samples that {escape(study.right)}: it does not see whether they "
+            "differ from each other. The numbers below the tables do. Intervals hold 95 % of what resampling seeds and "
+            "groups of samples gives; the dashed line marks the start.</p>"
+        )
     words += f"<p>{caution(len(study.seeds))}</p>" if caution(len(study.seeds)) else ""
     pairs = paired_table(study, findings)
-    return Section("results", title, note + words + result_table(study, findings) + (PAIRS + pairs if pairs else ""))
+    return Section(
+        "results",
+        title,
+        note + words + result_table(study, findings) + (PAIRS + pairs if pairs else "") + quality_tables(study),
+    )
 
 
 def _note(words: str, points: Sequence[str]) -> str:
@@ -192,6 +239,8 @@ def _setup(study: Study) -> Section:
 
 def _introduction(study: Study) -> str:
     """Explain distillation, reinforcement, or both."""
+    if study.right:
+        return FLOW.format(samples=escape(str(study.runs[0].about.get("samples", "samples"))))
     taught = any(run.distils for run in study.runs)
     start = (
         "Groups may also be"

@@ -49,6 +49,8 @@ def run_in_words(run: Run) -> str:
 
 def settings_in_words(study: Study) -> list[tuple[str, str]]:
     """Return name and value of what all runs have in common; a setting that differs says so."""
+    if study.right:
+        return _flow_in_words(study)
     rows = {
         "Model": lambda run: _named(MODELS, setting(run.config, "model.path")),
         "Weights trained": _trained,
@@ -108,6 +110,30 @@ def _policy(run: Run) -> str:
 
 def _taught(names: Mapping[str, str], run: Run, path: str) -> str:
     return _named(names, setting(run.config, path)) if run.distils else ""
+
+
+def _flow_in_words(study: Study) -> list[tuple[str, str]]:
+    """Return the same of flows, which read other settings."""
+    rows = {
+        "Model": lambda run: (
+            f"velocity network, {setting(run.config, 'flow.depth')} layers of {setting(run.config, 'flow.width')} units"
+        ),
+        "Warm start": lambda run: (
+            f"{setting(run.config, 'flow.warm_steps')} steps of flow matching, a share of "
+            f"{setting(run.config, 'flow.blind')} of the samples as the student sees them"
+        ),
+        "Task": lambda run: str(setting(run.config, "task.kind") or ""),
+        "Rollouts": lambda run: (
+            f"{setting(run.config, 'flow.steps')} transitions, eta {setting(run.config, 'flow.eta')}, begun between "
+            f"times {setting(run.config, 'flow.start')}"
+        ),
+        "Teacher's weights": lambda run: _taught(TEACHERS, run, "teacher.weights"),
+        "Divergence": lambda _: "KL between Gaussian transitions",
+        "Steps": _amount,
+        "Learning rate": _rate,
+    }
+    found = [(name, _common([describe(run) for run in study.runs])) for name, describe in rows.items()]
+    return [(name, value) for name, value in found if value]
 
 
 def _named(names: Mapping[str, str], value: Any) -> str:

@@ -53,6 +53,9 @@ class TaskMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("build",)
 
+    is_text: ClassVar[bool] = True
+    """Whether a language model answers its problems: else they are points, made by a flow (tasks/flows.py)."""
+
 
 def cites_hint(completion: str) -> bool:
     """Tell whether an unhinted completion speaks of a solution or hint that it cannot have seen."""

@@ -43,7 +43,7 @@ _NAME = re.compile(r"step_\d{6,}")
 def save_model(
     folder: Path,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete.
@@ -70,7 +70,7 @@ def save_checkpoint(
     step: int,
     *,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     optimizer: torch.optim.Optimizer,
     teacher: Mapping[str, Tensor],
     state: Mapping[str, Any],
@@ -154,9 +154,10 @@ def load_teacher(folder: Path) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
 
 
-def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
     write_weights(folder, model)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:  # flow students have none
+        tokenizer.save_pretrained(folder)
 
 
 def write_weights(folder: Path, model: nn.Module) -> None:

@@ -54,6 +54,8 @@ def memory_warning(config: RunConfig) -> str | None:
 
     An estimate, with the lengths that `atesd plan` assumes.
     """
+    if not config.task.is_text:  # a flow's network is tiny
+        return None
     device = this_machine()
     free = free_memory(device)
     if not device.is_gpu:

@@ -251,7 +251,7 @@ def test_what_is_loaded_is_not_forked_beside_other_threads(monkeypatch: pytest.M
     assert not nursery._load()
     over.set()
     other.join()
-    assert asked == ["atesd.cli.train", "atesd.recipe", "atesd.train.loop", "models"]
+    assert asked == ["atesd.cli.train", "atesd.recipe", "atesd.trainers", "models"]
 
 
 @pytest.mark.parametrize(("cores", "threads", "runs"), [(2, 1, 2), (8, 3, 2), (8, 8, 1), (4, 6, 1)])

@@ -40,7 +40,7 @@ def test_a_name_means_the_packaged_recipe_unless_a_file_is_called_so(
 def test_what_is_neither_is_named_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"recipe pico-gpro .* did you mean 'pico-grpo'\? .* one of pico, pico-agents, pico-aligned, "
+        UserError, match=r"recipe pico-gpro .* did you mean 'pico-grpo'\? .* one of digits-atesd, pico, pico-agents, "
     ):
         find_recipe("pico-gpro")
     with pytest.raises(UserError, match=r"recipes/pico\.toml cannot be read .* but 'pico' is packaged"):
