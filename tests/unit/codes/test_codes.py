@@ -173,6 +173,10 @@ def test_no_gradient_reaches_the_model_through_the_router() -> None:
     model, codes = steered_model()
     with codes.noting() as noted:
         scorer_of(model).log_likelihood(passages())
+    hidden = torch.ones(1, 32, requires_grad=True)
+    assert codes.logits(hidden).requires_grad
+    codes.logits(hidden).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is None
     codes.logits(torch.cat(list(noted.values()))).square().sum().backward()  # type: ignore[no-untyped-call]
     assert codes.router_CH.grad is not None
     assert all(weight.grad is None for name, weight in model.named_parameters() if "router" not in name)
