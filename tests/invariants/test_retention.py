@@ -241,7 +241,6 @@ def test_what_a_run_logs_is_of_its_own_completions_and_hints(tmp_path: Path) -> 
     trainer = Trainer.start(
         build_config(TREE | {"teacher": {"weights": "frozen"}, "step": {"num_steps": 1, "problems": 3}}),
         tmp_path / "run",
-        tmp_path / "run",
     )
     parts, groups = trainer.parts, []
     assert isinstance(parts.revealer, Retainer)

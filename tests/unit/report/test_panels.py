@@ -108,13 +108,9 @@ def test_every_figure_is_a_valid_plotly_figure(panels: Sequence[Shown]) -> None:
             return [real(inner) for inner in value]
         return "#123456" if isinstance(value, str) and value.startswith("@") else value
 
-<<<<<<< HEAD
-    of_flows = {"quality", "samples"}  # tests/unit/report/test_flow.py
-    assert {panel.name for panel in panels} == {panel.name for panel in PANELS} - of_flows
-    assert len(PANELS) == 15
-=======
-    assert len(panels) == len(PANELS) - 2 == 13  # the study has neither latent codes nor a router of exposure
->>>>>>> h/dlr
+    elsewhere = {"quality", "samples", "arms", "codes"}  # of flows (test_flow.py), of DLR: the study has neither
+    assert {panel.name for panel in panels} == {panel.name for panel in PANELS} - elsewhere
+    assert len(PANELS) == 17
     for panel in panels:
         assert panel.description
         assert "{" not in panel.description
