@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does exposure matter for a flow (METHOD 13.3)? A ring of eight modes at fixed ratios, learned and credited exposure, ten
+# Does exposure matter for a flow? A ring of eight modes at fixed ratios, learned and credited exposure, ten
 # seeds (the setting was found on seeds 1000 to 1002, LAB.md): docs/evidence/ring.json. A run takes some 13 s of processor
 # time on one core, so 60 of them some seven minutes on two idle ones. Stop it with Ctrl-C; the same command continues.
 set -euo pipefail
