@@ -57,7 +57,7 @@ def own_logprobs(model: Any, chosen: list[Passage]) -> Tensor:
     """Return the model's own log-probabilities behind each passage's scored positions, [N, V], one passage a pass."""
 
     def each() -> Iterator[Tensor]:
-        for prompt, completion in chosen:
+        for prompt, completion, _ in chosen:
             logits = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
             yield logits[len(prompt) - 1 : -1]
 

@@ -75,7 +75,7 @@ def distil_loss(parts: Parts, ratio: float) -> Tensor:
 
 def probe_loss(parts: Parts) -> Tensor:
     values = []
-    for prompt, completion in parts.probe.references:
+    for prompt, completion, _ in parts.probe.references:
         logits = parts.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
         values.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
     return torch.cat(values).mean()

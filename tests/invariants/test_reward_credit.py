@@ -132,11 +132,11 @@ class Dense:
 
     def probe_folds(self, references: Sequence[Any]) -> list[list[Tensor]]:
         """Return the gradient of the references' token-mean NLL by fold: every eighth of them, scaled to a mean."""
-        tokens = sum(len(completion) for _, completion in references)
+        tokens = sum(len(each.completion) for each in references)
         found = []
         for fold in range(8):
             part = []
-            for prompt, completion in references[fold::8]:
+            for prompt, completion, _ in references[fold::8]:
                 logits = self.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
                 logs = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])  # at temperature 1
                 part.append(-logs.sum())

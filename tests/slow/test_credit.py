@@ -73,7 +73,7 @@ def gradient(parts: Parts, losses: Any, count: int) -> Gradient:
 
 def of_probe(parts: Parts) -> Gradient:
     def losses() -> Any:
-        for prompt, completion in parts.probe.references:
+        for prompt, completion, _ in parts.probe.references:
             logs = log_probs(parts, prompt, completion)
             yield -logs.gather(1, torch.tensor(completion)[:, None]).sum()
 

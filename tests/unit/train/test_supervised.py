@@ -134,10 +134,10 @@ def test_updates_are_those_of_a_plain_loop(base: Path, tmp_path: Path) -> None:
         optimizer.param_groups[0]["lr"] = 3e-3 * factor
         batch = drawn[3 * step : 3 * step + 3]
         parts = []
-        for prompt, completion in batch:
+        for prompt, completion, _ in batch:
             logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
             parts.append(functional.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
-        loss = torch.stack(parts).sum() / sum(len(completion) for _, completion in batch)
+        loss = torch.stack(parts).sum() / sum(len(each.completion) for each in batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
