@@ -173,6 +173,12 @@ def agents(folder: Path) -> None:
             f"| `{name}` | {own['average_at_k']:.3f} | {own['low']:.3f} to {own['high']:.3f} | "
             f"{pair.difference:+.3f} | {pair.low:+.3f} to {pair.high:+.3f} | {seen} | {turns:.1f} |"
         )
+    found["pairs"] = {}
+    for one, other in (("atesd", "grpo_opsd"), ("sdar", "grpo_opsd"), ("sdar_atesd", "sdar"), ("atesd", "sdar")):
+        pair = difference(arms[one], arms[other])
+        assert pair is not None
+        found["pairs"][f"{one} - {other}"] = pair._asdict()
+        print(f"`{one}` - `{other}`: {pair.difference:+.3f}, 95 % {pair.low:+.3f} to {pair.high:+.3f}")
     single = max(("sdar", "atesd"), key=lambda name: found["arms"][name]["average_at_k"])
     pair = difference(arms["sdar_atesd"], arms[single])
     assert pair is not None

@@ -77,7 +77,7 @@ def of_probe(parts: Parts) -> Gradient:
             logs = log_probs(parts, prompt, completion)
             yield -logs.gather(1, torch.tensor(completion)[:, None]).sum()
 
-    return gradient(parts, losses(), sum(len(completion) for _, completion in parts.probe.references))
+    return gradient(parts, losses(), sum(len(each.completion) for each in parts.probe.references))
 
 
 def of_distillation(parts: Parts, groups: Any, ratio: float) -> Gradient:
