@@ -61,7 +61,7 @@ def test_every_turn_of_an_attempt_is_kept() -> None:
     outcomes.add([Group(Problem("p", "x", "y"), attempts)])
     outcomes.add([])
     assert kept(outcomes) == [(1, 1.0, 0), (2, 1.0, 0), (3, -1.0, 0)]
-    assert outcomes.earlier()[1].passage == ((2,), (2, 102))
+    assert outcomes.earlier()[1].passage == ((2,), (2, 102), None)
 
 
 def test_running_means_by_level() -> None:

@@ -82,9 +82,13 @@ def test_the_gap_to_the_sampler_leaves_out_rows_that_were_not_sampled() -> None:
 
 def test_rows_are_cut_out_of_a_micro_batch_and_joined_again() -> None:
     whole = stats_of(3, divergence=[1.0, 2.0, 3.0])
-    first, second = split_rows(whole, torch.tensor([0.1, 0.2, 0.3]), [1, 2])
+    micro = MicroScores(whole, torch.tensor([0.1, 0.2, 0.3]), {})
+    first, second = split_rows(micro, [1, 2])
     assert first.stats.divergence.tolist() == [1.0]
     assert second.weight_T.tolist() == pytest.approx([0.2, 0.3])
+    assert second.as_sampled is second.stats.student_logprob
+    micro.sampled_logprob_N = torch.tensor([-1.0, -2.0, -3.0])
+    assert [each.as_sampled.tolist() for each in split_rows(micro, [1, 2])] == [[-1.0], [-2.0, -3.0]]
     assert torch.equal(concatenate([first.stats, second.stats]).divergence, whole.divergence)
 
 
