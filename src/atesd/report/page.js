@@ -168,7 +168,9 @@ function inspector(root) {
   }
 
   // A masked hint is shown whole; of its tokens attention reaches as many in every layer and head, or on average.
-  const attended = (row) => (row.attended ? `; attention reaches ${row.attended[0]} of ${row.attended[1]} tokens` : "");
+  function attended(row) {
+    return row.attended ? `; attention reaches ${row.attended[0]} of ${row.attended[1]} tokens` : "";
+  }
 
   // Turn by turn: what the environment said, the action, and beside it what the teacher had read when it scored that.
   function conversation(row, style) {
