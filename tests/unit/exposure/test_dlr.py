@@ -161,6 +161,18 @@ def test_a_window_with_credit_moves_the_router_to_the_winners_and_shows_them() -
     assert controller.metrics() == {}
 
 
+def test_the_prior_pulls_as_strongly_as_its_weight_says() -> None:
+    """The router begins uniform, so that with a heavy prior its mean moves towards the prior's first arm."""
+    shares = []
+    for kl_coef in (0.0, 5.0):
+        controller = build(kl_coef=kl_coef, features=["level"], draws=64, hold=1, learning_rate=0.5)
+        start(controller)
+        controller.propose(0, PROBLEMS)
+        controller.observe(credit(1, easy=2, hard=2))
+        shares.append(controller.metrics()[f"exposure/arm/{GRID[0]:g}"])
+    assert shares[0] < 1 / 3 < shares[1]
+
+
 def test_one_draw_is_plain_sampling() -> None:
     """Whatever the credits say, the draw itself is shown, and is what the router learns."""
     controller = build(draws=1, hold=1, learning_rate=0.0)
