@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -308,3 +310,41 @@ def test_a_divergence_that_overflows_is_named_before_weights_move(tmp_path: Path
     with pytest.raises(NonFiniteError, match="the divergence of transition 2 of 3 is not finite"):
         parts.stepper.optimize(states, [1.0, 1.0])
     assert all(torch.equal(one, other) for one, other in zip(parts.model.parameters(), before, strict=True))
+
+
+def test_updates_are_those_of_a_plain_loop_with_a_teacher_of_each_kind() -> None:
+    """Losses and weights of a student, and of its average, recomputed with torch alone on a copy of the network."""
+    for weights in ("frozen", "ema"):
+        settings = {"weights": weights} | ({"ema_decay": 0.5} if weights == "ema" else {})
+        config = build_config(tree(teacher=settings, step={"num_steps": 3, "problems": 4}))
+        parts, noise = assemble(config), config.flow.eta**2
+        student, teacher = copy.deepcopy(parts.model), copy.deepcopy(parts.model)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), betas=config.optim.betas, weight_decay=config.optim.weight_decay
+        )
+        ratios = [0.2, 1.0, 0.6, 0.0]
+        for update in range(3):
+            random = torch.Generator().manual_seed(update)
+            states, _ = roll(parts.views, parts.task.train, torch.arange(4), config.flow, random, start=True)
+            by_state = [ratios[place] for place in states.trajectory_S.tolist()]
+            seen = (states.points, states.at_S, states.x_SD, states.t_S1)
+            with torch.no_grad():
+                target_SD = Views(teacher, parts.task.layout).teacher(*seen, by_state)
+            own_SD = Views(student, parts.task.layout).student(*seen)
+            gain_S1 = states.dt_S1 * (1 + noise * states.t_S1 / 2)
+            variance_S1 = noise * (1 - states.t_S1) * states.dt_S1
+            loss = ((gain_S1 * (own_SD - target_SD)).square() / (2 * variance_S1)).sum(-1).mean()
+            rate = parts.optimizer.param_groups[0]["lr"]
+            found = parts.stepper.optimize(states, ratios)
+            assert (found["loss/total"], found["optim/lr"]) == (pytest.approx(float(loss.detach()), rel=1e-4), rate)
+            optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * update / 3))
+            assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            if weights == "ema":
+                for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
+                    mean.data.lerp_(value.data, 0.5)
+        for value, expected in zip(parts.model.parameters(), student.parameters(), strict=True):
+            assert torch.allclose(value, expected, atol=1e-6)
