@@ -5,7 +5,7 @@ Start, resume, stopping, trackers, measurements and result are inherited; what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +19,8 @@ from atesd.flow.rollout import roll
 from atesd.flow.setup import FlowParts, assemble
 from atesd.runlog import RunDir
 from atesd.seeds import derive_seed
-from atesd.train.checkpoint import (
-    load_optimizer,
-    load_teacher,
-    load_weights,
-    restore_interrupted,
-    save_checkpoint,
-    save_model,
-)
-from atesd.train.loop import Listener, Trainer
+from atesd.train.checkpoint import restore_interrupted, save_model
+from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings
 from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
 from atesd.train.rows import proposed
@@ -35,12 +28,6 @@ from atesd.train.track import refuse_missing
 
 DIGITS = 3
 """Decimals of the samples in evaluation files."""
-
-
-def classes_of(parts: FlowParts) -> dict[str, str]:
-    """Return which class each policy is of."""
-    kinds = {name: type(policy) for name, policy in parts.policies.items()}
-    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,45 +165,6 @@ class FlowTrainer(Trainer):
             self._best = {"step": self.step, "score": score}
             save_model(self.run.path / "best", parts.model, None, {"README.md": self._card()})
         return self._latest_eval
-
-    def _save(self) -> None:
-        """Write everything that the rest of the run depends on."""
-        parts = self.parts
-        state = {
-            "config": self.config.model_dump(mode="json"),
-            "written": self.run.written(),
-            "step": self.step,
-            "seconds": self._seconds,
-            "best": self._best,
-            "latest_eval": self._latest_eval,
-            "scheduler": parts.scheduler.state_dict()["last_epoch"],
-            "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
-            "classes": classes_of(parts),
-        }
-        save_checkpoint(
-            self.run.checkpoints,
-            self.step,
-            model=parts.model,
-            tokenizer=None,
-            optimizer=parts.optimizer,
-            teacher=parts.teacher.tensors(),
-            state=state,
-            keep=self.config.save.keep,
-        )
-
-    def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Load a checkpoint and forget what was logged after it."""
-        parts = self.parts
-        refuse_other_parts(self.run.path, classes_of(parts), state.get("classes", {}))
-        load_weights(folder, parts.model)
-        load_optimizer(folder, parts.model, parts.optimizer)
-        parts.teacher.load_tensors(load_teacher(folder))
-        parts.set_schedule(state["scheduler"])
-        for name, policy in parts.policies.items():
-            policy.load_state_dict(state["policies"][name])
-        self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
-        self._latest_eval = state["latest_eval"]
-        self.run.rewind(self.step, state["written"])
 
     def _card(self) -> str:
         """Say what the weights beside it are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,14 @@ class FlowParts:
     def policies(self) -> dict[str, Policy]:
         """What has the four verbs, by the name under which checkpoints keep its state."""
         return {"controller": self.controller, "curriculum": self.curriculum}
+
+    @property
+    def memories(self) -> dict[str, Any]:
+        """Nothing else has a state: probes and credit read the weights alone."""
+        return {}
+
+    def sync(self, version: int) -> None:
+        """Nobody samples from a copy of the weights."""
 
     def refuse_unheard(self) -> None:
         """Nobody but the loop holds a policy."""

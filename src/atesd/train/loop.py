@@ -38,7 +38,7 @@ from atesd.types import Group, Measurement, Observation, Problem
 Listener = Callable[[dict[str, Any]], None]
 
 
-def _classes(parts: Parts) -> dict[str, str]:
+def classes_of(parts: Any) -> dict[str, str]:
     """Return which class each policy is of."""
     kinds = {name: type(policy) for name, policy in parts.policies.items()}
     return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
@@ -134,7 +134,7 @@ class Trainer:
         if found:
             trainer._restore(*found)
         else:
-            refuse_other_parts(run.path, _classes(parts), run.env().get("parts", {}))
+            refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
         return trainer
 
     def train(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Trainer:
         """Measure and evaluate the untrained student: l_0, and the start of every curve."""
         clock = perf_counter()
         self.run.rewind(-1, {})
-        self.run.remember(parts=_classes(self.parts))
+        self.run.remember(parts=classes_of(self.parts))
         metrics = {"task/dropped": float(len(self.parts.dropped))} | self._observe({}) | self._evaluate()
         self._seconds += perf_counter() - clock
         self._log(metrics | self._phases.take())
@@ -184,7 +184,7 @@ class Trainer:
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target)
         self.step += 1
-        parts.driver.sampler.sync(parts.weights(self.step))
+        parts.sync(self.step)
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= grader_metrics(parts.driver.reward)
         idle = "loss/distil" not in outcome.metrics
@@ -277,9 +277,8 @@ class Trainer:
             "latest_eval": self._latest_eval,
             "scheduler": parts.scheduler.state_dict()["last_epoch"],
             "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
-            "classes": _classes(parts),
-            "probe": parts.probe.state_dict(),
-            "outcomes": parts.credit.outcomes.state_dict(),
+            "classes": classes_of(parts),
+            **{name: each.state_dict() for name, each in parts.memories.items()},
         }
         save_checkpoint(
             self.run.checkpoints,
@@ -295,18 +294,18 @@ class Trainer:
     def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Load a checkpoint and forget what was logged after it."""
         parts = self.parts
-        refuse_other_parts(self.run.path, _classes(parts), state.get("classes", {}))
+        refuse_other_parts(self.run.path, classes_of(parts), state.get("classes", {}))
         load_weights(folder, parts.model)
         load_optimizer(folder, parts.model, parts.optimizer)
         parts.teacher.load_tensors(load_teacher(folder))
         parts.set_schedule(state["scheduler"])
         for name, policy in parts.policies.items():
             policy.load_state_dict(state["policies"][name])
-        parts.probe.load_state_dict(state["probe"])
-        parts.credit.outcomes.load_state_dict(state["outcomes"])
+        for name, each in parts.memories.items():
+            each.load_state_dict(state[name])
         self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._latest_eval = state["latest_eval"]
-        parts.driver.sampler.sync(parts.weights(self.step))
+        parts.sync(self.step)
         self.run.rewind(self.step, state["written"])
 
     def _finish(self) -> dict[str, Any]:

@@ -90,6 +90,15 @@ class Parts:
         names = ("controller", "revealer", "router", "strength", "curriculum", "rule")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def memories(self) -> dict[str, Any]:
+        """What else a checkpoint keeps the state of, by name."""
+        return {"probe": self.probe, "outcomes": self.credit.outcomes}
+
+    def sync(self, version: int) -> None:
+        """Let the sampler follow the student."""
+        self.driver.sampler.sync(self.weights(version))
+
     def refuse_unheard(self) -> None:
         """UserError for a part put in by hand that nobody would ask: others hold the recipe's."""
         for name, asked in self._asked.items():
