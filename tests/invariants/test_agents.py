@@ -140,7 +140,14 @@ def test_a_rollout_file_says_what_was_heard_and_how_an_attempt_ended(parts: Part
     rows = parts.rows.build(groups, [Route.BOTH] * 3, [0.5] * 3, ("teacher",))
     nothing_scored = cast("Any", SimpleNamespace(rows={}))
     written = rollout_rows(
-        groups, [Route.BOTH] * 3, rows, nothing_scored, step=1, renderer=parts.renderer, count=len(rows) - 1
+        groups,
+        [Route.BOTH] * 3,
+        rows,
+        nothing_scored,
+        step=1,
+        renderer=parts.renderer,
+        count=len(rows) - 1,
+        reached=parts.reached,
     )
     assert len(written) == len(rows) - 1
     lines = iter(written)

@@ -233,7 +233,25 @@ def test_every_step_moves_the_gates_by_the_parts_of_their_loss(whole: Path) -> N
     shown = [json.loads(line) for line in (whole / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
     for row in shown:
         size = len(row["hint"].rpartition("#")[0].rstrip())
-        assert row["attended"] == [math.ceil(0.25 * size), size]
+        keep = math.ceil(0.25 * size)
+        assert row["attended"] == [keep, size]
+        texts, shares = zip(*row["shades"], strict=True)
+        assert "".join(texts) == row["hint"]
+        assert all(share == 1.0 for share in shares[size:]), "the answer is read by all"
+        assert sum(shares[:size]) == pytest.approx(keep, abs=0.001 * size), "over layers and heads the budget is exact"
+        assert len(set(shares[:size])) > 2, "gates choose by layer and head"
+
+
+def test_until_the_gates_are_warm_the_teacher_reads_the_first_tokens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(TREE | {"reveal": TREE["reveal"] | {"warmup": 2}, "save": {"rollouts_every": 1, "every": 2}}, run)
+    for step in (1, 2, 3):
+        shown = [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+        for row in shown:
+            keep, size = row["attended"]
+            shares = [share for _, share in row["shades"][:size]]
+            assert (shares == [1.0] * keep + [0.0] * (size - keep)) == (step <= 2)
+    assert [gates_of(run, step)["updates"] for step in (2, 4)] == [2, 4], "they learn all the while"
 
 
 def test_what_a_run_logs_is_of_its_own_completions_and_hints(tmp_path: Path) -> None:

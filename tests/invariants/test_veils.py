@@ -245,6 +245,22 @@ def test_padding_behind_a_passage_never_matters(gated: bool, model: Any) -> None
         torch.testing.assert_close(scorer.hidden([passage]).hidden_NH, inside, atol=2e-5, rtol=1e-5)
 
 
+def test_gates_and_a_rule_may_choose_side_by_side(model: Any) -> None:
+    """As when gates are warm for some rows and not for others: each row is what it is alone, and is told of alone."""
+    gates = make_gates()
+    every = [*passages(by_gates=True)[:4], *passages(by_gates=False)[4:8]]
+    scorer = make_scorer(model, gates)
+    assert scorer.veils is not None
+    together = split(scorer.hidden(every).hidden_NH, every)
+    for passage, inside in zip(every, together, strict=True):
+        torch.testing.assert_close(scorer.hidden([passage]).hidden_NH, inside, atol=2e-5, rtol=1e-5)
+        veil = passage.veil
+        assert veil is not None
+        kept = [[set(veil.kept)] * 2] * 2 if veil.kept is not None else by_gates(model, gates, passage)
+        shares = [sum(token in head for layer in kept for head in layer) / 4 for token in range(veil.stop - veil.start)]
+        assert scorer.veils.reached(passage) == shares
+
+
 REFUSED = [
     ("gpt-j, a head with a bias", {}, r"GPTJForCausalLM"),
     ("falcon-h1", {}, r"FalconH1ForCausalLM passes on by other ways what they say"),

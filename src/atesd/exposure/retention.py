@@ -3,6 +3,7 @@
 M = ceil(ratio * |hint|) tokens of the hint are kept, in every layer and head, or as many on average:
 
     gates            learned per layer and head, under one budget for all of them (exposure/retention_gates.py)
+                     after `warmup` updates; `prefix` before
     prefix           the first M
     random_tokens    M by chance
     random_segments  whole segments in a random order, the last of them cut, until M tokens are reached
@@ -36,7 +37,7 @@ from atesd.types import Measurement, Observation, Problem, Trajectory
 if TYPE_CHECKING:
     from atesd.exposure.retention_gates import Gates
 
-_OF_GATES = ("hidden", "bias", "learning_rate", "weight_decay", "ntp", "cap")
+_OF_GATES = ("hidden", "bias", "learning_rate", "weight_decay", "ntp", "cap", "warmup")
 
 
 class Retention(RevealMethod):
@@ -60,6 +61,8 @@ class Retention(RevealMethod):
     """Weight of the gated teacher's NLL of the completions beside its divergence from the full one."""
     cap: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Weight of what the gates remember beyond the budget."""
+    warmup: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Updates of the gates before the teacher reads by them; until then it reads the first M tokens."""
 
     reads_rollout: ClassVar[bool] = False
     masks: ClassVar[bool] = True
@@ -130,7 +133,7 @@ class Retainer:
         """Return M and which M tokens, by their place in the hint; `pieces` are the texts of its tokens."""
         count = len(pieces)
         keep = min(count, ceil(ratio * count - 1e-9))
-        if self.section.choose == "gates":
+        if self.section.choose == "gates" and not self._is_warming_up:
             return Budget(keep, None)
         order = list(range(count))
         if self.section.choose == "random_tokens":
@@ -138,6 +141,10 @@ class Retainer:
         elif self.section.choose == "random_segments":
             order = self._by_segment(problem, pieces)
         return Budget(keep, tuple(sorted(order[:keep])))
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self.gates is not None and self.gates.updates < self.section.warmup
 
     def _by_segment(self, problem: Problem, pieces: Sequence[str]) -> list[int]:
         """Return the tokens, segments in a random order; a token belongs where its first character stands."""

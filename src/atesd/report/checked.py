@@ -46,6 +46,11 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def is_shade(value: Any) -> bool:
+    """Tell whether a value is a part of a text and a share."""
+    return isinstance(value, list) and len(value) == 2 and is_text(value[0]) and is_amount(value[1]) and value[1] <= 1
+
+
 def is_bool(value: Any) -> bool:
     """Tell whether a value is true or false."""
     return isinstance(value, bool)

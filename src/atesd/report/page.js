@@ -152,7 +152,7 @@ function inspector(root) {
     reading.replaceChildren(
       element("div", { class: "reading" },
         block("Problem", row.problem),
-        distilled(row) ? block(`Hint as the teacher saw it (ratio ${round(row.ratio, 3)}${attended(row)})`, row.hint)
+        distilled(row) ? hint(row)
           : block("Hint", "None: no teacher read this completion."),
         row.turns ? conversation(row, style) : completion(row, style)),
     );
@@ -167,7 +167,22 @@ function inspector(root) {
         .map(([title, text]) => folded(title, text)));
   }
 
-  // A masked hint is shown whole; of its tokens attention reaches as many in every layer and head, or on average.
+  // A masked hint is shown whole, each token as dark as the share of layers and heads whose attention reaches it.
+  function hint(row) {
+    const title = `Hint as the teacher saw it (ratio ${round(row.ratio, 3)}${attended(row)})`;
+    if (!row.shades) return block(title, row.hint);
+    const text = element("pre", { class: "text shaded", tabindex: "0" });
+    for (const [part, share] of row.shades) {
+      const said = `reached by ${round(100 * share, 0)} % of layers and heads`;
+      const span = element("span", { title: said, "data-share": share }, part);
+      span.style.setProperty("--share", share);
+      text.append(span);
+    }
+    return element("div", {}, element("h3", {}, title), text,
+      element("p", { class: "muted" }, "The stronger a token's ground, the more layers and heads of the teacher reach it; none reach a faint one."));
+  }
+
+  // Of its tokens attention reaches as many in every layer and head, or on average.
   function attended(row) {
     return row.attended ? `; attention reaches ${row.attended[0]} of ${row.attended[1]} tokens` : "";
   }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from atesd.report.checked import is_number, is_step, is_text, list_of, optional, read_rows
+from atesd.report.checked import is_number, is_shade, is_step, is_text, list_of, optional, read_rows
 from atesd.report.load import Run, Study
 
 BYTES = 2_000_000  # of all packed completions
@@ -30,6 +30,7 @@ SHOWN = {  # fields of a completion; the first six are in every file
     "level": is_text,
     "hint": is_text,
     "attended": list_of(is_step),
+    "shades": list_of(is_shade),
     "teacher_prompt": is_text,
     "student_prompt": is_text,
     "route": is_text,
@@ -148,6 +149,7 @@ def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "problem": _cut(row["problem"]),
         "hint": _cut(row.get("hint", "")),
         **({"attended": row["attended"]} if len(row.get("attended", ())) == 2 else {}),
+        **({"shades": row["shades"]} if _spells(row.get("shades", ()), row.get("hint", "")) else {}),
         "teacher": _cut(row.get("teacher_prompt", "")),
         "student": _cut(row.get("student_prompt", "")),
         "ratio": row["ratio"],
@@ -160,6 +162,11 @@ def pack_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": tokens[:TOKENS],
         "streams": [_stream(row, name, components) for name in STREAMS] if "divergence" in row else [],
     }
+
+
+def _spells(shades: Sequence[tuple[str, float]], hint: str) -> bool:
+    """Tell whether parts of a hint make the hint, of which nothing is cut."""
+    return bool(shades) and len(hint) <= CHARACTERS and "".join(text for text, _ in shades) == hint
 
 
 def components_of(row: Mapping[str, Any]) -> list[str]:

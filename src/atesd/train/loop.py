@@ -15,7 +15,9 @@ from typing import Any
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.runlog import Phases, RunDir
+from atesd.routing.route import Route
 from atesd.seeds import derive_seed
+from atesd.train.batch import Row
 from atesd.train.card import model_card
 from atesd.train.checkpoint import (
     load_optimizer,
@@ -32,6 +34,7 @@ from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_r
 from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
 from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
+from atesd.train.stats import StepOutcome
 from atesd.train.track import Trackers, refuse_missing
 from atesd.types import Group, Measurement, Observation, Problem
 
@@ -189,18 +192,26 @@ class Trainer:
         metrics |= grader_metrics(parts.driver.reward)
         idle = "loss/distil" not in outcome.metrics
         metrics |= {"route/idle": float(idle), "route/paused": float(idle and not config.routing.reads_exposure)}
+        if self._due(config.save.rollouts_every):
+            self._write_rollouts(groups, routes, rows, outcome)
         metrics |= self._observe(metrics)
         if self._due(config.eval.every):
             metrics |= self._evaluate()
-        if self._due(config.save.rollouts_every):
-            count = config.save.rollouts
-            shown = rollout_rows(groups, routes, rows, outcome, step=self.step, renderer=parts.renderer, count=count)
-            self.run.write_rows("rollouts", self.step, shown)
         self.run.log_groups(self.step, group_rows(groups, routes, rows, target.strength))
         self._seconds += perf_counter() - clock
         self._log(metrics | timings(self._phases.take(), perf_counter() - clock, metrics["optim/tokens"]))
         if self._due(config.save.every):
             self._save()
+
+    def _write_rollouts(
+        self, groups: Sequence[Group], routes: Sequence[Route], rows: Sequence[Row], outcome: StepOutcome
+    ) -> None:
+        """Keep completions with what their teacher read, before a policy learns from them."""
+        parts, count = self.parts, self.config.save.rollouts
+        shown = rollout_rows(
+            groups, routes, rows, outcome, step=self.step, renderer=parts.renderer, count=count, reached=parts.reached
+        )
+        self.run.write_rows("rollouts", self.step, shown)
 
     def _rollout(self, problems: list[Problem]) -> list[Group]:
         """Sample from the student, or take the references where the router trains on them."""

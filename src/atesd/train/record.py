@@ -6,6 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,13 @@ def rollout_rows(
     step: int,
     renderer: Renderer,
     count: int,
+    reached: Callable[[Row], Sequence[float]],
 ) -> list[dict[str, Any]]:
-    """Return the first `count` turns with the hint that the teacher saw and the streams of their tokens."""
+    """Return the first `count` turns with the hint that the teacher saw and the streams of their tokens.
+
+    Of a hint with hidden tokens `attended` says how many attention reaches of how many, `shades` its parts and of each
+    the share of layers and heads that reach it.
+    """
     written = []
     shown = zip(rows, turns_of(groups), strict=True)
     for index, (row, (group, attempt, turn)) in enumerate(list(shown)[:count]):
@@ -134,7 +140,7 @@ def rollout_rows(
             "advantage": round(row.advantage, 6),
             "ratio": row.ratio,
             "hint": row.hint,
-            **({"attended": [veil.keep, veil.stop - veil.start]} if (veil := row.veils.get("teacher")) else {}),
+            **_veiled(row, renderer, reached),
             "student_prompt": renderer.prompt_text(row.prompt),
             "teacher_prompt": renderer.prompt_text(row.view_prompts.get("teacher", ())),
             "turn": attempt.turns.index(turn) + 1,
@@ -150,6 +156,33 @@ def rollout_rows(
         }
         written.append(record | _streams(outcome, index))
     return written
+
+
+def _veiled(row: Row, renderer: Renderer, reached: Callable[[Row], Sequence[float]]) -> dict[str, Any]:
+    veil = row.veils.get("teacher")
+    if veil is None:
+        return {}
+    texts = renderer.token_texts(row.view_prompts["teacher"][veil.start : veil.stop])
+    return {"attended": [veil.keep, veil.stop - veil.start], "shades": shades(row.hint, texts, reached(row))}
+
+
+def shades(hint: str, texts: Sequence[str], shares: Sequence[float]) -> list[tuple[str, float]]:
+    """Cut a hint into its tokens, each with its share; what stands outside of all tokens has the share 1.
+
+    Tokens may begin before the hint or end behind it. [] where they do not spell it.
+    """
+    spelt = "".join(texts)
+    ends = product(range(len(texts[0]) + 1), range(len(texts[-1]) + 1))
+    inside = ((before, spelt[before : len(spelt) - behind]) for before, behind in ends)
+    before, core = next(((before, core) for before, core in inside if core.strip() and core in hint), (0, ""))
+    if not core:
+        return []
+    place = hint.index(core) - before
+    parts = [(hint[: max(0, place)], 1.0)]
+    for text, share in zip(texts, shares, strict=True):
+        parts.append((hint[max(0, place) : max(0, place + len(text))], round(share, 3)))
+        place += len(text)
+    return [part for part in [*parts, (hint[place:], 1.0)] if part[0]]
 
 
 def timings(phases: Mapping[str, float], seconds: float, tokens: float) -> dict[str, float]:

@@ -79,6 +79,7 @@ class Parts:
     probe: Probe
     credit: Credit
     measurer: Measurer
+    veils: Veils | None = None
     _asked: dict[str, Policy] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +108,15 @@ class Parts:
                     f"trainer.parts.{name} was replaced, but other parts hold the recipe's: name the class in the "
                     'recipe, kind = "package.module:Class" (docs/extend.md)'
                 )
+
+    def reached(self, row: Row) -> list[float]:
+        """Return which share of each token of its hint a row's teacher reads; [] where it reads all of them."""
+        passage = row.view("teacher") if "teacher" in row.veils else None
+        if passage is None or self.veils is None:
+            return []
+        self.model.eval()
+        with self.teacher.in_place():
+            return self.veils.reached(passage)
 
     def weights(self, version: int) -> Weights:
         """Return the student's weights as engines take them."""
@@ -242,6 +252,7 @@ def assemble(config: RunConfig) -> Parts:
         probe=probe,
         credit=credit,
         measurer=Measurer(probe, contract, credit, problems, gates),
+        veils=veils,
     )
 
 

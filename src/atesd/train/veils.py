@@ -78,26 +78,35 @@ class Veils:
             self._learning = None
 
     def kept(self, each: Pass) -> dict[int, Tensor]:
-        """Return which entries of each veiled row's hint attention reaches, [E or 1, H or 1, I] as bool."""
-        found: dict[int, Tensor] = {}
-        if self.gates is not None:
-            return self._kept_by_gates(self.gates, each)
+        """Return which entries of each veiled row's hint attention reaches, [E, H, I] as bool; E, H 1 where alike."""
+        chosen = {row: passage for row, passage in each.veiled.items() if _veil(passage).kept is None}
+        found = self._kept_by_gates(chosen, each) if chosen else {}
+        shape = next(iter(found.values())).shape[:2] if found else (1, 1)
         for row, passage in each.veiled.items():
             veil = _veil(passage)
-            assert veil.kept is not None, "a veil that leaves the choice to gates, of which there are none"
-            kept_I = torch.zeros(veil.stop - veil.start, dtype=torch.bool, device=each.ids_BL.device)
-            kept_I[list(veil.kept)] = True
-            found[row] = kept_I[None, None]
+            if veil.kept is not None:
+                kept_I = torch.zeros(veil.stop - veil.start, dtype=torch.bool, device=each.ids_BL.device)
+                kept_I[list(veil.kept)] = True
+                found[row] = kept_I.expand(*shape, -1)
         return found
 
+    def reached(self, passage: Passage) -> list[float]:
+        """Return of each token of a veiled hint the share of entries, over layers and heads, that attention reaches."""
+        ids_BL = torch.tensor([passage.prompt], device=next(self._model.parameters()).device)
+        length = (len(passage.prompt),)
+        kept_EHI = self.kept(Pass(ids_BL, length, length, (0,), ids_BL, {0: passage}))[0]
+        return kept_EHI.float().mean((0, 1)).tolist()
+
     @torch.no_grad()
-    def _kept_by_gates(self, gates: Gates, each: Pass) -> dict[int, Tensor]:
+    def _kept_by_gates(self, veiled: Mapping[int, Passage], each: Pass) -> dict[int, Tensor]:
         """Read each distinct prompt once, and keep what its betas say."""
+        gates = self.gates
+        assert gates is not None, "a veil that leaves the choice to gates, of which there are none"
         first: dict[tuple[int, ...], int] = {}  # the row of each distinct prompt
-        for row, passage in each.veiled.items():
+        for row, passage in veiled.items():
             first.setdefault(_hinted(passage), row)
         place = {prompt: number for number, prompt in enumerate(first)}
-        width = max(_veil(passage).stop for passage in each.veiled.values())
+        width = max(_veil(passage).stop for passage in veiled.values())
         said: list[Tensor] = []
 
         def listen(layer: int, states_BLW: Tensor) -> None:
@@ -107,7 +116,7 @@ class Veils:
             decoder(self._model)(input_ids=each.ids_BL[list(first.values()), :width], use_cache=False)
         log_beta_BEHL = torch.stack(said, dim=1)
         found = {}
-        for row, passage in each.veiled.items():
+        for row, passage in veiled.items():
             veil = _veil(passage)
             log_beta_EHI = log_beta_BEHL[place[_hinted(passage)], ..., veil.start : veil.stop]
             found[row] = evict(log_beta_EHI, len(passage.prompt) - 1 - veil.start, veil.keep)

@@ -6,11 +6,12 @@ import json
 from math import ceil
 
 import pytest
+import torch
 
 from atesd.exposure.prompt import PromptConfig, hint_text
 from atesd.exposure.retention import Retainer, Retention
 from atesd.exposure.reveal import reveal
-from atesd.exposure.revealer import Budget
+from atesd.exposure.revealer import Budget, ModelSize
 from atesd.facts import RunFacts
 from atesd.recipe import build_config
 from atesd.types import Measurement, Observation, Problem, UserError
@@ -39,6 +40,18 @@ def test_both_ends_are_those_of_any_reveal_and_between_them_the_solution_is_mask
             made.reveal(PROBLEM, wrong)
     with pytest.raises(UserError, match="empty"):
         made.reveal(Problem("p", "q", " "), 0.5)
+
+
+def test_gates_choose_once_they_are_warm() -> None:
+    made = retainer("gates", warmup=2, hidden=2)
+    made.prepare(ModelSize(layers=1, key_heads=1, width=2, device=torch.device("cpu")))
+    assert made.gates is not None
+    chosen = []
+    for _ in range(4):
+        chosen.append(made.kept(PROBLEM, 0.3, ["a"] * 10))
+        made.gates.update([torch.ones_like(weight) for weight in made.gates.weights])
+    assert chosen == [Budget(3, (0, 1, 2))] * 2 + [Budget(3, None)] * 2
+    assert retainer("prefix").kept(PROBLEM, 0.3, ["a"] * 10) == Budget(3, (0, 1, 2)), "others have no warm-up"
 
 
 @pytest.mark.parametrize("choose", ["prefix", "random_tokens", "random_segments", "gates"])

@@ -133,3 +133,16 @@ def test_a_masked_hint_says_how_much_of_it_attention_reaches() -> None:
     assert pack_row(row() | {"attended": [3, 12]})["attended"] == [3, 12]
     assert "attended" not in pack_row(row())
     assert damage_of(row() | {"attended": "all"}) == "attended"
+
+
+def test_a_masked_hint_is_shaded_where_its_parts_spell_it() -> None:
+    masked = row() | {"hint": "1+2 #3", "shades": [["1", 1.0], ["+2", 0.25], [" #3", 1.0]]}
+    assert damage_of(masked) is None
+    assert pack_row(masked)["shades"] == masked["shades"]
+    for hint in ("1+2 #4", "1+2 #3 and more"):
+        assert "shades" not in pack_row(masked | {"hint": hint})
+    long = "a" * 8_001
+    assert "shades" not in pack_row(masked | {"hint": long, "shades": [[long, 1.0]]}), "what is cut has other parts"
+    assert "shades" not in pack_row(row() | {"shades": []})
+    for wrong in ([["1"]], [["1", 2.0]], [["1", -0.5]], [[1, 1.0]], ["ab"], {}):
+        assert damage_of(row() | {"shades": wrong}) == "shades"
