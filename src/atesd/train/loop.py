@@ -14,8 +14,8 @@ from typing import Any
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
-from atesd.runlog import Phases, RunDir
 from atesd.routing.route import Route
+from atesd.runlog import Phases, RunDir
 from atesd.seeds import derive_seed
 from atesd.train.batch import Row
 from atesd.train.card import model_card

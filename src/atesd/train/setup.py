@@ -32,6 +32,7 @@ from atesd.strength import Strength
 from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts
 from atesd.train.agree import PROMPTS, refuse_disagreement
+from atesd.train.batch import Row
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.directions import Directions

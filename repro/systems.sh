@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Systems of other papers on the embedded tier: docs/evidence.md. Fresh seeds from 20 on; settings were found on seed 1000
+# (LAB.md). About two hours of one core in all. Stop it with Ctrl-C; the same command continues. Parts can be named:
+# repro/systems.sh longact retention retention_off dlr_arms dlr_codes targets.
+#   longact        LongAct: which rows of the query and key projections learn
+#   retention      Make Each Token Count: which tokens of a solution the teacher reads, at equal budgets
+#   retention_off  the same where the vice of the fully informed teacher is switched off
+#   dlr_arms       DLR: exposure by search, selection and update
+#   dlr_codes      DLR: latent codes that steer the student
+#   targets        PAINT, AVSD, RLSD and RetireOPD beside what each of them changes
+set -euo pipefail
+cd "$(dirname "$0")/.."
+atesd=${ATESD:-.venv/bin/atesd}
+python=${PYTHON:-.venv/bin/python}
+out=${OUT:-runs/systems}
+parts=${*:-longact retention retention_off dlr_arms dlr_codes targets}
+budgets=full,answer
+for choice in gates prefix random_tokens random_segments; do budgets+=,${choice}_10,${choice}_25,${choice}_50; done
+study() {
+  "$atesd" compare "recipes/$2.toml" "${@:5}" --arms "$3" --first-seed 20 --seeds "${SEEDS:-5}" --jobs "${JOBS:-0}" --out "$out/$1"
+  "$python" repro/evidence.py comparison "$out/$1" "$1" "$4"
+}
+for part in $parts; do
+  case $part in
+    longact) study longact pico-longact full,longact,strict,random,random_strict full ;;
+    retention) study retention pico-retention "$budgets" full ;;
+    retention_off)
+      test -d runs/warm_off || "$atesd" warmup --out runs/warm_off --shortcut 0
+      study retention_off pico-retention "$budgets" full model.path=runs/warm_off ;;
+    dlr_arms) study dlr_arms pico-dlr-arms dlr_arms,no_selection,learned,aligned_exposure,quarter,half dlr_arms ;;
+    dlr_codes) study dlr_codes pico-dlr-codes codes,plain,random plain ;;
+    *) echo "unknown part $part: longact, retention, retention_off, dlr_arms, dlr_codes or targets" >&2; exit 2 ;;
+  esac
+done
