@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Systems of other papers on the embedded tier: docs/evidence.md. Fresh seeds from 20 on; settings were found on seed 1000
 # (LAB.md). About two hours of one core in all. Stop it with Ctrl-C; the same command continues. Parts can be named:
-# repro/systems.sh longact retention retention_off dlr_arms dlr_codes targets.
+# repro/systems.sh longact dlr_codes dlr_arms retention_off paint avsd grpo_teacher retention.
 #   longact        LongAct: which rows of the query and key projections learn
 #   retention      Make Each Token Count: which tokens of a solution the teacher reads, at equal budgets
 #   retention_off  the same where the vice of the fully informed teacher is switched off
 #   dlr_arms       DLR: exposure by search, selection and update
 #   dlr_codes      DLR: latent codes that steer the student
-#   targets        PAINT, AVSD, RLSD and RetireOPD beside what each of them changes
+#   paint          PAINT's target beside its reveal alone
+#   avsd           AVSD's target of three views beside one of them
+#   grpo_teacher   GRPO, RLSD and RetireOPD
 set -euo pipefail
 cd "$(dirname "$0")/.."
 atesd=${ATESD:-.venv/bin/atesd}
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-runs/systems}
-parts=${*:-longact retention retention_off dlr_arms dlr_codes targets}
+parts=${*:-longact dlr_codes dlr_arms retention_off paint avsd grpo_teacher retention}
 budgets=full,answer
 for choice in gates prefix random_tokens random_segments; do budgets+=,${choice}_10,${choice}_25,${choice}_50; done
 study() {
@@ -29,6 +31,9 @@ for part in $parts; do
       study retention_off pico-retention "$budgets" full model.path=runs/warm_off ;;
     dlr_arms) study dlr_arms pico-dlr-arms dlr_arms,no_selection,learned,aligned_exposure,quarter,half dlr_arms ;;
     dlr_codes) study dlr_codes pico-dlr-codes codes,plain,random plain ;;
-    *) echo "unknown part $part: longact, retention, retention_off, dlr_arms, dlr_codes or targets" >&2; exit 2 ;;
+    paint) study paint pico-lab overlap,paint overlap ;;
+    avsd) study avsd pico-lab half,full,avsd half ;;
+    grpo_teacher) study grpo_teacher pico-grpo grpo,rlsd,retire grpo ;;
+    *) echo "unknown part $part: see the head of this script" >&2; exit 2 ;;
   esac
 done
