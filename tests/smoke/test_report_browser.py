@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from atesd.report.html import write_report
 
-from support.runs import ARMS, HOSTILE, write_compare
+from support.runs import ARMS, HOSTILE, write_compare, write_run
 from support.visits import CHROMIUM, Visit
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -236,4 +237,28 @@ def test_an_arm_can_be_hidden_in_every_figure(visits: Callable[..., Visit]) -> N
     assert visit.page.locator("#figure-curves .scatterlayer .trace").count() == 4
     chip.click()
     assert lines.count() == 10
+    assert visit.trouble == []
+
+
+def test_a_masked_hint_is_as_dark_as_it_is_read(browser: Browser, tmp_path: Path) -> None:
+    run, hints = write_run(tmp_path / "run", steps=2, problems=2), set()
+    for file in (run.path / "rollouts").iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            hint = row["hint"]
+            hints.add(hint)
+            shades = [[hint[:2], 1.0], [hint[2:4], 0.25], [hint[4:], 0.0]]
+            row |= {"attended": [3, len(hint)], "shades": shades}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    visit = Visit(browser, write_report([run.path], tmp_path / "report.html"), width=390)
+    parts = visit.page.locator("#inspector .shaded span")
+    assert parts.count() == 3
+    assert "".join(parts.all_text_contents()) in hints
+    assert [parts.nth(index).get_attribute("title") for index in range(3)] == [
+        f"reached by {share} % of layers and heads" for share in (100, 25, 0)
+    ]
+    grounds = [parts.nth(index).evaluate("e => getComputedStyle(e).backgroundColor") for index in range(3)]
+    opacity = [float(ground.replace(")", "").split()[-1]) for ground in grounds]
+    assert opacity[0] > opacity[1] > opacity[2] == 0
+    assert "attention reaches 3 of" in visit.page.locator("#inspector h3").nth(1).inner_text()
     assert visit.trouble == []
