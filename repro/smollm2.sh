@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does exposure matter on a real language model that nobody tuned to show it? SmolLM2-135M-Instruct, warmed up, every
-# fixed ratio, learned and aligned exposure, and supervised training: docs/evidence/smollm2.json.
-# Three fresh seeds of eight arms on two cores take hours. Stop it with Ctrl-C; the same command continues.
+# fixed ratio, learned and aligned exposure, full exposure with a gate, and supervised training: docs/evidence/smollm2.json.
+# Three fresh seeds of nine arms on two cores take hours. Stop it with Ctrl-C; the same command continues.
 # First: make smollm2, and settings found on development seeds (repro/smollm2_dev.sh, LAB.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ python=${PYTHON:-.venv/bin/python}
 out=${OUT:-runs/smollm2}
 recipe=recipes/smollm2-cpu-opsd.toml
 test -d runs/smollm2-warm || "$atesd" warmup --model smollm2 --data "$recipe" task.data_seed=1 --out runs/smollm2-warm
-test -f "$out-mismatch.json" || "$python" repro/mismatch.py "$recipe" "$out-mismatch.json"
-"$atesd" compare "$recipe" "$@" --arms full,three_quarters,half,quarter,none,learned,aligned,sft \
+"$atesd" compare "$recipe" "$@" --arms full,none,gated,sft,half,aligned,learned,quarter,three_quarters \
   --first-seed 0 --seeds "${SEEDS:-3}" --jobs "${JOBS:-0}" --out "$out"
+test -f "$out-mismatch.json" || "$python" repro/mismatch.py "$recipe" "$out-mismatch.json"
 "$python" repro/evidence.py smollm2 "$out" "$out-mismatch.json"
