@@ -1,6 +1,9 @@
 """Turn finished comparisons into the numbers, figures and tables of docs/evidence.md.
 
-    python repro/evidence.py comparison RUNS NAME BASE    accuracy of every arm, paired differences to the arm BASE
+    python repro/evidence.py comparison RUNS NAME BASE [ONE:OTHER ...]
+                                                          accuracy of every arm, paired differences to the arm BASE,
+                                                          and of ONE to OTHER
+    python repro/evidence.py codes RUNS                   how often every latent code steers, over training
     python repro/evidence.py cliff RUNS                   parse rate and clip against lambda, lambda* marked
     python repro/evidence.py curriculum RUNS              exposure against the perplexity of the references
     python repro/evidence.py aligned RUNS [COST]          `aligned` against the best fixed ratio, on every tier in RUNS;
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         "comparison": comparison,
         "cliff": cliff,
         "curriculum": curriculum,
+        "codes": codes,
         "aligned": aligned,
         "agents": agents,
         "smollm2": smollm2,
@@ -55,8 +59,11 @@ def main(arguments: Sequence[str]) -> None:
     kinds[kind](Path(folder), *rest)
 
 
-def comparison(folder: Path, name: str, base: str) -> None:
-    """Accuracy of every arm with its interval, its difference to the base over common seeds, its cost and routes."""
+def comparison(folder: Path, name: str, base: str, *pairs: str) -> None:
+    """Accuracy of every arm with its interval, its difference to the base over common seeds, its cost and routes.
+
+    `pairs` are further differences, each as `one:other`.
+    """
     study = load_comparison(folder)
     arms = {arm.name: arm for arm in study.arms}
     reference = np.mean([seconds(arm) for arm in study.arms if arm.name == base])
@@ -75,6 +82,14 @@ def comparison(folder: Path, name: str, base: str) -> None:
             f"{pair.difference:+.3f} | {pair.low:+.3f} to {pair.high:+.3f} | {cost:.2f} | "
             f"{' / '.join(f'{share:.0%}' for share in routes.values())} |"
         )
+    if pairs:
+        print("\n| pair | difference | 95 % |\n|---|---|---|")
+        found["pairs"] = {}
+    for one, other in (pair.split(":") for pair in pairs):
+        apart = difference(arms[one], arms[other])
+        if apart is not None:
+            found["pairs"][f"{one}:{other}"] = apart._asdict()
+            print(f"| `{one}` - `{other}` | {apart.difference:+.3f} | {apart.low:+.3f} to {apart.high:+.3f} |")
     if numbers := qualities(study, [(arm, base) for arm in arms if arm != base]):
         found |= {"quality": numbers, "first_step": {arm.name: first_step(arm) for arm in study.arms}}
         print_quality(study, found)
@@ -310,6 +325,46 @@ def cliff(folder: Path) -> None:
         ),
     ]
     write_atomic(OUT / "cliff.svg", draw_sweep(panels, [float(x) for x in swept], star))
+
+
+def codes(folder: Path) -> None:
+    """Share of chunks that each latent code steers over training, per arm that has codes; the mean over seeds."""
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    found: dict[str, Any] = {}
+    print("| arm | most used code | least used code | entropy of the router | size | gain |\n|---|---|---|---|---|---|")
+    for arm in load_comparison(folder).arms:
+        logs = [[row for row in run.rows if "codes/entropy" in row] for run in arm.runs]
+        if not all(logs):
+            continue
+        names = sorted((key for key in logs[0][0] if key.startswith("codes/share/")), key=lambda key: (len(key), key))
+        curves[arm.name] = {name.rsplit("/")[-1]: [[row[name] for row in log] for log in logs] for name in names}
+        last = [row for log in logs for row in log[-20:]]
+        used = [float(np.mean([row[name] for row in last])) for name in names]
+        rest = {key: float(np.mean([row[f"codes/{key}"] for row in last])) for key in ("entropy", "size", "gain")}
+        found[arm.name] = {"shares": used, **rest}
+        numbers = " | ".join(f"{value:.3g}" for value in rest.values())
+        print(f"| `{arm.name}` | {max(used):.0%} | {min(used):.0%} | {numbers} |")
+    write_atomic(OUT / "codes_use.json", dump_json(found))
+    write_atomic(OUT / "codes_use.svg", draw_codes(curves))
+
+
+def draw_codes(curves: Mapping[str, Mapping[str, list[list[float]]]]) -> str:
+    """One panel an arm, one line a code: the mean over seeds, averaged over five steps."""
+    parts: list[str] = []
+    for number, (arm, lines) in enumerate(curves.items()):
+        means = {code: smooth(np.mean(values, axis=0)) for code, values in lines.items()}
+        high = max(mean.max() for mean in means.values())
+        zero = 60 + number * 230 + 160
+        title = f"{arm}: share of chunks that each of {len(means)} codes steers"
+        parts += [label(70, zero - 175, title, bold=True), rule(70, 690, zero, zero)]
+        parts += [label(64, zero + 4, "0 %", anchor="end"), label(64, zero - 156, f"{high:.0%}", anchor="end")]
+        for index, (code, mean) in enumerate(means.items()):
+            steps, heights = np.linspace(70, 690, len(mean)), zero - mean / high * 160
+            colour = f"hsl({index * 360 // len(means)} 65% 42%)"
+            parts.append(polyline(list(zip(steps, heights, strict=True)), colour))
+            parts.append(label(694, heights[-1] + 4, code, colour=colour))
+        parts.append(label(690, zero + 18, f"step {len(next(iter(lines.values()))[0])}", anchor="end"))
+    return svg(720, 60 + 230 * len(curves), parts)
 
 
 def curriculum(folder: Path) -> None:

@@ -22,18 +22,29 @@ budgets=full,answer
 for choice in gates prefix random_tokens random_segments; do budgets+=,${choice}_10,${choice}_25,${choice}_50; done
 study() {
   "$atesd" compare "recipes/$2.toml" "${@:5}" --arms "$3" --first-seed 20 --seeds "${SEEDS:-5}" --jobs "${JOBS:-0}" --out "$out/$1"
-  "$python" repro/evidence.py comparison "$out/$1" "$1" "$4"
+  "$python" repro/evidence.py comparison "$out/$1" "$1" "$4" $pairs
 }
 for part in $parts; do
+  pairs=
   case $part in
-    longact) study longact pico-longact full,longact,strict,random,random_strict full ;;
-    dlr_codes) study dlr_codes pico-dlr-codes codes,plain,random plain ;;
+    longact)
+      pairs="longact:random strict:random_strict"
+      study longact pico-longact full,longact,strict,random,random_strict full ;;
+    dlr_codes)
+      pairs=codes:random
+      study dlr_codes pico-dlr-codes codes,plain,random plain
+      "$python" repro/evidence.py codes "$out/dlr_codes" ;;
     dlr_arms)
+      pairs="dlr_arms:no_selection aligned_exposure:learned"
       study dlr_arms pico-dlr-arms dlr_arms,no_selection,learned,aligned_exposure,quarter,half dlr_arms "$at_end" ;;
     retention_off)
       test -d runs/warm_off || "$atesd" warmup --out runs/warm_off --shortcut 0
+      for one in 10 25 50; do
+        for other in prefix random_tokens random_segments; do pairs+=" gates_$one:${other}_$one"; done
+      done
       study retention_off pico-retention "$budgets" full model.path=runs/warm_off "$at_end" ;;
     retention)
+      pairs="gates_25:prefix_25 gates_25:random_tokens_25 gates_25:random_segments_25"
       study retention pico-retention full,answer,gates_25,prefix_25,random_tokens_25,random_segments_25 full "$at_end" ;;
     paint) study paint pico-lab overlap,paint overlap "$at_end" ;;
     avsd) study avsd pico-lab half,full,avsd half "$at_end" ;;
