@@ -139,6 +139,8 @@ def test_training_goes_on_from_a_folder_with_codes(tmp_path: Path) -> None:
         {"exposure": {"kind": "paired", "hold": 1}, "teacher": {"weights": "live"}},
         {"exposure": {"kind": "beta", "hold": 1, "look_ahead": 1, "decisions_per_update": 1}},
         {"exposure": {"kind": "dlr", "hold": 1, "draws": 2}, "curriculum": {"kind": "reverse_ppl"}},
+        {"reveal": {"kind": "retention", "hidden": 4}, "target": {"kind": "avsd"}},
+        {"reveal": {"kind": "overlap", "unit": "line", "n": 3}, "gate": {"kind": "aligned"}},
     ],
     ids="_".join,
 )
