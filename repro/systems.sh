@@ -35,8 +35,8 @@ for part in $parts; do
       study dlr_codes pico-dlr-codes codes,plain,random plain
       "$python" repro/evidence.py codes "$out/dlr_codes" ;;
     dlr_arms)
-      pairs="dlr_arms:no_selection aligned_exposure:learned"
-      study dlr_arms pico-dlr-arms dlr_arms,no_selection,learned,aligned_exposure,quarter,half dlr_arms "$at_end" ;;
+      pairs="dlr_arms:no_selection dlr_arms:learned dlr_arms:aligned_exposure dlr_arms:half aligned_exposure:learned"
+      study dlr_arms pico-dlr-arms dlr_arms,no_selection,learned,aligned_exposure,quarter,half quarter "$at_end" ;;
     retention_off)
       test -d runs/warm_off || "$atesd" warmup --out runs/warm_off --shortcut 0
       for one in 10 25 50; do
