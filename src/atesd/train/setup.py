@@ -135,6 +135,7 @@ def assemble(config: RunConfig) -> Parts:
         model.to(accelerator.device)
     codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer)
+    config.rollout.engine.refuse_training(driver.sampler, config.rollout)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
     if config.routing.asks_teacher and not sets["probe"]:
