@@ -102,7 +102,8 @@ def identify(server: Server, wanted: str | None, numbers: Expected) -> Served:
     if not is_processed and not abs(last_logprob - numbers.last_logprob) <= _RARE_TOLERANCE:
         raise UserError(
             f"the vLLM server at {server.url} gives a token the log-probability {last_logprob:g}, the model that "
-            f'trains gives it {numbers.last_logprob:g}: start it with --logprobs-mode "raw_logprobs" or "processed_logprobs"'
+            f"trains gives it {numbers.last_logprob:g}: start it with --logprobs-mode raw_logprobs or "
+            "processed_logprobs"
         )
     length = bases[name].get("max_model_len")
     return Served(name, int(length) if length else None, is_processed)
