@@ -96,7 +96,7 @@ class Adapters:
         version = cast("Path", self._written).name.rpartition("-")[2]
         name, path = f"atesd-{self._token}-{self._loads}-{version}", self._path()
         try:
-            self._server.post(LOAD, {"lora_name": name, "lora_path": path})
+            self._server.post(LOAD, {"lora_name": name, "lora_path": path}, refuses=(500,))
         except Refused as refused:
             # A load whose answer was lost was asked for again, and is refused as done already.
             if listed_models(self._server).get(name) != path:

@@ -130,7 +130,7 @@ class VllmSampler:
     def _has_logprobs(self, sampling: SamplingConfig) -> bool:
         """Tell whether the server gives log-probabilities of the tempered, untruncated distribution."""
         if self._served.is_processed:
-            return not _is_cut(sampling) and sampling.temperature > 0
+            return sampling.temperature == 0 or not _is_cut(sampling)
         return sampling.temperature in (0, 1)
 
     def _refuse_old(self) -> None:
@@ -214,8 +214,8 @@ class VllmSampler:
 
 
 _FULL_WEIGHTS = (
-    'rollout.engine.kind = "vllm" follows adapters, and here all weights train: add model.lora = {}, or set '
-    'rollout.engine.kind = "hf"'
+    'rollout.engine.kind = "vllm" follows adapters, and here all weights train, which vLLM takes over no route of its '
+    'HTTP API (/update_weights wants NCCL or CUDA IPC): add model.lora = {}, or set rollout.engine.kind = "hf"'
 )
 
 

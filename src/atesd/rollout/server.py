@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
@@ -67,12 +67,13 @@ class Server:
         """Return what a GET answers. Refused, or UserError, as `post`."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], *, refuses: Collection[int] = ()) -> Any:
         """Return what a POST of JSON answers: its JSON, or its text where it is none.
 
-        Refused where the server says no; UserError where it stays away.
+        Refused where the server says no, which on some paths it also does by a status that `refuses` names; UserError
+        where it stays away.
         """
-        return self._ask("POST", path, body)
+        return self._ask("POST", path, body, refuses)
 
     def mention(self, path: str, body: Mapping[str, Any]) -> None:
         """Post something once, whatever comes of it: on the way out."""
@@ -83,11 +84,11 @@ class Server:
         """Close all connections."""
         self._client.close()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, refuses: Collection[int] = ()) -> Any:
         since, delay = math.nan, _FIRST_PAUSE_S
         while True:
             try:
-                return self._answer(self._client.request(method, path, json=body))
+                return self._answer(self._client.request(method, path, json=body), refuses)
             except httpx2.TransportError as error:
                 why = _named(error)
             except _Away as error:
@@ -116,8 +117,9 @@ class Server:
             )
 
     @staticmethod
-    def _answer(response: httpx2.Response) -> Any:
-        if response.status_code >= 500 or response.status_code in _AWAY:
+    def _answer(response: httpx2.Response, refuses: Collection[int]) -> Any:
+        is_away = response.status_code >= 500 or response.status_code in _AWAY
+        if is_away and (response.status_code not in refuses or _DEAD in _words(response)):
             raise _Away(f"status {response.status_code}: {_words(response)}")
         if response.status_code >= 300:
             raise Refused(response.status_code, _words(response))
@@ -131,6 +133,9 @@ class Server:
 
 class _Away(Exception):  # noqa: N818
     """An answer that only a server in trouble gives."""
+
+
+_DEAD = "EngineCore"  # vLLM's engine process has died, and the server is about to
 
 
 def _named(error: Exception) -> str:
