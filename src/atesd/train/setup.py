@@ -298,12 +298,14 @@ def make_scorer(
 
 def losses_of(config: RunConfig) -> Losses:
     """Return what the update must know of the recipe's losses."""
+    sampled_clip = getattr(config.loss.divergence, "importance_clip", None)
     return Losses(
         policy=config.rl,
         coefs=config.routing.coefs,
         shared=config.routing.shared,
         longest=config.rollout.max_new_tokens,
         importance=config.routing.reinforces or config.loss.divergence.kind == "sampled",
+        corrects=None if config.rollout.engine.samples_in_place else sampled_clip,
     )
 
 
