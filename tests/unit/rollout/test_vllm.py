@@ -355,7 +355,7 @@ def test_weights_older_than_the_lag_are_not_sampled_from(fake: FakeVllm, warned:
     for sampler in (strict, lenient):
         sampler.sync(weights(1))
     fake.load_faults += repeated(unloaded, 3)
-    with pytest.raises(UserError, match="does not take the adapter .*no memory for LoRA"):
+    with pytest.raises(UserError, match=r"does not take the adapter .*no memory for LoRA"):
         strict.sync(weights(2))
     with pytest.raises(UserError, match=r"has the weights after update 1, 1 behind .* max_lag = 0"):
         strict.sample(PROMPTS, SAMPLING, seed=5)
