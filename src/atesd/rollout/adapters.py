@@ -14,6 +14,7 @@ from torch import nn
 from atesd.rollout.server import Refused, Server
 from atesd.types import UserError
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to take at most
 LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
 
 
@@ -142,7 +143,8 @@ def _remedy(url: str, path: str, refused: Refused, rank: int) -> str:
     """Say why a server does not take an adapter, and what helps."""
     said = f"({refused.words})"
     if "rank" in refused.words.lower():
-        return f"the vLLM server at {url} takes no adapter of rank {rank} {said}: start it with --max-lora-rank {rank}"
+        room = next((each for each in _RANKS if each >= rank), rank)
+        return f"the vLLM server at {url} takes no adapter of rank {rank} {said}: start it with --max-lora-rank {room}"
     if refused.status == 404 and "adapter" not in refused.words.lower():
         return (
             f"the vLLM server at {url} has no {LOAD} {said}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
