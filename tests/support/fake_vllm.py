@@ -70,7 +70,7 @@ class FakeVllm:
         """Begin anew, at the same address: a server that was started again knows no adapter."""
         self.adapters.clear()
         self._models.clear()
-        self._base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._size = self.vocabulary or self._base.config.vocab_size
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self._http.daemon_threads = True
@@ -117,6 +117,8 @@ class FakeVllm:
     def _completions(self, body: dict[str, Any]) -> Any:
         if "allowed_token_ids" in body:
             return self._forced(body)
+        if (body["max_tokens"], body["seed"]) == (16, 0):
+            return self._sampled(body)  # asked to compare the model, not for a rollout
         with self._counting:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
@@ -160,27 +162,23 @@ class FakeVllm:
         if name == self.name:
             return self._base
         if name not in self._models:
-            fresh = AutoModelForCausalLM.from_pretrained(self.folder)
+            fresh = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
             self._models[name] = PeftModel.from_pretrained(fresh, self.adapters[name]).eval()
         return self._models[name]
 
     def _forced(self, body: dict[str, Any]) -> Any:
-        """Score the prompt, and the one token behind it that is allowed."""
+        """Score the one token behind a prompt that is allowed."""
         (token,) = body["allowed_token_ids"]
         if token >= self._size:
             return 400, _error("allowed_token_ids contains out-of-vocab token id!", 400)
         with self._lock, torch.no_grad():
             logits = self._base(input_ids=torch.tensor([body["prompt"]])).logits[0].double()
         logprobs = (logits - logits.exp().sum(-1, keepdim=True).log()).tolist()
-        of_prompt = [
-            {str(each): {"logprob": row[each]}} for row, each in zip(logprobs, body["prompt"][1:], strict=False)
-        ]
         last = 0.0 if self.is_processed or token >= len(logprobs[-1]) else logprobs[-1][token]
         choice = {
             "index": 0,
             "token_ids": [token],
             "logprobs": {"token_logprobs": [last]},
-            "prompt_logprobs": [None, *of_prompt],
             "finish_reason": "length",
         }
         return {"model": body["model"], "choices": [choice]}

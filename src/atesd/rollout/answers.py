@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import StopReason
@@ -122,18 +122,3 @@ def sampled_logprobs(choice: Mapping[str, Any]) -> list[float]:
     if not all(math.isfinite(each) and each <= _ROUNDING for each in found):
         raise HalfAnswer("a choice has log-probabilities that are none")
     return [min(0.0, float(each)) for each in found]
-
-
-def prompt_logprobs(choice: Mapping[str, Any], prompt: Sequence[int]) -> list[float]:
-    """Return the log-probabilities of a prompt's tokens but the first. HalfAnswer unless all are there."""
-    found = choice.get("prompt_logprobs")
-    if not isinstance(found, list) or len(found) != len(prompt):
-        raise HalfAnswer("a choice lacks the prompt's log-probabilities")
-    entries = [
-        each.get(str(token)) if isinstance(each, Mapping) else None
-        for each, token in zip(found[1:], prompt[1:], strict=True)
-    ]
-    values = [each.get("logprob") if isinstance(each, Mapping) else None for each in entries]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise HalfAnswer("a choice lacks some of the prompt's log-probabilities")
-    return cast("list[float]", values)

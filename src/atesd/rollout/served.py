@@ -13,7 +13,7 @@ from torch import nn
 
 from atesd.rollout.adapters import Adapters, listed_models
 from atesd.rollout.answers import Completion, HalfAnswer, Order, completions_of
-from atesd.rollout.identity import expected, identify
+from atesd.rollout.identity import Base, identify
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.rollout.server import Refused, Server
@@ -51,9 +51,8 @@ class VllmSampler:
             wait_s=settings.wait_s,
             connections=settings.concurrency,
         )
-        text = renderer.student_ids([Message(role="user", content=_TEXT)])
-        self._numbers = expected(model, text)
-        self._served = identify(self._server, settings.model, self._numbers)
+        self._base = Base(model, tuple(renderer.student_ids([Message(role="user", content=_TEXT)])))
+        self._served = identify(self._server, settings.model, self._base)
         self._failures = self._server.failures
         self._adapters = Adapters(self._server, model, settings.adapters, settings.adapters_there)
         weakref.finalize(self, _leave, self._adapters, self._server)
@@ -152,7 +151,7 @@ class VllmSampler:
 
     def _identify(self) -> None:
         failures = self._server.failures
-        self._served = identify(self._server, self._settings.model, self._numbers)
+        self._served = identify(self._server, self._settings.model, self._base)
         self._failures = failures
 
     def _is_believed(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from atesd.rollout.answers import HalfAnswer, Order, completions_of, prompt_logprobs
+from atesd.rollout.answers import HalfAnswer, Order, completions_of
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import StopReason
 
@@ -86,11 +86,3 @@ def test_choices_are_taken_by_their_index() -> None:
 def test_half_an_answer_is_refused(given: Any, why: str) -> None:
     with pytest.raises(HalfAnswer, match=why):
         completions_of(given, ORDER, "m", SAMPLING, EOS)
-
-
-def test_a_prompts_log_probabilities_are_those_of_its_own_tokens() -> None:
-    choice = {"prompt_logprobs": [None, {"3": {"logprob": -9}, "5": {"logprob": -2.5}}]}
-    assert prompt_logprobs(choice, (4, 5)) == [-2.5]
-    for broken in ({}, {"prompt_logprobs": [None]}, {"prompt_logprobs": [None, {"3": {"logprob": -9}}]}):
-        with pytest.raises(HalfAnswer, match="lacks"):
-            prompt_logprobs(broken, (4, 5))
