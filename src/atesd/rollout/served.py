@@ -51,14 +51,18 @@ class VllmSampler:
             wait_s=settings.wait_s,
             connections=settings.concurrency,
         )
+        self._adapters = Adapters(self._server, model, settings.adapters, settings.adapters_there)
         self._base = Base(model, tuple(renderer.student_ids([Message(role="user", content=_TEXT)])))
         # Where there is no adapter to load, nothing but the path tells a model from what it was trained from.
         self._path = None if self._is_adapter or settings.model else str(getattr(model, "name_or_path", ""))
-        self._identify()
-        self._adapters = Adapters(self._server, model, settings.adapters, settings.adapters_there)
-        weakref.finalize(self, _leave, self._adapters, self._server)
-        if self._is_adapter:
-            self._adapters.swap(0)
+        leave = weakref.finalize(self, _leave, self._adapters, self._server)
+        try:
+            self._identify()
+            if self._is_adapter:
+                self._adapters.swap(0)
+        except BaseException:
+            leave()
+            raise
 
     def refuse_training(self, sampling: SamplingConfig) -> None:
         """UserError unless the server can take every update and give the log-probabilities of what it samples."""
