@@ -41,10 +41,10 @@ class Adapters:
         self.version = 0
         """Of the weights that are loaded."""
 
-    def swap(self, version: int) -> None:
-        """Write the model's adapter, load it, and unload the one before. UserError where the server does not take it.
+    def swap(self, version: int) -> bool:
+        """Write the model's adapter, load it, and unload the one before; tell whether the server still knew that one.
 
-        Then the server keeps the one before.
+        Where it did not, it was started anew. UserError where it does not take the adapter, and keeps the one before.
         """
         folder = self._folder / f"{self._token}-{self._loads + 1}-v{version}"
         self._model.save_pretrained(folder, safe_serialization=True)
@@ -57,11 +57,12 @@ class Adapters:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self.version = version
-        self._unload(name)
+        was_known = self._unload(name)
         # The one before stays: a server may read it again for a request that it still works on.
         self._last = before
         if outdated is not None:
             shutil.rmtree(outdated, ignore_errors=True)
+        return was_known
 
     def flaw(self, listed: Mapping[str, str]) -> str:
         """Say what is wrong with our adapter among those that a server lists, by name and path; "" where nothing is."""
@@ -109,14 +110,15 @@ class Adapters:
             )
         self.name = name
 
-    def _unload(self, name: str) -> None:
+    def _unload(self, name: str) -> bool:
+        """Unload an adapter; tell whether the server knew it."""
         if not name:
-            return
+            return True
         try:
             self._server.post(UNLOAD, {"lora_name": name})
-        except Refused as refused:
-            if refused.status not in (400, 404):  # unknown: a server started anew
-                raise
+        except Refused:
+            return False
+        return True
 
     @property
     def _rank(self) -> int:

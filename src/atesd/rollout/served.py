@@ -90,11 +90,14 @@ class VllmSampler:
                 raise UserError(_FULL_WEIGHTS)
             return
         try:
-            self._adapters.swap(weights.version)
+            was_known = self._adapters.swap(weights.version)
         except UserError as error:
             if self._lag > self._settings.max_lag:
                 raise
             warnings.warn(f"{error}; completions are {self._lag} updates old meanwhile", stacklevel=2)
+            return
+        if not was_known:
+            self._identify()  # started anew since it sampled, perhaps with another model
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
         """Sample one completion a prompt. UserError where server or weights are not what they should be."""
@@ -171,6 +174,9 @@ class VllmSampler:
         try:
             asked = [pool.submit(self._complete, order, sampling) for order in orders]
             return [each.result() for each in asked]
+        except BaseException:
+            self._server.give_up()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

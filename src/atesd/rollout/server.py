@@ -56,6 +56,7 @@ class Server:
         self._clock = clock
         self._lock = threading.Lock()
         self._warned = False
+        self._given_up = 0
         self._client = httpx2.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -80,12 +81,17 @@ class Server:
         with suppress(httpx2.HTTPError, RuntimeError):  # a client that is closed raises the latter
             self._client.post(path, json=body, timeout=5.0)
 
+    def give_up(self) -> None:
+        """Ask nothing again of what is under way in other threads, which fails then where it fails once."""
+        with self._lock:
+            self._given_up += 1
+
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, refuses: Collection[int] = ()) -> Any:
-        since, delay = math.nan, _FIRST_PAUSE_S
+        since, delay, given_up = math.nan, _FIRST_PAUSE_S, self._given_up
         while True:
             try:
                 return self._answer(self._client.request(method, path, json=body), refuses)
@@ -96,7 +102,7 @@ class Server:
             now = self._clock()
             since = now if math.isnan(since) else since
             self._failed(why)
-            if now - since + delay > self._wait_s:
+            if now - since + delay > self._wait_s or given_up != self._given_up:
                 raise UserError(
                     f"the vLLM server at {self.url} did not answer for {self._wait_s:g} s ({why}): start it again and "
                     "continue with atesd train --resume, or raise rollout.engine.wait_s"

@@ -249,6 +249,20 @@ def test_a_server_that_was_started_again_gets_the_adapter_again(
     assert fake.paths[-1] == fake.paths[-2], "the very files of that version"
 
 
+def test_after_a_failure_the_other_requests_are_not_asked_for_again(
+    fake: FakeVllm, warned: list[warnings.WarningMessage]
+) -> None:
+    """Else their threads would keep the process alive for as long as a server is waited for."""
+    sampler = sampler_of(fake, concurrency=4)
+    fake.faults += [sends((400, {"error": {"message": "no"}})), *repeated(sends((503, {})), 1000)]
+    with pytest.raises(UserError, match="refuses to sample: no"):
+        sampler.sample([[2, 13 + place, 3] for place in range(4)], SAMPLING, seed=0)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("atesd-vllm")]
+    for thread in threads:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def changed_pico(folder: Path) -> Path:
     """Return a model of the same shape with other weights."""
     model, tokenizer = load(ModelConfig(path=str(PICO)), 0)
@@ -277,6 +291,18 @@ def test_another_model_behind_the_address_is_refused_whenever_it_comes(
     fake.faults.append(sends("reset"))
     with pytest.raises(UserError, match=why):
         base.sample(PROMPTS, SAMPLING, seed=5)
+
+
+def test_another_model_that_comes_while_the_trainer_updates_is_refused(
+    fake: FakeVllm, tmp_path: Path, warned: list[warnings.WarningMessage]
+) -> None:
+    """It takes the adapter as well, and no request failed: but it does not know the adapter before."""
+    sampler = sampler_of(fake)
+    fake.folder = changed_pico(tmp_path)
+    fake.stop()
+    fake.start()
+    with pytest.raises(UserError, match=r"differ by .* nats"):
+        sampler.sync(weights(1))
 
 
 @pytest.mark.parametrize(
