@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from atesd.rollout.hf import HFSampler
 from atesd.rollout.sampler import SamplingConfig
+from atesd.train.model import resolve
 
-PICO = Path(__file__).parents[2] / "src" / "atesd" / "assets" / "pico"
+PICO = Path(resolve("pico"))
 BASE = "base-model"
 
 Fault = Callable[["FakeVllm", dict[str, Any]], Any]
