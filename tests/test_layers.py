@@ -185,6 +185,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "reasoning_gym": ("tasks/gym.py",),
     "datasets": ("tasks/tables.py",),
     "sklearn": ("tasks/flows.py",),
+    "httpx2": ("rollout/server.py",),
     "plotly": ("report",),
     "scipy": ("cliff.py", "evaluate/metrics.py"),
     "typer": ("cli",),

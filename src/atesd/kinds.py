@@ -44,6 +44,7 @@ from atesd.own import Own
 from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig, RewardMethod
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.sampler import EngineMethod
+from atesd.rollout.vllm import VllmEngine
 from atesd.routing.aligned import Aligned
 from atesd.routing.cliff import Cliff
 from atesd.routing.fixed import Both, Distil, Hdpo, Reinforce, Supervised
@@ -182,7 +183,8 @@ EnvSection = Annotated[
 ]
 
 EngineSection = Annotated[
-    HFEngine,  # in the training process, on the weights that train
+    HFEngine  # in the training process, on the weights that train
+    | VllmEngine,  # a vLLM server
     Field(discriminator="kind"),
     Own(EngineMethod),
 ]

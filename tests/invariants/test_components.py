@@ -249,3 +249,59 @@ def test_the_defaults_of_the_branch_are_the_documented_ones() -> None:
     config = PolicyConfig()
     assert (config.eps_low, config.eps_high, config.dual_clip, config.kl_coef) == (0.2, 0.2, 3.0, 0.0)
     assert (config.scale, config.aggregate, config.ratio, config.zero_variance) == ("std", "token", "token", "keep")
+
+
+def shifted(rows: list[Row], nats: float) -> list[Row]:
+    """Return rows whose sampler found its tokens less likely by so many nats."""
+    return [replace(row, sampler_logprobs=tuple(value - nats for value in row.sampler_logprobs)) for row in rows]
+
+
+SERVER = {"rollout": {"temperature": 1.0, "engine": {"kind": "vllm"}}}
+
+
+@pytest.mark.parametrize(
+    ("divergence", "rollout", "factors"),
+    [
+        # p_old / p_sampler = e^nats: e^.7 = 2.013753, and e^3 = 20.1 is held at 4; e^-1 = .367879.
+        ({"kind": "sampled", "importance_clip": 4.0}, SERVER, {0.7: 2.013753, 3.0: 4.0, -1.0: 0.367879}),
+        ({"kind": "sampled", "importance_clip": 4.0}, {}, {0.7: 1.0, 3.0: 1.0}),  # on the very weights that train
+        ({"kind": "reverse_kl"}, SERVER, {0.7: 1.0}),  # no sampled token in it
+    ],
+)
+def test_the_sampled_token_loss_corrects_for_a_sampler_with_weights_of_its_own(
+    divergence: dict[str, Any], rollout: dict[str, Any], factors: dict[float, float]
+) -> None:
+    """Loss and gradient are w = min(p_old / p_sampler, c) times those of a sampler that agrees."""
+    rows = [replace(row, components=("distil",)) for row in sampled(ragged_rows(5))]
+
+    def step(given: list[Row]) -> Any:
+        stepper, _ = make_stepper(tiny_model(), **rollout, loss={"divergence": divergence})
+        return stepper.optimize(given)
+
+    plain = step(rows)
+    for nats, factor in factors.items():
+        outcome = step(shifted(rows, nats))
+        for key in ("loss/distil", "optim/grad_norm"):
+            assert outcome.metrics[key] == pytest.approx(factor * plain.metrics[key], rel=1e-4), (key, nats)
+        weights_N = torch.cat([row.weight_T for row in outcome.rows.values()])
+        torch.testing.assert_close(weights_N, torch.full_like(weights_N, factor), atol=1e-4, rtol=1e-4)
+
+
+def test_the_correction_is_each_tokens_own_and_of_the_weights_that_the_step_began_with() -> None:
+    rows = [replace(row, components=("distil",)) for row in sampled(ragged_rows(6))]
+    first = rows[0].sampler_logprobs
+    rows[0] = replace(rows[0], sampler_logprobs=(first[0] - 0.7, *first[1:]))
+    stepper, _ = make_stepper(
+        tiny_model(),
+        **SERVER,
+        loss={"divergence": {"kind": "sampled"}},
+        optim={"lr": 5e-2},
+        step={"problems": 6, "updates_per_batch": 2, "token_budget": 40},
+    )
+    found = stepper.optimize(rows).rows
+    assert len(found) == 6
+    for index, row in found.items():
+        expected = torch.ones_like(row.weight_T)
+        if index == 0:
+            expected[0] = 2.013753
+        torch.testing.assert_close(row.weight_T, expected, atol=1e-4, rtol=1e-4)

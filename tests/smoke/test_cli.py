@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from atesd.recipe import load_config
 from atesd.train import checkpoint
 from atesd.train.model import resolve
 
+from support.fake_vllm import FakeVllm
 from support.folders import write_byte_model, write_qwen3
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +66,20 @@ def wait_for_rows(run_dir: Path, number: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def served() -> Iterator[Callable[[Path], FakeVllm]]:
+    """Return what serves a folder's model as vLLM does."""
+    with ExitStack() as stack:
+        yield lambda folder: stack.enter_context(FakeVllm(folder=folder, max_length=4096))
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     out = tmp_path / "run"
     small = SMALL
@@ -83,6 +97,10 @@ def test_every_recipe_trains_two_steps(
         small = [*SMALL, f"model.path={write_byte_model(tmp_path / 'model')}", f"task.folder={tmp_path / 'games'}"]
     elif 'path = "pico' not in recipe.read_text():
         small = real_model_made_small(tmp_path)
+    if recipe.stem == "smollm2-vllm":
+        folder = Path(next(each for each in small if each.startswith("model.path=")).partition("=")[2])
+        fake = request.getfixturevalue("served")(folder)
+        small = [*small, f"rollout.engine.url={fake.url}"]
     assert run(monkeypatch, "train", str(recipe), *small, "--out", str(out)) == 0
     text = capsys.readouterr().out
     assert "step 2/2" in text

@@ -166,7 +166,7 @@ def test_an_unknown_kind_of_any_section_is_named(section: str) -> None:
     ("routing.coef=0.5", 'routing lacks its kind: write routing = {kind = "distil"}; known are distil, rl, '),
     ("loss.divergence.beta=0.5", 'loss.divergence lacks its kind: write loss.divergence = {kind = "forward_kl"}; known '
      "are forward_kl, reverse_kl, jsd, sampled"),
-    ("rollout.engine={}", 'rollout.engine lacks its kind: write rollout.engine = {kind = "hf"}; known are hf'),
+    ("rollout.engine={}", 'rollout.engine lacks its kind: write rollout.engine = {kind = "hf"}; known are hf, vllm'),
 ])  # fmt: skip
 def test_a_section_without_its_kind_lists_the_known_ones(override: str, expected: str) -> None:
     assert error_of(override).startswith(f"some.toml: {expected}")

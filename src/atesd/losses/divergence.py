@@ -53,6 +53,10 @@ class SampledToken(Config):
     both matter only with step.updates_per_batch > 1, else A_t = log target - log p_S and r_t = 1. The target enters
     without its constant per token, as in G-OPD's code (2602.12125). The value is no estimate of a divergence;
     `TokenStats.divergence` holds the reverse KL.
+
+    Where the engine samples from a copy of the weights, as a vLLM server does, the step multiplies a token's loss by
+    w_t = min(p_old / p_sampler, importance_clip), as the reinforcement branch does with its own clip. Other divergences
+    are sums over the vocabulary, in which the sampled token has no part: they take no such weight.
     """
 
     kind: Literal["sampled"] = "sampled"

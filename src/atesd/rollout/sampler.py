@@ -63,6 +63,9 @@ class EngineMethod(Method):
         """Say by which way completions of `length` tokens are sampled, where the model decides; for env.json."""
         return ""
 
+    def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
+        """UserError where completions of the sampler that it built cannot be trained on with these settings."""
+
 
 class Engine(Protocol):
     """What an engine's section does."""
@@ -73,6 +76,10 @@ class Engine(Protocol):
 
     def path(self, model: nn.Module, length: int) -> str:
         """Say by which way completions are sampled; "" where there is but one."""
+        ...
+
+    def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
+        """UserError where completions cannot be trained on."""
         ...
 
 

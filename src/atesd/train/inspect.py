@@ -115,7 +115,8 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
     """
     set_threads(config.threads)
     config = decide_dtype(config)
-    loaded, tokenizer = load(_model_to_evaluate(config, str(model)), 0, config.prompt.chat_template)
+    chosen, merges = _model_to_evaluate(config, str(model)), config.rollout.engine.samples_in_place
+    loaded, tokenizer = load(chosen, 0, config.prompt.chat_template, merges=merges)
     if keep is not None and keep.think and "enable_thinking" in str(tokenizer.chat_template):
         prompt = config.prompt.model_copy(update={"enable_thinking_student": True})
         config = config.model_copy(update={"prompt": prompt})

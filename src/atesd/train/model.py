@@ -90,15 +90,15 @@ def bfloat16_speed(clock: Callable[[], float] = perf_counter) -> float:
 
 
 def load(
-    config: ModelConfig, seed: int, template: str | None = None
+    config: ModelConfig, seed: int, template: str | None = None, *, merges: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model in training form and its tokenizer.
 
     `seed` fixes the random half of LoRA's initialisation; `template` is the recipe's chat template. A folder that holds
-    an adapter gives its base with the adapter merged, or beside it where half precision would round the merge away and
-    nothing trains. Latent codes in the folder become part of the model, frozen. UserError if the folder lacks a model,
-    tokenizer or chat template, if its weights are pickled, damaged or not finite, or if an adapter, codes or the
-    tokenizer do not fit the model.
+    an adapter gives its base with the adapter merged, or beside it where nothing trains and half precision would round
+    the merge away, or `merges` is false: an engine with a copy of the base takes adapters alone. Latent codes in the
+    folder become part of the model, frozen. UserError if the folder lacks a model, tokenizer or chat template, if its
+    weights are pickled, damaged or not finite, or if an adapter, codes or the tokenizer do not fit the model.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
     path = resolve(config.path)
@@ -106,7 +106,9 @@ def load(
     tokenizer = load_tokenizer(path, config.revision, template)
     model = _read(path if base is None else resolve(base), config, config.revision if base is None else None)
     if base is not None:
-        model = _with_saved_adapter(model, path, base, merged=config.lora is not None or config.dtype == "float32")
+        model = _with_saved_adapter(
+            model, path, base, merged=config.lora is not None or (merges and config.dtype == "float32")
+        )
     _check_vocabulary(model, tokenizer, path)
     name, size = largest_weight(model)
     if not math.isfinite(size):

@@ -15,7 +15,8 @@ from atesd.train.checkpoint import find_checkpoints, load_state
 from atesd.types import UserError
 
 _MEMORY = ("step.token_budget", "rollout.batch_tokens")
-_CHANGEABLE = (*_MEMORY, "save.", "track.")
+_SERVER = tuple(f"rollout.engine.{name}" for name in ("url", "timeout_s", "wait_s", "concurrency", "adapters"))
+_CHANGEABLE = (*_MEMORY, *_SERVER, "save.", "track.")
 """What a run may change under way, besides its length: none of it decides what is computed, but for rounding."""
 
 

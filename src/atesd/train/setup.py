@@ -146,6 +146,7 @@ def assemble(config: RunConfig) -> Parts:
         model.to(accelerator.device)
     codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer)
+    config.rollout.engine.refuse_training(driver.sampler, config.rollout)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
     if config.routing.asks_teacher and not sets["probe"]:
@@ -309,12 +310,14 @@ def make_scorer(
 
 def losses_of(config: RunConfig) -> Losses:
     """Return what the update must know of the recipe's losses."""
+    sampled_clip = getattr(config.loss.divergence, "importance_clip", None)
     return Losses(
         policy=config.rl,
         coefs=config.routing.coefs,
         shared=config.routing.shared,
         longest=config.rollout.max_new_tokens,
         importance=config.routing.reinforces or config.loss.divergence.kind == "sampled",
+        corrects=None if config.rollout.engine.samples_in_place else sampled_clip,
     )
 
 

@@ -117,6 +117,9 @@ class Losses:
     """Longest allowed completion: the constant of `aggregate = "constant"`."""
     importance: bool
     """Whether a loss reads the probabilities of the weights that the step began with."""
+    corrects: float | None = None
+    """Largest weight p_old / p_sampler of a distilled token; None where the sampler has the very weights that train, or
+    the divergence does not depend on which token was sampled."""
 
 
 class Stepper:
@@ -226,7 +229,7 @@ class Stepper:
         if "distil" in active:
             gate_N = self._gate.weights(streams.stats).detach()
             scored.heard = Listening(streams.stats, selection_N, gate_N)
-            scored.weight_N = gate_N * batch.weighed(selection_N)
+            scored.weight_N = gate_N * batch.weighed(selection_N) * self._sampler_weight(batch, streams.stats)
             values_N = self._gate.values(streams)
             scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
             if self._codes is not None:
@@ -284,7 +287,8 @@ class Stepper:
         outcome_N = batch.outcomes(selection_N.device)
 
         def weights(stats: TokenStats, rows: slice) -> Tensor:
-            return weight_N[rows] * self._gate.weights(told(stats, outcome_N[rows])).detach()
+            gate_N = self._gate.weights(told(stats, outcome_N[rows])).detach()
+            return weight_N[rows] * gate_N * self._sampler_weight(batch, stats, rows)
 
         return Use(logprob=of_label, weights=weights)
 
@@ -341,6 +345,16 @@ class Stepper:
         """Return log-probabilities of the sampled tokens under the weights in place: no hint, codes or gradient."""
         with torch.no_grad(), unsteered(self._scorer.model):
             return self._scorer.log_likelihood(batch.passages, self._scorer.student_temperature)
+
+    def _sampler_weight(self, batch: MicroBatch, stats: TokenStats, rows: slice = slice(None)) -> Tensor | float:
+        """Return min(p_old / p_sampler, corrects) of some tokens; 1 where nothing is corrected."""
+        known = all(row.sampler_logprobs for row in batch.rows)
+        if self._losses.corrects is None or not self._scorer.samples_as_scored or not known:
+            return 1.0
+        now_N = stats.student_logprob.detach()
+        old_N = torch.cat([self._old[index] for index in batch.indices])[rows].to(now_N) if self._old else now_N
+        sampled = [value for row in batch.rows for value in row.sampler_logprobs]
+        return (old_N - torch.tensor(sampled).to(now_N)[rows]).exp().clamp(max=self._losses.corrects)
 
     def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
         """Collect what the reinforcement branch reads."""

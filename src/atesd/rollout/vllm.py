@@ -1,0 +1,58 @@
+"""The engine `vllm`: completions from a vLLM server, over its OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from pydantic import Field
+from torch import nn
+
+from atesd.rollout.render import Renderer
+from atesd.rollout.sampler import EngineMethod, Sampler, SamplingConfig
+
+if TYPE_CHECKING:
+    from atesd.rollout.served import VllmSampler
+
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class VllmEngine(EngineMethod):
+    """A vLLM server, started beside the trainer, that gets the adapter after every update (docs/vllm.md)."""
+
+    kind: Literal["vllm"] = "vllm"
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] = "http://127.0.0.1:8000"
+    """Where the server listens. Its key, if it wants one, is read from VLLM_API_KEY."""
+    model: str | None = None
+    """Name under which the server serves the base of the model that trains; unset, the only one that it serves. That it
+    is the same model is checked either way, by log-probabilities."""
+    max_lag: Annotated[int, Field(ge=0)] = 0
+    """By how many updates the weights on the server may be behind those that train, where a new adapter could not be
+    loaded; older ones are not sampled from."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Most requests under way; one asks for all attempts at a problem."""
+    timeout_s: Seconds = 600.0
+    """Seconds after which a request without an answer has failed."""
+    wait_s: Annotated[float, Field(ge=0, le=1e6)] = 600.0
+    """Seconds for which a server that does not answer is asked again, at the start and whenever it goes away."""
+    adapters: str | None = None
+    """Folder for the adapters, which the server must see, too; unset, a temporary one of this machine."""
+    adapters_there: str | None = None
+    """That folder's path on the server's side, where it is another one."""
+
+    def describe(self) -> str:
+        """Say what samples."""
+        return "Completions come from a vLLM server, log-probabilities of the sampler included"
+
+    def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
+        """Say which server samples."""
+        return f"the vLLM server at {self.url}"
+
+    def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
+        """Wait for the server, check it, and return the sampler. UserError where it does not come, or does not fit."""
+        from atesd.rollout.served import VllmSampler
+
+        return VllmSampler(self, model, renderer)
+
+    def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
+        """UserError where the server cannot follow the weights, or give log-probabilities that correct a loss."""
+        cast("VllmSampler", sampler).refuse_training(sampling)
