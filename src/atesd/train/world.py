@@ -139,7 +139,7 @@ class World:
                 flat = torch.cat([each.flatten().float() for each in bucket])
                 with self._exchange():
                     dist.all_reduce(flat)
-                for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                for each, part in zip(bucket, flat.split_with_sizes([each.numel() for each in bucket]), strict=True):
                     each.copy_(part.view_as(each))
 
     def refuse_difference(self, what: str, mine: str, remedy: str) -> None:
@@ -165,9 +165,9 @@ class World:
         """
         try:
             yield
-        except (*expected, Elsewhere):
-            raise
         except Exception as error:
+            if isinstance(error, (Elsewhere, *expected)):
+                raise
             if not self._speaks(error):
                 raise Elsewhere(f"another process failed, too: {error}") from error
             raise
@@ -228,7 +228,11 @@ def _join() -> World:
     _, size = launched()
     if size == 1:
         return World()
-    state = PartialState(timeout=_PATIENCE)
+    state = PartialState(cpu=torch.accelerator.current_accelerator() is None, timeout=_PATIENCE)
+    if state.num_processes != size:
+        raise UserError(
+            f"{size} processes were launched, but accelerate joins none of them here: start one (atesd train)"
+        )
     return World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
