@@ -8,6 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.teacher import trained_tensors
 from atesd.train.world import LostError, World
-from atesd.types import Elsewhere, UserError
+from atesd.types import Elsewhere, NonFiniteError, UserError
 
+from support.models import ragged_rows, tiny_model
 from support.processes import start, together, wait
+from support.steppers import make_stepper
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -284,6 +287,31 @@ def test_other_recipes_and_what_is_not_shared_yet_are_refused(tmp_path: Path) ->
         assert line.startswith(name)
         assert "cannot be used with 2 processes yet" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_breaks_in_one_process_is_explained_by_the_first(tmp_path: Path) -> None:
+    """The broken row is process 1's: the longest ones are dealt out first, to 0 and then to 1."""
+    rows = ragged_rows(4)
+    second = sorted(range(4), key=lambda index: -rows[index].cost)[1]
+    rows[second] = replace(rows[second], weight=float("inf"))
+
+    def breaks(rank: int) -> tuple[str, bool]:
+        model = tiny_model()
+        stepper, _ = make_stepper(model, world=World.join())
+        try:
+            with World.join().sound():
+                stepper.optimize(rows)
+        except (NonFiniteError, Elsewhere) as error:
+            moved = any((a != b).any() for a, b in zip(model.parameters(), tiny_model().parameters(), strict=True))
+            return f"{type(error).__name__}: {error}", moved
+        return "", True
+
+    (said, moved), (heard, also_moved) = together(tmp_path, 2, breaks)
+    assert said.startswith("NonFiniteError: loss inf")
+    assert "the loss component distil overflows" in said
+    assert heard.startswith("Elsewhere")
+    assert not moved
+    assert not also_moved
 
 
 def test_one_process_alone_meets_nobody() -> None:

@@ -106,7 +106,8 @@ class Trainer:
             directory.check_free(out)
             world.barrier()
             refuse_missing(config.track)
-            config = decide_dtype(config, say)
+            model = world.agreed(decide_dtype(config, say).model)  # "auto" looks at what is fast here
+            config = config.model_copy(update={"model": model})
             if before is not None:
                 before(config)
             with within_memory(config, "loading the model"):
