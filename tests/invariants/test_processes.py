@@ -159,6 +159,27 @@ def test_more_processes_than_groups_and_rows(tmp_path: Path) -> None:
     assert_as_one(one, three)
 
 
+def test_what_is_measured_otherwise_elsewhere_is_what_the_first_measured(tmp_path: Path) -> None:
+    """Machines round differently: decisions must not."""
+
+    def measured(rank: int) -> Any:
+        trainer = begin(tmp_path / "run", TREE | RECIPES["learned"])
+        measurer, original = trainer.parts.measurer, trainer.parts.measurer.measure
+
+        def rounded(*given: Any) -> Any:
+            return {key: value * (1 + 1e-3 * rank) for key, value in original(*given).items()}
+
+        measurer.measure = rounded  # type: ignore[method-assign]
+        return followed(trainer)
+
+    first, second = together(tmp_path / "left", 2, measured)
+    assert any("exposure/reward" in row for row in first[0])
+    assert [{k: v for k, v in row.items() if not k.startswith("probe/")} for row in second[0]] == [
+        {k: v for k, v in row.items() if not k.startswith("probe/")} for row in first[0]
+    ]
+    assert second[1] == first[1]
+
+
 def outcome(run: Path) -> Any:
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
     return rows, {name: value.numpy().tobytes() for name, value in weights(run).items()}, texts(run)
