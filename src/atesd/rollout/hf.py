@@ -29,6 +29,7 @@ class HFEngine(EngineMethod):
     LoRA), transformers' `generate` elsewhere. `generate`: always that. Equal seeds sample differently in the two."""
 
     samples_in_place: ClassVar[bool] = True
+    samples_parts: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Nothing to say."""

@@ -167,7 +167,7 @@ def assemble(config: RunConfig) -> Parts:
     student, optimizer = _prepared(accelerator, Student(model, config.loss), build_optimizer(config.optim, model))
     scheduler = build_schedule(config.optim, optimizer, updates)
     veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
-    scorer = make_scorer(config, model, renderer, student, veils)
+    scorer = make_scorer(config, model, renderer, student, veils, world)
     outcomes = Outcomes(config.probe.credit_steps)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
@@ -292,6 +292,7 @@ def make_scorer(
     renderer: Renderer,
     student: nn.Module | None = None,
     veils: Veils | None = None,
+    world: World | None = None,
 ) -> Scorer:
     """Return the recipe's scorer of a model."""
     return Scorer(
@@ -303,6 +304,7 @@ def make_scorer(
         checkpointing=config.model.gradient_checkpointing,
         student=student,
         veils=veils,
+        world=world,
     )
 
 

@@ -52,7 +52,8 @@ class SharedDriver(Driver):
             if self._goes_on(attempts[place], turn, sampling.max_new_tokens):
                 raise AssertionError("environments of several turns are refused")
         graded = self._grouped([problems[place] for place in part], [attempts[place] for place in own])
-        groups = self.world.gather(graded)
+        known = self.world.gather([group.trajectories for group in graded])
+        groups = [Group(problem, each) for problem, each in zip(problems, known, strict=True)]
         Driver.tell_ungradable(self, [each.reward for group in groups for each in group.trajectories])
         return groups
 
@@ -110,7 +111,7 @@ def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
         ),
         (config.gradient.watches, f'gradient.kind = "{config.gradient.kind}"', 'set gradient = {kind = "none"}'),
         (
-            not config.rollout.engine.samples_in_place,
+            not config.rollout.engine.samples_parts,
             f'rollout.engine.kind = "{section.rollout.engine.kind}"',
             'set rollout.engine = {kind = "hf"}',
         ),

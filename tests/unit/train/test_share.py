@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,10 +25,14 @@ PICO: dict[str, Any] = {
 
 
 class Deaf(World):
-    """A world whose other processes are not there: what is gathered is this process's own."""
+    """A world whose other processes are not there: instead of their attempts there are none."""
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
-        return list(items)
+        assert self.size == 2
+        left = iter(items)
+        return [next(left) if place % 2 == self.rank else () for place in range(self.problems)]
+
+    problems = 5
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,10 @@ def test_processes_sample_and_grade_whole_groups_as_one_does(
     expected = whole.rollout(problems, sampling, seed=7)
     del graded[:]
     for rank in range(2):
-        part = shared(whole, Deaf(rank, 2)).rollout(problems, sampling, seed=7)
-        assert [group.problem for group in part] == problems[rank::2]
+        groups = shared(whole, Deaf(rank, 2)).rollout(problems, sampling, seed=7)
+        assert [group.problem for group in groups] == problems
+        part = groups[rank::2]
+        assert not any(group.trajectories for group in groups[1 - rank :: 2])
         assert [[attempt.final.completion_ids for attempt in group.trajectories] for group in part] == [
             [attempt.final.completion_ids for attempt in group.trajectories] for group in expected[rank::2]
         ]
@@ -70,7 +77,10 @@ def test_processes_sample_and_grade_whole_groups_as_one_does(
 def test_a_process_without_a_problem_samples_nothing(side: tuple[Driver, list[Any]]) -> None:
     driver, problems = side
     sampling = SamplingConfig(max_new_tokens=4)
-    assert shared(driver, Deaf(1, 2)).rollout(problems[:1], sampling, seed=0) == []
+    world = Deaf(1, 2)
+    world.problems = 1
+    (group,) = shared(driver, world).rollout(problems[:1], sampling, seed=0)
+    assert group.trajectories == ()
 
 
 def test_one_process_keeps_its_driver(side: tuple[Driver, list[Any]]) -> None:
@@ -80,17 +90,17 @@ def test_one_process_keeps_its_driver(side: tuple[Driver, list[Any]]) -> None:
 def test_what_cannot_be_graded_is_told_of_the_whole_round(side: tuple[Driver, list[Any]]) -> None:
     driver, problems = side
 
-    class Two(Deaf):
+    class Two(World):
         def gather(self, items: Sequence[Any]) -> list[Any]:
             return [*items, *others]
 
     sampling = SamplingConfig(max_new_tokens=4)
-    others = driver.rollout(problems[1::2], sampling, seed=0)
+    others = [group.trajectories for group in driver.rollout(problems[1::2], sampling, seed=0)]
     reader = Driver(driver.sampler, driver.renderer, driver.environment, driver.student_messages, nothing)
     groups = shared(reader, Two(0, 2)).rollout(problems, sampling, seed=0)  # the other process could grade
     assert [len(group.rewards) for group in groups] == [0, 0, 0, 1, 1]
-    others = []
-    with pytest.warns(UserWarning, match="no completion could be graded: all 3 rewards"):
+    others = [(replace(attempt, reward=None),) for (attempt,) in others]
+    with pytest.warns(UserWarning, match="no completion could be graded: all 5 rewards"):
         shared(reader, Two(0, 2)).rollout(problems, sampling, seed=0)
 
 
@@ -126,7 +136,7 @@ def test_what_is_not_shared_yet_is_refused_with_the_remedy(change: dict[str, Any
 def test_an_engine_elsewhere_is_refused() -> None:
     config = build_config(PICO)
     engine = type(config.rollout.engine)
-    elsewhere = type("Elsewhere", (engine,), {"samples_in_place": False})()
+    elsewhere = type("Elsewhere", (engine,), {"samples_parts": False})()
     rollout = config.rollout.model_copy(update={"engine": elsewhere})
     with pytest.raises(UserError, match=r"rollout\.engine\.kind"):
         refuse_unshared(config.model_copy(update={"rollout": rollout}), Agreeing(0, 2), {})
