@@ -150,6 +150,20 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     assert_as_one(one, two)
 
 
+def test_every_row_is_read_by_one_process(tmp_path: Path) -> None:
+    def read(rank: int) -> int:
+        trainer = begin(tmp_path / "run", TREE | {"step": {"num_steps": 1, "problems": 5}})
+        scorer, rows = trainer.parts.stepper._scorer, []
+        original = scorer.streams
+        scorer.streams = lambda passages, *given, **named: (  # type: ignore[method-assign]
+            rows.append(len(passages)) or original(passages, *given, **named)
+        )
+        trainer.train()
+        return sum(rows)
+
+    assert together(tmp_path / "left", 2, read) == [5, 5]  # 5 problems of 2 attempts
+
+
 def test_more_processes_than_groups_and_rows(tmp_path: Path) -> None:
     tree = TREE | {"step": {"num_steps": 2, "problems": 2}, "rollout": TREE["rollout"] | {"group_size": 1}}
     one, three = tmp_path / "one", tmp_path / "three"
@@ -264,14 +278,15 @@ def test_a_directory_in_use_is_refused_once(tmp_path: Path) -> None:
     assert "already exists and is not empty" in str(found[0])
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(rank: int, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     together(tmp_path / "a", 2, lambda rank: begin(whole, TREE).train())
-    die = in_step(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGKILL), run)
+    die = in_step(rank, 2, lambda trainer: os.kill(os.getpid(), signal.SIGKILL), run)
     found = wait(tmp_path / "left", start(tmp_path / "left", 2, die))
-    assert type(found[0]) is LostError
-    assert "--resume" in str(found[0])
-    assert found[1] is None
+    assert type(found[1 - rank]) is LostError
+    assert "--resume" in str(found[1 - rank])
+    assert found[rank] is None
     together(tmp_path / "b", 2, lambda rank: Trainer.resume(run).train())
     assert outcome(run) == outcome(whole)
 

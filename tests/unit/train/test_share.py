@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from atesd.recipe import build_config
 from atesd.rollout.driver import Driver
@@ -157,3 +159,10 @@ def test_a_launchers_precision_is_refused() -> None:
     refuse_unshared(build_config(PICO), Agreeing(0, 2), {"ACCELERATE_MIXED_PRECISION": "no"})
     with pytest.raises(UserError, match="--mixed_precision bf16"):
         refuse_unshared(build_config(PICO), Agreeing(0, 2), {"ACCELERATE_MIXED_PRECISION": "bf16"})
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "docs" / "accelerate").iterdir()))
+def test_the_documented_launch_configs_are_accelerates(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines
+    assert config.mixed_precision == "no"
