@@ -50,13 +50,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "selection": {"kind": "tip", "score": "soft_or", "ratio": 0.5},
         "gate": {"kind": "sdar", "target": "divergence"},
         "teacher": {"weights": "ema", "ema_decay": 0.9},
-        "loss": {"aggregate": "sequence", "prompt_weight": "paced"},
+        "loss": {"aggregate": "sequence"},
         "curriculum": {"kind": "reverse_ppl"},
     },
     "rl": {
         "routing": {"kind": "rl"},
         "rl": {"kl_coef": 0.01},
-        "rollout": {"temperature": 1.0, "top_p": 0.9, "top_k": 8, "max_new_tokens": 32, "group_size": 3},
+        "rollout": {"temperature": 1.0, "top_p": 0.9, "top_k": 8, "max_new_tokens": 48, "group_size": 4},
         "step": {"num_steps": STEPS, "problems": 4, "updates_per_batch": 2},
         "model": {"lora": {"r": 4, "alpha": 8.0}},
     },
@@ -144,7 +144,8 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     (rows, marks), (other_rows, other_marks) = found
     assert other_rows == rows, "a process went by other numbers"
     assert other_marks == marks, "a process has other weights or decisions"
-    assert len({*marks}) > 1, "nothing was learned"
+    norms = [row.get("optim/grad_norm", 0.0) for row in rows[1:]]
+    assert sum(norm > 1e-3 for norm in norms) >= 2, f"hardly a step moved anything, which shows nothing: {norms}"
     assert not other.exists(), "a process that is not the first one wrote"
     begin(one, tree).train()
     assert_as_one(one, two)
