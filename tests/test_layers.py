@@ -39,12 +39,14 @@ BELOW_CONFIG = METHODS | {
     "own",
     "sections",
 }
-BELOW_TRAIN = BELOW_CONFIG | {"config", "packaged", "recipe", "runlog", "seals", "metrics"}
+BELOW_TRAIN = BELOW_CONFIG | {"config", "packaged", "recipe", "runlog", "seals", "metrics", "launch"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "metrics": set(),
     "codes": {"types"},
     "seeds": set(),
+    "launch": set(),
+    "__main__": {"cli"},
     "cliff": {"types"},
     "alignment": {"types"},
     "facts": {"types", "seeds", "cliff"},
@@ -106,6 +108,7 @@ ORDERS: dict[str, list[str]] = {
         "dlr",
     ],
     "train": [
+        "world",
         "batch",
         "hub",
         "tokens",
@@ -138,6 +141,7 @@ ORDERS: dict[str, list[str]] = {
         "plan",
         "fit",
         "export",
+        "share",
         "setup",
         "resume",
         "inspect",

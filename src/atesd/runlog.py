@@ -296,6 +296,53 @@ class RunDir:
         return loaded
 
 
+class ReadRunDir(RunDir):
+    """A run that another process writes: what is to be written is left to it."""
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Leave it to the writer."""
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],  # noqa: ARG003
+        about: Mapping[str, Any] | None = None,  # noqa: ARG003
+        env: Mapping[str, Any] | None = None,  # noqa: ARG003
+    ) -> RunDir:
+        """Return the folder that the writer makes."""
+        return cls(path)
+
+    def lock(self) -> None:
+        """Stay a reader."""
+
+    def seal(self, *names: str) -> None:
+        """Leave it to the writer."""
+
+    def amend(self, config: Mapping[str, Any], changes: Iterable[tuple[str, Any, Any]]) -> None:
+        """Leave it to the writer."""
+
+    def remember(self, **facts: Any) -> None:
+        """Leave it to the writer."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Leave it to the writer."""
+
+    def log_groups(self, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Leave it to the writer."""
+
+    def rewind(self, step: int, seals: Mapping[str, Any]) -> None:
+        """Leave it to the writer."""
+
+    def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:  # noqa: ARG002
+        """Leave it to the writer."""
+        return self.path / folder
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Leave it to the writer."""
+
+
 def _never_began(path: Path) -> bool:
     """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
     names = {entry.name for entry in path.iterdir()}

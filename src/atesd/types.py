@@ -86,6 +86,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: says what was given, what was expected, and the remedy (exit code 2)."""
 
 
+class Elsewhere(Exception):  # noqa: N818 (it is not this process's error)
+    """Another process of the run failed, and tells the user."""
+
+
 class NonFiniteError(UserError):
     """A number that must be finite is not: says where it first appeared, and the remedy."""
 

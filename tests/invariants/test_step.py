@@ -115,7 +115,7 @@ def test_updates_per_batch_splits_the_batch_into_that_many_optimizer_steps() -> 
     stepper, _ = make_stepper(tiny_model(), step={"problems": 6, "updates_per_batch": 3})
     moves = []
     original = stepper._move
-    stepper._move = lambda taken, outcome: (moves.append(taken), original(taken, outcome))  # type: ignore[method-assign]
+    stepper._move = lambda *given: (moves.append(given), original(*given))  # type: ignore[method-assign]
     outcome = stepper.optimize(rows)
     assert len(moves) == 3
     assert sorted(outcome.rows) == list(range(6))

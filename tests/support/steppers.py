@@ -24,6 +24,7 @@ from atesd.train.setup import losses_of, with_codes
 from atesd.train.stats import StepOutcome
 from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher, Teachers
+from atesd.train.world import World
 
 from support.models import PAD
 
@@ -44,6 +45,7 @@ def make_stepper(
     /,
     rule: GradientRule | None = None,
     gap_rule: GapRule | None = None,
+    world: World | None = None,
     **sections: Any,
 ) -> tuple[Stepping, Teacher]:
     """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher."""
@@ -81,6 +83,7 @@ def make_stepper(
         seed=config.seed,
         gap_rule=gap_rule,
         codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
+        world=world,
     )
     stepper.default = config.target
     return stepper, teacher

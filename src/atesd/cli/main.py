@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TextIO
 import typer
 
 from atesd.cli.errors import fail, user_line
+from atesd.launch import launched
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,12 +51,18 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     *,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Take the options of all commands."""
+    size, command = launched()[1], context.invoked_subcommand
+    if size > 1 and command != "train":
+        raise typer.BadParameter(
+            f"{size} processes were launched, which only `atesd train` uses: start atesd {command}"
+        )
 
 
 @app.command()
@@ -411,12 +418,21 @@ def main() -> None:
     try:
         code = app(prog_name="atesd", standalone_mode=False)
     except Exception as error:
+        if _is_told_elsewhere(error):
+            sys.exit(2)
         line = user_line(error)
         if line is None:
             raise
         fail(line, 2)
     if code:
         sys.exit(code)
+
+
+def _is_told_elsewhere(error: Exception) -> bool:
+    """Tell whether another one of several processes tells the user: the first one does of a wrong command."""
+    from atesd.types import Elsewhere
+
+    return isinstance(error, Elsewhere) or (launched()[0] > 0 and hasattr(error, "format_message"))
 
 
 def _print_warning(
@@ -428,7 +444,7 @@ def _print_warning(
     line: str | None = None,  # noqa: ARG001
 ) -> None:
     """Print our own warnings as one line each; leave out those by which libraries speak to developers."""
-    if category is UserWarning:
+    if category is UserWarning and launched()[0] == 0:
         print(f"warning: {message}", file=sys.stderr)
 
 

@@ -30,9 +30,9 @@ _SHOWN = (
 _ORDER = ("avg@", "maj@", "pass@", "level/", "trait/")
 
 
-def make_console() -> Console:
+def make_console(*, quiet: bool = False) -> Console:
     """Return a console that prints text as it is: no markup, no highlighting, no wrapping of sentences."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
 
 
 def clock(seconds: float) -> str:

@@ -20,13 +20,27 @@ if TYPE_CHECKING:
 
 
 def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
-    """Start or continue a run, show it, and print its final evaluation beside that of the start."""
+    """Start or continue a run, show it, and print its final evaluation beside that of the start.
+
+    Of several processes one speaks.
+    """
+    from atesd.train.world import World, leave
+
+    world = World.join()
+    with world.sound():
+        _run_train(recipe, overrides, out, resume, is_main=world.is_main)
+    leave()
+
+
+def _run_train(
+    recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None, *, is_main: bool
+) -> None:
     silence_libraries()
     from atesd.recipe import load_config
     from atesd.train.loop import Interrupted
     from atesd.trainers import resume_run, start_run
 
-    console = make_console()
+    console = make_console(quiet=not is_main)
     if resume is not None:
         overrides = [*([] if recipe is None else [str(recipe)]), *overrides]
         if out is not None or (recipe is not None and "=" not in str(recipe)):
@@ -44,7 +58,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
     path = trainer.run.path
     carry_on = f"continue with: atesd train --resume {quote(str(path))}"
     progress = RunProgress(trainer.config.step.num_steps, console)
-    trainer.listener = progress
+    trainer.listener = progress if is_main else None
     trainer.report = _report
     try:
         with progress.shown():

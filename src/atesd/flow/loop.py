@@ -24,7 +24,9 @@ from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings
 from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
 from atesd.train.rows import proposed
+from atesd.train.share import refuse_several
 from atesd.train.track import refuse_missing
+from atesd.train.world import World
 
 DIGITS = 3
 """Decimals of the samples in evaluation files."""
@@ -54,6 +56,7 @@ class FlowTrainer(Trainer):
         before: Callable[[RunConfig], None] | None = None,
     ) -> FlowTrainer:
         """Begin a run in a new directory, which is made last. UserError if it holds anything, or parts do not fit."""
+        refuse_several(World.join(), "a flow")
         RunDir.check_free(out)
         refuse_missing(config.track)
         if before is not None:
@@ -76,6 +79,7 @@ class FlowTrainer(Trainer):
         prepare: Callable[[Any], None] | None = None,
     ) -> FlowTrainer:
         """Continue a run from its newest whole checkpoint, as `Trainer.resume`; the warm start is made anew for it."""
+        refuse_several(World.join(), "a flow")
         run = open_for_resume(out)
         for name in ("best", "final"):
             restore_interrupted(out / name)

@@ -52,11 +52,16 @@ class GradientMethod(Method):
 
     declares: ClassVar[tuple[str, ...]] = ("describe", "build")
 
+    watches: ClassVar[bool] = True
+    """Whether the rule looks into forward passes, of which each of several processes sees its own alone."""
+
 
 class AllGradients(Stateless, GradientMethod):
     """Every gradient as it is."""
 
     kind: Literal["none"] = "none"
+
+    watches: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Nothing to say."""

@@ -20,7 +20,8 @@ from atesd.types import NonFiniteError
 
 Completion = tuple[list[int], list[float]]
 """Sampled ids and their log-probabilities."""
-Complete = Callable[[Sequence[Sequence[int]]], list[Completion]]
+Complete = Callable[[Sequence[Sequence[int]], Sequence[int] | None], list[Completion]]
+"""Completes prompts, or those at some places among them with what is drawn when all are."""
 
 # Rows are dropped once no more than this share of the batch goes on: the cache is then copied.
 _STILL_GOING = 0.85
@@ -46,8 +47,12 @@ def decoding(
     ends = torch.tensor(list(eos_ids), device=model.device)
     look_every = _LOOK_EVERY.get(model.device.type, 1)
 
-    def complete(prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    def complete(prompts: Sequence[Sequence[int]], part: Sequence[int] | None = None) -> list[Completion]:
         uniform_TB = torch.rand(sampling.max_new_tokens, len(prompts), generator=generator).to(model.device)
+        if part is not None:
+            prompts, uniform_TB = [prompts[place] for place in part], uniform_TB[:, list(part)]
+        if not prompts:
+            return []
         logits_BV, cache = decoder.read(prompts, sampling.max_new_tokens)
         rows_B = torch.arange(len(prompts), device=model.device)  # the prompt of each row
         ended_B = torch.zeros_like(rows_B, dtype=torch.bool)

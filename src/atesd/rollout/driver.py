@@ -211,6 +211,11 @@ class Driver:
     def _rewarded(self, groups: Sequence[Group], returned: object) -> list[Group]:
         """Fill in what the grader returned; say once where it could grade nothing at all."""
         rewards = _plain_rewards(returned, sum(len(group.trajectories) for group in groups))
+        self.tell_ungradable(rewards)
+        return _rewarded(groups, rewards)
+
+    def tell_ungradable(self, rewards: Sequence[float | None]) -> None:
+        """Say once where a whole round of completions has no reward."""
         if rewards and not self.warned and all(reward is None for reward in rewards):
             self.warned.append("ungradable")
             warnings.warn(
@@ -218,7 +223,6 @@ class Driver:
                 "ungradable, never as wrong; check that problems have answers that the grader can read",
                 stacklevel=2,
             )
-        return _rewarded(groups, rewards)
 
     def _reference(self, problem: Problem, limit: int) -> Turn:
         return self._spoken(self.renderer.student_ids(self.student_messages(problem)), problem.solution, limit)

@@ -32,12 +32,13 @@ def generating(
 ) -> Iterator[Complete]:
     """Yield what completes one batch of prompts after the other, padded on the left and masked by length.
 
+    A part of a batch takes as long as all of it, since the draws of one prompt follow from those of the others.
     `codes` steer a completion, which may go on behind its first end token. `generate` fills whatever a call leaves
     unset from `model.generation_config`, so that is put aside meanwhile, and it draws from the global random state,
     which is put back. NonFiniteError where the logits leave no distribution.
     """
 
-    def complete(prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    def complete(prompts: Sequence[Sequence[int]], part: Sequence[int] | None = None) -> list[Completion]:
         width = max(len(prompt) for prompt in prompts)
         ids_BL = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         start_B1 = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
@@ -50,7 +51,8 @@ def generating(
                 logits_processor=LogitsProcessorList([recorder]),
             )
         logprobs_BT = recorder.finish(sequences_BL).tolist()
-        return list(zip(sequences_BL[:, width:].tolist(), logprobs_BT, strict=True))
+        completions = list(zip(sequences_BL[:, width:].tolist(), logprobs_BT, strict=True))
+        return completions if part is None else [completions[place] for place in part]
 
     own_settings = model.generation_config
     on_gpu = model.device.type == "cuda"

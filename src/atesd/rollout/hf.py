@@ -29,6 +29,7 @@ class HFEngine(EngineMethod):
     LoRA), transformers' `generate` elsewhere. `generate`: always that. Equal seeds sample differently in the two."""
 
     samples_in_place: ClassVar[bool] = True
+    samples_parts: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Nothing to say."""
@@ -86,9 +87,17 @@ class HFSampler:
         """Note the weights' version: the weights themselves are shared."""
         self._version = weights.version
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> list[Turn]:
         """Sample one completion a prompt. UserError if prompt and completion exceed the model's context.
 
+        With `part`, only for the prompts at these places, in their order: the completions that they have among all.
         NonFiniteError where the model's logits leave no distribution to sample from.
         """
         if not prompts:
@@ -96,12 +105,16 @@ class HFSampler:
         assert all(prompts), "a prompt without tokens has nothing to continue"
         longest = max(len(prompt) for prompt in prompts)
         self._check_context(longest, sampling.max_new_tokens)
+        wanted = range(len(prompts)) if part is None else part
         turns: dict[int, Turn] = {}
         with _evaluating(self._model), self._path(prompts[0], longest, sampling, seed) as complete:
             for chunk in _chunks([len(prompt) for prompt in prompts], sampling):
                 asked = [prompts[index] for index in chunk]
-                turns |= zip(chunk, map(self._turn, asked, complete(asked)), strict=True)
-        return [turns[index] for index in range(len(prompts))]
+                own = [place for place, index in enumerate(chunk) if index in wanted]
+                completed = complete(asked, None if part is None else own)
+                for place, each in zip(own, completed, strict=True):
+                    turns[chunk[place]] = self._turn(asked[place], each)
+        return [turns[index] for index in wanted]
 
     def _path(
         self, prompt: Sequence[int], longest: int, sampling: SamplingConfig, seed: int

@@ -59,6 +59,10 @@ class EngineMethod(Method):
     samples_in_place: ClassVar[bool] = False
     """Whether it samples from whatever weights are in the model, so that the teacher can write completions too."""
 
+    samples_parts: ClassVar[bool] = False
+    """Whether `sample` takes `part`, the places of the prompts to complete as they would be among all: so that each of
+    several processes samples its own."""
+
     def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
         """Say by which way completions of `length` tokens are sampled, where the model decides; for env.json."""
         return ""

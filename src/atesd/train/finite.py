@@ -53,13 +53,18 @@ class Scales:
         return 'lower the scale of the target, or set target = {kind = "plain"}'
 
 
-def cause(model: nn.Module, batches: Sequence[MicroScores], scales: Scales) -> str:
-    """Return the first place with a number that is not finite, and the remedy."""
-    found = _of_streams(model, concatenate([batch.stats for batch in batches]))
+def cause(model: nn.Module, batches: Sequence[MicroScores], scales: Scales) -> str | None:
+    """Return the first place with a number that is not finite, and the remedy; None where it is the gradient."""
+    found = _of_streams(model, concatenate([batch.stats for batch in batches])) if batches else None
     for batch in batches:
         for component in batch.parts:
             found = found or _of_component(component, batch, scales)
-    return found or f"the gradient is not finite, though all losses are: {_remedy_of_gradient(model, batches, scales)}"
+    return found
+
+
+def cause_in_gradient(model: nn.Module, batches: Sequence[MicroScores], scales: Scales) -> str:
+    """Return the same of a gradient, where all losses are finite."""
+    return f"the gradient is not finite, though all losses are: {_remedy_of_gradient(model, batches, scales)}"
 
 
 def refuse_broken_streams(model: nn.Module, stats: TokenStats) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
 from atesd.routing.route import Route
-from atesd.runlog import Phases, RunDir
+from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json
+from atesd.sections import TrackConfig
 from atesd.seeds import derive_seed
 from atesd.train.batch import Row
 from atesd.train.card import model_card
@@ -31,14 +32,25 @@ from atesd.train.measure import logged
 from atesd.train.memory import within_memory
 from atesd.train.model import decide_dtype
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
-from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
+from atesd.train.resume import (
+    newest_whole,
+    open_for_resume,
+    refuse_other_parts,
+    resumed_config,
+    warn_of_processes,
+)
 from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.train.stats import StepOutcome
+from atesd.train.teacher import trained_tensors
 from atesd.train.track import Trackers, refuse_missing
+from atesd.train.world import World, fingerprint
 from atesd.types import Group, Measurement, Observation, Problem
 
 Listener = Callable[[dict[str, Any]], None]
+
+_ECHO_S = 3.0
+"""A launcher hands on the signal that a terminal has given to its processes already."""
 
 
 def classes_of(parts: Any) -> dict[str, str]:
@@ -63,6 +75,7 @@ class Trainer:
         self.config = config
         self.run = run
         self.parts = parts
+        self.world = World.join()
         self.step = 0
         self.listener = listener
         self._phases = Phases()
@@ -70,7 +83,7 @@ class Trainer:
         self._best: dict[str, float] | None = None
         self._latest_eval: dict[str, float] = {}
         self._stop_asked = False
-        self._trackers = Trackers(config.track, run.path)
+        self._trackers = Trackers(config.track if self.world.is_main else TrackConfig(), run.path)
         self.report: Callable[[Path], Path] | None = None
         """Writes the report of a run's directory, for trackers that keep files; unset, they get none."""
 
@@ -90,18 +103,25 @@ class Trainer:
         the recipe as it will be run, before anything that it names is loaded.
         The directory is made last, so that a start that fails leaves nothing behind.
         """
-        RunDir.check_free(out)
-        refuse_missing(config.track)
-        config = decide_dtype(config, say)
-        if before is not None:
-            before(config)
-        with within_memory(config, "loading the model"):
-            parts = assemble(config)
-        path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
-        if say is not None and path:
-            say(f"completions are sampled by {path}")
-        run = RunDir.create(out, config.model_dump(mode="json"), config.about(), {"sampling": path})
-        return cls(config, run, parts, listener)
+        world = World.join()
+        directory = RunDir if world.is_main else ReadRunDir
+        with world.sound():
+            directory.check_free(out)
+            world.barrier()
+            refuse_missing(config.track)
+            model = world.agreed(decide_dtype(config, say).model)  # "auto" looks at what is fast here
+            config = config.model_copy(update={"model": model})
+            if before is not None:
+                before(config)
+            with within_memory(config, "loading the model"):
+                parts = assemble(config)
+            path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
+            if say is not None and path:
+                say(f"completions are sampled by {path}")
+            world.barrier()
+            env = {"sampling": path, "processes": world.size}
+            run = directory.create(out, config.model_dump(mode="json"), config.about(), env)
+            return cls(config, run, parts, listener)
 
     @classmethod
     def resume(
@@ -121,24 +141,27 @@ class Trainer:
 
         UserError for what cannot be believed, or continued exactly: damage, an edited recipe, another version's run.
         """
-        run = open_for_resume(out)
-        for name in ("best", "final"):
-            restore_interrupted(out / name)
-        found = newest_whole(run)
-        config = resumed_config(run, found[1]["config"] if found else None, overrides)
-        if before is not None:
-            before(config)
-        refuse_missing(config.track)
-        with within_memory(config, "loading the model"):
-            parts = assemble(config)
-        if prepare is not None:
-            prepare(parts)
-        trainer = cls(config, run, parts, listener)
-        if found:
-            trainer._restore(*found)
-        else:
-            refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
-        return trainer
+        world = World.join()
+        with world.sound():
+            with world.in_turn():
+                run = open_for_resume(out, RunDir if world.is_main else ReadRunDir)
+                for name in ("best", "final"):
+                    restore_interrupted(out / name)
+                found = newest_whole(run)
+                config = resumed_config(run, found[1]["config"] if found else None, overrides)
+            if before is not None:
+                before(config)
+            refuse_missing(config.track)
+            with within_memory(config, "loading the model"):
+                parts = assemble(config)
+            if prepare is not None:
+                prepare(parts)
+            trainer = cls(config, run, parts, listener)
+            if found:
+                trainer._restore(*found)
+            else:
+                refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
+            return trainer
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return what `result.json` holds. Interrupted after SIGINT or SIGTERM, state saved."""
@@ -147,16 +170,16 @@ class Trainer:
             return done
         self.parts.refuse_unheard()
         try:
-            with self._stoppable():
+            with self._stoppable(), self.world.sound(Interrupted):
                 self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
                     self._begin()
                 while self.step < self.config.step.num_steps:
                     self._one_step()
-                    if self._stop_asked and self.step < self.config.step.num_steps:
+                    if self.world.any(self._stop_asked) and self.step < self.config.step.num_steps:
                         self._save()
                         raise Interrupted(self.step, self.run.path)
-            return self._finish()
+                return self._finish()
         finally:
             self._trackers.finish()
             self.run.unlock()
@@ -189,7 +212,7 @@ class Trainer:
         self.step += 1
         parts.sync(self.step)
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
-        metrics |= grader_metrics(parts.driver.reward)
+        metrics |= self.world.total(grader_metrics(parts.driver.reward))
         idle = "loss/distil" not in outcome.metrics
         metrics |= {"route/idle": float(idle), "route/paused": float(idle and not config.routing.reads_exposure)}
         if self._due(config.save.rollouts_every):
@@ -227,6 +250,7 @@ class Trainer:
         if self.config.probe.log_every and self.step % self.config.probe.log_every == 0:
             wanted.append(Measurement("probe_nll"))
         measured = self.parts.measurer.measure(wanted, self._phases)
+        stats, measured = self.world.agreed((stats, measured))
         metrics = logged(measured)
         with self._phases.phase("exposure"):
             for policy in policies:
@@ -259,8 +283,15 @@ class Trainer:
         score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
         if score is not None and (self._best is None or score > self._best["score"]):
             self._best = {"step": self.step, "score": score}
-            save_model(self.run.path / "best", parts.model, parts.tokenizer, {"README.md": self._card()})
+            self._write_model("best")
         return result.metrics
+
+    def _write_model(self, name: str) -> None:
+        """Write the model as it is now, with its card."""
+        if self.world.is_main:
+            card = {"README.md": self._card()}
+            save_model(self.run.path / name, self.parts.model, self.parts.tokenizer, card)
+        self.world.barrier()
 
     def _card(self) -> str:
         """Return the card of the model as it is now."""
@@ -279,6 +310,9 @@ class Trainer:
     def _save(self) -> None:
         """Write everything that the rest of the run depends on."""
         parts = self.parts
+        policies = {name: policy.state_dict() for name, policy in parts.policies.items()}
+        memories = {name: each.state_dict() for name, each in parts.memories.items()}
+        self._refuse_drift(policies, memories)
         state = {
             "config": self.config.model_dump(mode="json"),
             "written": self.run.written(),
@@ -287,25 +321,41 @@ class Trainer:
             "best": self._best,
             "latest_eval": self._latest_eval,
             "scheduler": parts.scheduler.state_dict()["last_epoch"],
-            "policies": {name: policy.state_dict() for name, policy in parts.policies.items()},
+            "processes": self.world.size,
+            "policies": policies,
             "classes": classes_of(parts),
-            **{name: each.state_dict() for name, each in parts.memories.items()},
+            **memories,
         }
-        save_checkpoint(
-            self.run.checkpoints,
-            self.step,
-            model=parts.model,
-            tokenizer=parts.tokenizer,
-            optimizer=parts.optimizer,
-            teacher=parts.teacher.tensors(),
-            state=state,
-            keep=self.config.save.keep,
+        if self.world.is_main:
+            save_checkpoint(
+                self.run.checkpoints,
+                self.step,
+                model=parts.model,
+                tokenizer=parts.tokenizer,
+                optimizer=parts.optimizer,
+                teacher=parts.teacher.tensors(),
+                state=state,
+                keep=self.config.save.keep,
+            )
+        self.world.barrier()
+
+    def _refuse_drift(self, *states: Mapping[str, Any]) -> None:
+        """UserError where processes no longer hold the same weights and decisions; one alone has nothing to compare."""
+        if self.world.size == 1:
+            return
+        tensors = {**trained_tensors(self.parts.model), **self.parts.teacher.tensors()}
+        self.world.refuse_difference(
+            f"come to other weights or decisions by step {self.step}, which is not saved",
+            fingerprint(tensors, dump_json(states)),
+            "some part of the run is random by itself, or the machines differ; go on from the last checkpoint with "
+            "--resume, on machines of one kind",
         )
 
     def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Load a checkpoint and forget what was logged after it."""
         parts = self.parts
         refuse_other_parts(self.run.path, classes_of(parts), state.get("classes", {}))
+        warn_of_processes(self.world.size, state.get("processes", 1))
         load_weights(folder, parts.model)
         load_optimizer(folder, parts.model, parts.optimizer)
         parts.teacher.load_tensors(load_teacher(folder))
@@ -321,11 +371,12 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the final model and the result."""
-        save_model(self.run.path / "final", self.parts.model, self.parts.tokenizer, {"README.md": self._card()})
+        self._write_model("final")
         result = {"step": self.step, "seconds": self._seconds, "final": self._latest_eval, "best": self._best}
         self.run.finish(result)
         if self.report is not None and self._trackers.keep_files:
             self._trackers.attach(self.report(self.run.path))
+        self.world.barrier()
         return result
 
     @contextmanager
@@ -334,9 +385,15 @@ class Trainer:
 
         def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             if self._stop_asked:
+                if self.world.size > 1 and perf_counter() - asked[0] < _ECHO_S:
+                    return
                 raise KeyboardInterrupt
             self._stop_asked = True
-            print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
+            asked.append(perf_counter())
+            if self.world.is_main:
+                print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
+
+        asked: list[float] = []
 
         if threading.current_thread() is not threading.main_thread():
             yield

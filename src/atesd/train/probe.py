@@ -102,13 +102,16 @@ class Probe:
 
     def nll_of(self, problems: Sequence[Problem]) -> dict[str, float]:
         """Return the token-mean NLL of any problems' references under the student, hint-free, by problem id."""
-        passages = [(problem.id, passage) for problem in problems for passage in self._reference(problem)]
+        own = self._scorer.world.share(problems)
+        passages = [(problem.id, passage) for problem in own for passage in self._reference(problem)]
         with torch.no_grad():
             tokens = self._scorer.each([passage for _, passage in passages], self._scorer.log_likelihood)
-        own: dict[str, list[Tensor]] = {}
+        scores: dict[str, list[Tensor]] = {}
         for (name, _), each in zip(passages, tokens, strict=True):
-            own.setdefault(name, []).append(each)
-        return {name: -float(torch.cat(found).double().mean()) for name, found in own.items()}
+            scores.setdefault(name, []).append(each)
+        found = {name: -float(torch.cat(each).double().mean()) for name, each in scores.items()}
+        known = {name: value for hand in self._scorer.world.collect(found) for name, value in hand.items()}
+        return {problem.id: known[problem.id] for problem in problems}
 
     def kl(self) -> float:
         """Return the token-mean KL(teacher at ratio 1 || student) on completions kept since it was first taken."""

@@ -20,9 +20,9 @@ _CHANGEABLE = (*_MEMORY, *_SERVER, "save.", "track.")
 """What a run may change under way, besides its length: none of it decides what is computed, but for rounding."""
 
 
-def open_for_resume(path: Path) -> RunDir:
+def open_for_resume(path: Path, kind: type[RunDir] = RunDir) -> RunDir:
     """Open and lock a run. UserError for one that an earlier version wrote: its state has another form."""
-    run = RunDir.open(path)
+    run = kind.open(path)
     run.lock()
     written = run.about().get("format")
     if written != FORMAT:
@@ -98,6 +98,16 @@ def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequ
     if changes:
         run.amend(config.model_dump(mode="json"), changes)
     return config
+
+
+def warn_of_processes(now: int, before: int) -> None:
+    """Say that a run goes on with another number of processes."""
+    if now != before:
+        warnings.warn(
+            f"the run goes on with {now} process{'es' * (now > 1)} instead of {before}: sums are taken in another "
+            "order, so that the run is no longer bit for bit the one that it would have been",
+            stacklevel=2,
+        )
 
 
 def refuse_other_parts(run: Path, now: Mapping[str, str], saved: Mapping[str, str]) -> None:

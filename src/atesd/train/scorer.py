@@ -27,6 +27,7 @@ from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_in
 from atesd.train.heads import Head, decoder, head
 from atesd.train.teacher import Teacher
 from atesd.train.veils import Veils
+from atesd.train.world import World
 
 
 class Student(nn.Module):
@@ -71,7 +72,7 @@ class Scorer:
 
     `temperature` is that of sampling; `loss` may give each role its own. `student` is the model as wrapped for
     training; without it the model itself stands in, which is enough for scoring. `veils` hide tokens where passages
-    ask for it.
+    ask for it. `world` are the processes that share out what is averaged.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Scorer:
         checkpointing: bool = False,
         student: nn.Module | None = None,
         veils: Veils | None = None,
+        world: World | None = None,
     ) -> None:
         self.model = model
+        self.world = world or World()
         self.veils = veils
         self.loss = loss
         self.token_budget = token_budget
@@ -198,13 +201,15 @@ class Scorer:
         return [found[index] for index in range(len(passages))]
 
     def mean(self, passages: Sequence[Passage], score: Callable[[Sequence[Passage]], Tensor]) -> float:
-        """Average a per-token score over all tokens of the passages, in micro-batches."""
+        """Average a per-token score over all tokens of the passages, in micro-batches shared out among processes."""
         total, count = 0.0, 0
-        for members in self.batches(passages):
-            values_N = score([passages[member] for member in members])
+        own = self.world.share(passages)
+        for members in self.batches(own):
+            values_N = score([own[member] for member in members])
             total += float(values_N.double().sum())
             count += values_N.numel()
-        return total / count
+        totals, counts = zip(*self.world.collect((total, count)), strict=True)
+        return float(sum(totals) / sum(counts))
 
 
 def hidden_states(model: nn.Module, inputs: ViewInput, veils: Veils | None = None) -> Scored:

@@ -47,9 +47,11 @@ from atesd.train.probe import Probe
 from atesd.train.retention import Learning
 from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer, Student
+from atesd.train.share import refuse_unshared, shared
 from atesd.train.step import Losses, Stepper
 from atesd.train.teacher import Teacher, Teachers, trained_tensors
 from atesd.train.veils import Veils, veils_for
+from atesd.train.world import World
 from atesd.types import Policy, Problem, UserError
 
 
@@ -138,15 +140,16 @@ class Parts:
 def assemble(config: RunConfig) -> Parts:
     """Build the parts of a run. UserError names what does not fit and the remedy."""
     set_threads(config.threads)
+    world = World.join()
+    refuse_unshared(config, world)
     accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes were launched, one is supported: start atesd directly")
     model, tokenizer = load(config.model, derive_seed(config.seed, "lora"), config.prompt.chat_template)
     if config.model.quantization is None:  # else it was loaded where it trains
         model.to(accelerator.device)
     codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer)
     config.rollout.engine.refuse_training(driver.sampler, config.rollout)
+    driver = shared(driver, world)
     train = task.train()
     sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
     if config.routing.asks_teacher and not sets["probe"]:
@@ -173,10 +176,10 @@ def assemble(config: RunConfig) -> Parts:
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
     teachers = Teachers(teacher, base)
     updates = config.step.num_steps * config.step.updates_per_batch
-    student, optimizer = accelerator.prepare(Student(model, config.loss), build_optimizer(config.optim, model))
+    student, optimizer = _prepared(accelerator, Student(model, config.loss), build_optimizer(config.optim, model))
     scheduler = build_schedule(config.optim, optimizer, updates)
     veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
-    scorer = make_scorer(config, model, renderer, student, veils)
+    scorer = make_scorer(config, model, renderer, student, veils, world)
     outcomes = Outcomes(config.probe.credit_steps)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
@@ -190,6 +193,7 @@ def assemble(config: RunConfig) -> Parts:
     rule.prepare(model)
     stepper = Stepper(
         accelerator=accelerator,
+        world=world,
         scorer=scorer,
         teachers=teachers,
         optimizer=optimizer,
@@ -258,6 +262,13 @@ def assemble(config: RunConfig) -> Parts:
     )
 
 
+def _prepared(accelerator: Accelerator, student: Student, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Hand student and optimizer to accelerate, but not to DDP, which would take means where sums are wanted."""
+    if accelerator.num_processes == 1:
+        return cast("tuple[nn.Module, Any]", accelerator.prepare(student, optimizer))
+    return accelerator.prepare_model(student, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+
+
 def with_codes(config: CodesConfig | None, model: nn.Module, path: str) -> Codes | None:
     """Give the model the codes that its recipe trains: those of its folder, or new ones; None where it trains none.
 
@@ -294,6 +305,7 @@ def make_scorer(
     renderer: Renderer,
     student: nn.Module | None = None,
     veils: Veils | None = None,
+    world: World | None = None,
 ) -> Scorer:
     """Return the recipe's scorer of a model."""
     return Scorer(
@@ -305,6 +317,7 @@ def make_scorer(
         checkpointing=config.model.gradient_checkpointing,
         student=student,
         veils=veils,
+        world=world,
     )
 
 

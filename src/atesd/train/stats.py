@@ -108,6 +108,23 @@ def _rebuilt(scored: MicroScores, there: Iterator[Tensor]) -> MicroScores:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A micro-batch that went through the model: which rows of the generation batch, and what it gave."""
+
+    indices: tuple[int, ...]
+    lengths: Sequence[int]
+    scored: MicroScores
+
+    def light(self) -> Taken:
+        """Return it without what stays on the device."""
+        return replace(self, scored=replace(self.scored, parts={}))
+
+    def rows(self) -> dict[int, RowStats]:
+        """Return the statistics of its rows by their index."""
+        return dict(zip(self.indices, split_rows(self.scored, self.lengths), strict=True))
+
+
 @dataclass(slots=True)
 class StepOutcome:
     """What a step leaves behind: numbers for the log, and the token statistics of the rows by their index."""
@@ -122,17 +139,22 @@ class StepOutcome:
 
 def split_rows(scored: MicroScores, lengths: Sequence[int]) -> list[RowStats]:
     """Cut the statistics of a micro-batch back into its rows."""
-    stats = scored.stats
     sampled = (
         [None] * len(lengths)
         if scored.sampled_logprob_N is None
         else scored.sampled_logprob_N.split_with_sizes(list(lengths))
     )
-    pieces = [getattr(stats, name.name).split_with_sizes(list(lengths)) for name in fields(TokenStats)]
+    pieces = divided(scored.stats, lengths)
     return [
-        RowStats(TokenStats(*(piece[index] for piece in pieces)), weight_T, sampled[index])
+        RowStats(pieces[index], weight_T, sampled[index])
         for index, weight_T in enumerate(scored.weight_N.split_with_sizes(list(lengths)))
     ]
+
+
+def divided(stats: TokenStats, lengths: Sequence[int]) -> list[TokenStats]:
+    """Cut the statistics of a micro-batch into its rows'."""
+    columns = [getattr(stats, name.name).split_with_sizes(list(lengths)) for name in fields(TokenStats)]
+    return [TokenStats(*(column[index] for column in columns)) for index in range(len(lengths))]
 
 
 def told(stats: TokenStats, outcome_N: Tensor) -> TokenStats:

@@ -34,7 +34,7 @@ from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
 from atesd.train.batch import Passage, Row, micro_batches
-from atesd.train.finite import Scales, cause, refuse_broken_streams, refuse_broken_weights
+from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
 from atesd.train.latent import CodeTraining
 from atesd.train.scorer import Scorer
@@ -42,16 +42,18 @@ from atesd.train.stats import (
     Listening,
     MicroScores,
     StepOutcome,
+    Taken,
     concatenate,
+    divided,
     fetched,
     listening_metrics,
     logprob_gap,
     policy_metrics,
-    split_rows,
     stream_metrics,
     told,
 )
 from atesd.train.teacher import Teachers
+from atesd.train.world import World
 from atesd.types import NonFiniteError
 
 
@@ -77,6 +79,10 @@ class MicroBatch:
     @property
     def lengths(self) -> list[int]:
         return [len(row.completion) for row in self.rows]
+
+    def taken(self, scored: MicroScores) -> Taken:
+        """Return what it gave."""
+        return Taken(self.indices, self.lengths, scored)
 
     def numbering(self, device: torch.device) -> Tensor:
         """Number each token's row."""
@@ -142,6 +148,7 @@ class Stepper:
         seed: int,
         gap_rule: GapRule | None = None,
         codes: CodeTraining | None = None,
+        world: World | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._scorer = scorer
@@ -152,6 +159,7 @@ class Stepper:
         self._selection = selection
         self._rule = rule
         self._losses = losses
+        self._world = world or World()
         self._updates_per_batch = updates_per_batch
         self._max_grad_norm = max_grad_norm or math.inf
         self._seed = seed
@@ -170,12 +178,13 @@ class Stepper:
         self._target = target
         self._scorer.training_mode()
         size = -(-len(rows) // self._updates_per_batch)
-        parts = [self.cut(rows, range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-        self._remember_old([batch for part in parts for batch in part])
-        for part in parts:
+        parts = [self._order(rows, range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        shares = [self.cut(rows, self._world.share(part)) for part in parts]
+        self._remember_old([batch for share in shares for batch in share])
+        for part, share in zip(parts, shares, strict=True):
             if part:
                 with unsteered(self._scorer.model):
-                    self._update(part, outcome, rows if part is parts[0] else ())
+                    self._update(part, share, outcome, rows if part is parts[0] else ())
             else:
                 outcome.add("optim/empty_updates", 1)
         outcome.metrics |= stream_metrics(rows, outcome.rows)
@@ -183,15 +192,18 @@ class Stepper:
             outcome.metrics |= logprob_gap(rows, outcome.rows)
         return outcome
 
-    def _update(self, batches: Sequence[MicroBatch], outcome: StepOutcome, fresh: Sequence[Row]) -> None:
-        """Make one optimizer update. Every component is divided by its count over all micro-batches.
+    def _update(
+        self, part: Sequence[int], batches: Sequence[MicroBatch], outcome: StepOutcome, fresh: Sequence[Row]
+    ) -> None:
+        """Make one optimizer update. Every component is divided by its count over all micro-batches of all processes.
 
-        `fresh` are the step's rows while the weights are still those that sampled them.
+        `part` are the update's rows in order, of which this process reads those in `batches`. `fresh` are the step's
+        rows while the weights are still those that sampled them.
         """
-        outcome.add("optim/micro_batches", len(batches))
-        selections = self._select(batches)
+        outcome.add("optim/micro_batches", sum(self._world.collect(len(batches))))
+        selections = self._select(part, batches)
         counts = self._counts(batches, selections)
-        taken: list[MicroScores] = []
+        own: list[MicroScores] = []
         read: list[MicroBatch] = []
         for batch, selection_N in zip(batches, selections, strict=True):
             active = [name for name in batch.components if counts.get(name)]
@@ -200,19 +212,20 @@ class Stepper:
             with self._rule.attached(self._scorer.model):
                 scored = self._score(batch, active, selection_N.to(self._scorer.device), counts)
                 self._accelerator.backward(combine(scored.parts))
-            taken.append(scored.detached())
+            own.append(scored.detached())
             read.append(batch)
-        taken = fetched(taken) if taken else []
-        for batch, scored in zip(read, taken, strict=True):
-            rows = split_rows(scored, batch.lengths)
-            outcome.rows |= zip(batch.indices, rows, strict=True)
+        own = fetched(own) if own else []
+        every = self._world.pool([batch.taken(scored).light() for batch, scored in zip(read, own, strict=True)])
+        for each in every:
+            outcome.rows |= each.rows()
+        taken = [each.scored for each in every]
         heard = [scored.heard for scored in taken if scored.heard]
         outcome.metrics |= listening_metrics(self._gate, self._target, heard)
         outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
         if self._gap_rule is not None and self._scorer.samples_as_scored and fresh:
             self._gap_rule.heed(logprob_gap(fresh, outcome.rows))
         if taken:
-            self._move(taken, outcome)
+            self._move(own, taken, outcome)
         else:
             outcome.add("optim/empty_updates", 1)
 
@@ -292,18 +305,24 @@ class Stepper:
 
         return Use(logprob=of_label, weights=weights)
 
-    def _move(self, taken: Sequence[MicroScores], outcome: StepOutcome) -> None:
-        """Clip, check and step; nothing moves where the loss or the gradient is not finite."""
+    def _move(self, own: Sequence[MicroScores], taken: Sequence[MicroScores], outcome: StepOutcome) -> None:
+        """Add up gradients, clip, check and step; nothing moves where the loss or the gradient is not finite.
+
+        `own` are this process's micro-batches, `taken` those of all.
+        """
         losses = _summed([scored.losses for scored in taken])
         if self._codes is not None:
             losses["codes"], found = self._codes.learn(self._accelerator.backward)
             outcome.metrics |= found
         total = sum(losses.values())
         model = self._scorer.model
+        self._world.sum_gradients([weight for weight in model.parameters() if weight.requires_grad])
         self._rule.apply(model)
         norm = float(self._accelerator.clip_grad_norm_(model.parameters(), self._max_grad_norm))
         if not (math.isfinite(total) and math.isfinite(norm)):
-            why = cause(model, taken, Scales(self._target, self._losses.coefs))
+            scales = Scales(self._target, self._losses.coefs)
+            causes = filter(None, self._world.collect(cause(model, own, scales)))
+            why = next(causes, None) or cause_in_gradient(model, taken, scales)
             raise NonFiniteError(f"loss {total:g}, gradient norm {norm:g}: {why}")
         outcome.metrics |= {f"loss/{name}": value for name, value in losses.items()}
         outcome.metrics |= {
@@ -375,7 +394,11 @@ class Stepper:
             sequence_N=batch.numbering(device),
         )
 
-    def cut(self, rows: Sequence[Row], part: range) -> list[MicroBatch]:
+    def _order(self, rows: Sequence[Row], part: range) -> list[int]:
+        """Return the rows of a part that are trained on, in the order in which one process alone reads them."""
+        return [index for batch in self.cut(rows, part) for index in batch.indices]
+
+    def cut(self, rows: Sequence[Row], part: Sequence[int]) -> list[MicroBatch]:
         """Cut a part of the rows into micro-batches of the same components; rows without one are left out."""
         batches = []
         for components in sorted({rows[index].components for index in part if rows[index].components}):
@@ -385,26 +408,34 @@ class Stepper:
                 batches.append(MicroBatch(chosen, tuple(rows[index] for index in chosen)))
         return batches
 
-    def _select(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def _select(self, part: Sequence[int], batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient.
 
         What is chosen is returned on the CPU, where it is counted.
         """
         every = [torch.ones(sum(batch.lengths)) for batch in batches]
-        distilled = [index for index, batch in enumerate(batches) if batch.distils]
-        if not distilled or not self._selection.needs_batch:
+        if not self._selection.needs_batch:
             return every
+        known: dict[int, TokenStats] = {}
         with torch.no_grad():
-            whole = concatenate(
-                [self._streams(batches[index], self._views(batches[index])).stats for index in distilled]
-            )
+            for batch in batches:
+                if batch.distils:
+                    stats = self._streams(batch, self._views(batch)).stats
+                    known |= zip(batch.indices, divided(stats, batch.lengths), strict=True)
+        known = self._world.merged(known)
+        if not known:
+            return every
+        order = [index for index in part if index in known]
+        whole = concatenate([known[index] for index in order])
         refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
         selected = self._selection.select(whole, seed).detach().cpu()
-        pieces = selected.split_with_sizes([sum(batches[index].lengths) for index in distilled])
-        for index, piece in zip(distilled, pieces, strict=True):
-            every[index] = piece
-        return every
+        lengths = [len(known[index].divergence) for index in order]
+        pieces = dict(zip(order, selected.split_with_sizes(lengths), strict=True))
+        return [
+            torch.cat([pieces[index] for index in batch.indices]) if batch.distils else ones
+            for batch, ones in zip(batches, every, strict=True)
+        ]
 
     def _counts(self, batches: Sequence[MicroBatch], selections: Sequence[Tensor]) -> dict[str, float]:
         """Count what each component is divided by; a component that could not move anything is left out.
@@ -419,6 +450,8 @@ class Stepper:
                 counts[name] = counts.get(name, 0.0) + self._units(name, batch, selection_N)
                 if self._can_move(name, batch):
                     live.add(name)
+        counts = self._world.total(counts)
+        live = set().union(*self._world.collect(live))
         if self._losses.shared:
             counts = dict.fromkeys(counts, sum(counts.values()))
         return {name: count for name, count in counts.items() if name in live}

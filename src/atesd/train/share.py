@@ -1,0 +1,119 @@
+"""Rollouts shared out among processes, problem by problem, and what several processes cannot do yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, cast
+
+from atesd.config import RunConfig
+from atesd.rollout.driver import Driver
+from atesd.rollout.sampler import SamplingConfig
+from atesd.train.world import World
+from atesd.types import Group, Problem, Turn, UserError
+
+
+class PartialSampler(Protocol):
+    """An engine that samples some of the prompts as it would among all."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> list[Turn]:
+        """Sample one completion for each prompt of the part."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SharedDriver(Driver):
+    """A driver whose process samples and grades the groups of some problems; all processes get all groups.
+
+    A group is never split, and has the completions that one process alone would have sampled, but for rounding.
+    """
+
+    world: World = field(default_factory=World)
+
+    def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
+        """Return one graded group a problem."""
+        part = self.world.share(range(len(problems)))
+        size = sampling.group_size
+        asked = [problem for problem in problems for _ in range(size)]
+        attempts = self._opened(asked, seed, sampling.max_new_tokens)
+        own = [place * size + number for place in part for number in range(size)]
+        sampler = cast("PartialSampler", self.sampler)
+        turns = sampler.sample([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
+        for place, turn in zip(own, turns, strict=True):
+            attempts[place].begin(turn)
+            if self._goes_on(attempts[place], turn, sampling.max_new_tokens):
+                raise AssertionError("environments of several turns are refused")
+        graded = self._grouped([problems[place] for place in part], [attempts[place] for place in own])
+        known = self.world.gather([group.trajectories for group in graded])
+        groups = [Group(problem, each) for problem, each in zip(problems, known, strict=True)]
+        Driver.tell_ungradable(self, [each.reward for group in groups for each in group.trajectories])
+        return groups
+
+    def tell_ungradable(self, rewards: Sequence[float | None]) -> None:
+        """Leave it until all rewards are there."""
+
+
+def shared(driver: Driver, world: World) -> Driver:
+    """Return the driver as several processes use it."""
+    if world.size == 1:
+        return driver
+    return SharedDriver(**{each.name: getattr(driver, each.name) for each in fields(Driver)}, world=world)
+
+
+def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, str] = os.environ) -> None:
+    """UserError for what several processes cannot do yet, or where they were given different recipes."""
+    for switch, option in (("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")):
+        if environment.get(switch, "false").lower() in {"true", "1"}:
+            raise UserError(
+                f"accelerate's {option} shards the model, which atesd does not do: launch without it (every process "
+                "then holds all weights), and train adapters, model.lora = {}, where they do not fit"
+            )
+    if world.size == 1:
+        return
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise UserError(
+            f"accelerate's --mixed_precision {precision} is not supported with several processes: leave it out, and "
+            'set model.dtype = "bfloat16" with model.lora = {}'
+        )
+    for unshared, what, remedy in _unshared(config):
+        if unshared:
+            raise UserError(
+                f"{what} cannot be used with {world.size} processes yet: {remedy}, or start one (atesd train)"
+            )
+    world.refuse_difference("different recipes", config.model_dump_json(), "start all with the same command")
+
+
+def refuse_several(world: World, what: str) -> None:
+    """UserError for what only one process can do, if there are several."""
+    if world.size > 1:
+        raise UserError(f"{what} trains in one process, {world.size} were started: start one (atesd train)")
+
+
+def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
+    """Return what may stand in a recipe, whether it does, and what to do."""
+    section: Any = config
+    return [
+        (config.codes is not None, "[codes]", "remove it"),
+        (config.reveal.masks, f'reveal.kind = "{config.reveal.kind}"', 'set reveal = {kind = "segments"}'),
+        (
+            config.env.limit > 1 or config.env.grades,
+            f'env.kind = "{section.env.kind}"',
+            "take a task without an environment",
+        ),
+        (config.gradient.watches, f'gradient.kind = "{config.gradient.kind}"', 'set gradient = {kind = "none"}'),
+        (
+            not config.rollout.engine.samples_parts,
+            f'rollout.engine.kind = "{section.rollout.engine.kind}"',
+            'set rollout.engine = {kind = "hf"}',
+        ),
+        (config.model.quantization is not None, "model.quantization", "remove it"),
+    ]

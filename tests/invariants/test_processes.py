@@ -1,0 +1,358 @@
+"""Several processes train as one does: the same losses, weights and decisions, one writer, and one end for all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from atesd.metrics import is_timing
+from atesd.recipe import build_config
+from atesd.runlog import RunDir
+from atesd.train.loop import Interrupted, Trainer
+from atesd.train.teacher import trained_tensors
+from atesd.train.world import LostError, World
+from atesd.types import Elsewhere, NonFiniteError, UserError
+
+from support.models import ragged_rows, tiny_model
+from support.processes import start, together, wait
+from support.steppers import make_stepper
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+STEPS = 3
+TREE: dict[str, Any] = {
+    "threads": 1,
+    "task": {"kind": "pico", "train_size": 20, "probe_size": 3, "eval_size": 5},
+    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
+    "exposure": {"kind": "fixed", "ratio": 0.5},
+    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 32, "group_size": 2},
+    # Adam makes as much of a gradient that is rounding alone as of any other: eps tells them apart.
+    "optim": {"lr": 1e-3, "eps": 1e-5, "max_grad_norm": 1.0},
+    "step": {"num_steps": STEPS, "problems": 5},
+    "eval": {"every": 3, "k": 2},
+    "save": {"every": 1, "keep": 5, "rollouts_every": 1},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    # Several micro-batches a process, an update of less than a row a process, and a selection over all tokens.
+    "distil": {
+        "step": {"num_steps": STEPS, "problems": 6, "updates_per_batch": 3, "token_budget": 120},
+        "selection": {"kind": "tip", "score": "soft_or", "ratio": 0.5},
+        "gate": {"kind": "sdar", "target": "divergence"},
+        "teacher": {"weights": "ema", "ema_decay": 0.9},
+        "loss": {"aggregate": "sequence"},
+        "curriculum": {"kind": "reverse_ppl"},
+    },
+    "rl": {
+        "routing": {"kind": "rl"},
+        "rl": {"kl_coef": 0.01},
+        "rollout": {"temperature": 1.0, "top_p": 0.9, "top_k": 8, "max_new_tokens": 48, "group_size": 4},
+        "step": {"num_steps": STEPS, "problems": 4, "updates_per_batch": 2},
+        "model": {"lora": {"r": 4, "alpha": 8.0}},
+    },
+    "aligned": {
+        "exposure": {"kind": "influence", "reference": "reward", "by": "level", "hold": 1, "grid": [0.0, 0.5, 1.0]},
+        "routing": {"kind": "aligned", "every": 1, "grid": [0.0, 1.0], "margin": 1.0},
+        "gate": {"kind": "aligned"},
+        "probe": {"credit_steps": 2, "credit_problems": 4},
+    },
+    "learned": {
+        "exposure": {
+            "kind": "beta",
+            "hold": 1,
+            "look_ahead": 1,
+            "decisions_per_update": 1,
+            "progress_metric": "probe_kl",
+        },
+        "loss": {"divergence": {"kind": "sampled"}},
+        "probe": {"log_every": 1},
+    },
+}
+
+
+def begin(out: Path, tree: dict[str, Any]) -> Trainer:
+    return Trainer.start(build_config(tree), out)
+
+
+def mark(trainer: Trainer) -> str:
+    """A digest of every bit of the weights, and of what the policies remember."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(trained_tensors(trainer.parts.model).items()):
+        digest.update(name.encode() + weight.numpy().tobytes())
+    states = {name: policy.state_dict() for name, policy in trainer.parts.policies.items()}
+    digest.update(json.dumps(states, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def followed(trainer: Trainer) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train and return what is logged of every step, and the mark after it."""
+    rows: list[dict[str, Any]] = []
+    marks: list[str] = []
+
+    def listen(row: dict[str, Any]) -> None:
+        rows.append({key: value for key, value in row.items() if not is_timing(key)})
+        marks.append(mark(trainer))
+
+    trainer.listener = listen
+    trainer.train()
+    return rows, marks
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "final"
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def texts(run: Path) -> list[str]:
+    files = sorted([*(run / "rollouts").iterdir(), *(run / "eval").iterdir()])
+    return [row["completion"] for path in files for row in map(json.loads, path.read_text().splitlines())]
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+def assert_as_one(one: Path, several: Path) -> None:
+    """The same run but for rounding: metrics, routes and exposure of every group, samples, weights."""
+    assert texts(several) == texts(one)
+    for logged, expected in zip(RunDir(several).metrics(), RunDir(one).metrics(), strict=True):
+        shown = {key: value for key, value in logged.items() if not is_timing(key) and key != "optim/micro_batches"}
+        assert shown == near({key: expected.get(key) for key in shown})
+        assert {*logged} == {*expected}
+    for group, expected in zip(RunDir(several).groups(), RunDir(one).groups(), strict=True):
+        assert group == {k: near(v) if isinstance(v, float) else v for k, v in expected.items()}
+    expected_weights = weights(one)
+    for name, found in weights(several).items():
+        torch.testing.assert_close(found, expected_weights[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
+    tree = TREE | RECIPES[name]
+    one, two, other = (tmp_path / place for place in ("one", "two", "other"))
+    found = together(tmp_path / "left", 2, lambda rank: followed(begin(other if rank else two, tree)))
+    (rows, marks), (other_rows, other_marks) = found
+    assert other_rows == rows, "a process went by other numbers"
+    assert other_marks == marks, "a process has other weights or decisions"
+    norms = [row.get("optim/grad_norm", 0.0) for row in rows[1:]]
+    assert sum(norm > 1e-3 for norm in norms) >= 2, f"hardly a step moved anything, which shows nothing: {norms}"
+    assert not other.exists(), "a process that is not the first one wrote"
+    begin(one, tree).train()
+    assert_as_one(one, two)
+
+
+def test_every_row_is_read_by_one_process(tmp_path: Path) -> None:
+    def read(rank: int) -> int:
+        trainer = begin(tmp_path / "run", TREE | {"step": {"num_steps": 1, "problems": 5}})
+        scorer, rows = trainer.parts.stepper._scorer, []
+        original = scorer.streams
+        scorer.streams = lambda passages, *given, **named: (  # type: ignore[method-assign]
+            rows.append(len(passages)) or original(passages, *given, **named)
+        )
+        trainer.train()
+        return sum(rows)
+
+    assert together(tmp_path / "left", 2, read) == [5, 5]  # 5 problems of 2 attempts
+
+
+def test_more_processes_than_groups_and_rows(tmp_path: Path) -> None:
+    tree = TREE | {"step": {"num_steps": 2, "problems": 2}, "rollout": TREE["rollout"] | {"group_size": 1}}
+    one, three = tmp_path / "one", tmp_path / "three"
+    found = together(tmp_path / "left", 3, lambda rank: followed(begin(three, tree)))
+    assert found[0] == found[1] == found[2]
+    begin(one, tree).train()
+    assert_as_one(one, three)
+
+
+def test_what_is_measured_otherwise_elsewhere_is_what_the_first_measured(tmp_path: Path) -> None:
+    """Machines round differently: decisions must not."""
+
+    def measured(rank: int) -> Any:
+        trainer = begin(tmp_path / "run", TREE | RECIPES["learned"])
+        measurer, original = trainer.parts.measurer, trainer.parts.measurer.measure
+
+        def rounded(*given: Any) -> Any:
+            return {key: value * (1 + 1e-3 * rank) for key, value in original(*given).items()}
+
+        measurer.measure = rounded  # type: ignore[method-assign]
+        return followed(trainer)
+
+    first, second = together(tmp_path / "left", 2, measured)
+    assert any("exposure/reward" in row for row in first[0])
+    assert [{k: v for k, v in row.items() if not k.startswith("probe/")} for row in second[0]] == [
+        {k: v for k, v in row.items() if not k.startswith("probe/")} for row in first[0]
+    ]
+    assert second[1] == first[1]
+
+
+def outcome(run: Path) -> Any:
+    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
+    return rows, {name: value.numpy().tobytes() for name, value in weights(run).items()}, texts(run)
+
+
+def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """One process alone is asked to stop. Its run is continued by as many processes, and by one."""
+    tree = TREE | RECIPES["learned"]
+    whole, run, alone = (tmp_path / place for place in ("whole", "run", "alone"))
+    together(tmp_path / "a", 2, lambda rank: begin(whole, tree).train())
+
+    def stopped(rank: int) -> Any:
+        trainer = begin(run, tree)
+        trainer.listener = lambda row: os.kill(os.getpid(), signal.SIGTERM) if (row["step"], rank) == (2, 1) else None
+        with pytest.raises(Interrupted) as stop:
+            trainer.train()
+        return stop.value.step
+
+    assert together(tmp_path / "b", 2, stopped) == [2, 2]
+    os.system(f"cp -r {run} {alone}")
+    together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+    assert outcome(run) == outcome(whole)
+    with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
+        trainer = Trainer.resume(alone)
+    trainer.train()
+    assert_as_one(whole, alone)
+
+
+def test_a_signal_that_a_launcher_hands_on_at_once_is_one(tmp_path: Path) -> None:
+    def stopped(rank: int) -> Any:
+        trainer = begin(tmp_path / "run", TREE)
+
+        def twice(row: dict[str, Any]) -> None:
+            if row["step"] == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer.listener = twice
+        with pytest.raises(Interrupted):
+            trainer.train()
+        return trainer.step
+
+    assert together(tmp_path / "left", 2, stopped) == [1, 1]
+
+
+def in_step(rank: int, step: int, action: Callable[[Trainer], object], out: Path) -> Callable[[int], Any]:
+    """Train, and do something in one process once a step is logged."""
+
+    def train(here: int) -> Any:
+        trainer = begin(out, TREE)
+        trainer.listener = lambda row: action(trainer) if (here, row["step"]) == (rank, step) else None
+        return trainer.train()
+
+    return train
+
+
+def fail(trainer: Trainer) -> None:
+    raise UserError("the data of this process is broken")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_fails_ends_all_and_alone_says_why(rank: int, tmp_path: Path) -> None:
+    found = together(tmp_path / "left", 2, in_step(rank, 1, fail, tmp_path / "run"))
+    assert type(found[rank]) is UserError
+    assert str(found[rank]) == "the data of this process is broken"
+    assert type(found[1 - rank]) is Elsewhere
+    assert f"process {rank} failed: the data of this process is broken" in str(found[1 - rank])
+
+
+def test_what_all_find_is_said_by_the_first(tmp_path: Path) -> None:
+    tree = TREE | {"model": {"path": str(tmp_path / "nowhere")}}
+    found = together(tmp_path / "left", 2, lambda rank: begin(tmp_path / "run", tree).train())
+    assert [type(each) for each in found] == [UserError, Elsewhere]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_refused_once(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    found = together(tmp_path / "left", 2, lambda rank: begin(tmp_path / "run", TREE))
+    assert [type(each) for each in found] == [UserError, Elsewhere]
+    assert "already exists and is not empty" in str(found[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(rank: int, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    together(tmp_path / "a", 2, lambda rank: begin(whole, TREE).train())
+    die = in_step(rank, 2, lambda trainer: os.kill(os.getpid(), signal.SIGKILL), run)
+    found = wait(tmp_path / "left", start(tmp_path / "left", 2, die))
+    assert type(found[1 - rank]) is LostError
+    assert "--resume" in str(found[1 - rank])
+    assert found[rank] is None
+    together(tmp_path / "b", 2, lambda rank: Trainer.resume(run).train())
+    assert outcome(run) == outcome(whole)
+
+
+def test_processes_that_drift_apart_are_stopped_before_they_are_saved(tmp_path: Path) -> None:
+    def push(trainer: Trainer) -> None:
+        weight = next(iter(trained_tensors(trainer.parts.model).values()))
+        weight.view(-1)[0] += 1e-6
+
+    found = together(tmp_path / "left", 2, in_step(1, 2, push, tmp_path / "run"))
+    assert type(found[0]) is UserError
+    assert "processes 0 and 1 have come to other weights or decisions by step 2, which is not saved" in str(found[0])
+    assert not (tmp_path / "run" / "checkpoints" / "step_000002").exists()
+
+
+def test_other_recipes_and_what_is_not_shared_yet_are_refused(tmp_path: Path) -> None:
+    def refused(rank: int) -> list[str]:
+        lines = []
+        for change in (
+            {"seed": rank},
+            {"gradient": {"kind": "longact"}},
+            {"reveal": {"kind": "retention"}},
+            {"codes": {}},
+        ):
+            with pytest.raises((UserError, Elsewhere)) as error, World.join().sound():
+                begin(tmp_path / "run", TREE | change)
+            lines.append(str(error.value))
+            World.join()._left = False
+        return lines
+
+    others, *methods = together(tmp_path / "left", 2, refused)[0]
+    assert "processes 0 and 1 have different recipes: start all with the same command" in others
+    for line, name in zip(methods, ("gradient.kind", "reveal.kind", "[codes]"), strict=True):
+        assert line.startswith(name)
+        assert "cannot be used with 2 processes yet" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_breaks_in_one_process_is_explained_by_the_first(tmp_path: Path) -> None:
+    """The broken row is process 1's: the longest ones are dealt out first, to 0 and then to 1."""
+    rows = ragged_rows(4)
+    second = sorted(range(4), key=lambda index: -rows[index].cost)[1]
+    rows[second] = replace(rows[second], weight=float("inf"))
+
+    def breaks(rank: int) -> tuple[str, bool]:
+        model = tiny_model()
+        stepper, _ = make_stepper(model, world=World.join())
+        try:
+            with World.join().sound():
+                stepper.optimize(rows)
+        except (NonFiniteError, Elsewhere) as error:
+            moved = any((a != b).any() for a, b in zip(model.parameters(), tiny_model().parameters(), strict=True))
+            return f"{type(error).__name__}: {error}", moved
+        return "", True
+
+    (said, moved), (heard, also_moved) = together(tmp_path, 2, breaks)
+    assert said.startswith("NonFiniteError: loss inf")
+    assert "the loss component distil overflows" in said
+    assert heard.startswith("Elsewhere")
+    assert not moved
+    assert not also_moved
+
+
+def test_one_process_alone_meets_nobody() -> None:
+    with warnings.catch_warnings():
+        world = World.join()
+    assert (world.rank, world.size) == (0, 1)
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,82 @@
+"""Several processes as a launcher starts them, forked from this one: what they import is there already."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+from atesd.train import world
+
+LIMIT_S = 240.0
+
+
+def start(folder: Path, size: int, action: Callable[[int], Any]) -> list[int]:
+    """Fork processes that know of each other, and return their ids; each leaves what `action(rank)` gave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [_fork(folder, size, rank, port, action) for rank in range(size)]
+
+
+def _fork(folder: Path, size: int, rank: int, port: int, action: Callable[[int], Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+        }
+        AcceleratorState._reset_state(reset_partial_state=True)
+        world._join.cache_clear()
+        result: Any
+        try:
+            result = action(rank)
+        except Exception as error:
+            traceback.print_exc()
+            result = error
+        (folder / f"result_{rank}").write_bytes(pickle.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(folder: Path, children: list[int]) -> list[Any]:
+    """Wait until all processes are over; return what each gave or raised, None for one that was killed."""
+    end = time.monotonic() + LIMIT_S
+    left = dict(enumerate(children))
+    while left:
+        for rank, child in list(left.items()):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                del left[rank]
+        if time.monotonic() > end:
+            for child in left.values():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            raise AssertionError(f"processes {sorted(left)} did not end within {LIMIT_S:g} s")
+        time.sleep(0.02)
+    paths = [folder / f"result_{rank}" for rank in range(len(children))]
+    return [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
+
+
+def together(folder: Path, size: int, action: Callable[[int], Any]) -> list[Any]:
+    """Run an action in several processes and return what each gave or raised."""
+    return wait(folder, start(folder, size, action))
