@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -73,14 +74,19 @@ class FakeVllm:
         self._models.clear()
         self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._size = self.vocabulary or self._base.config.vocab_size
+        self.connections: set[socket.socket] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
+        """End it with all its connections: those that a client keeps open would be answered still."""
         self._http.shutdown()
         self._http.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Any:
         """Return what is sent: JSON, (status, JSON), or a word."""
@@ -193,6 +199,10 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            super().setup()
+            fake.connections.add(self.connection)
+
         def do_GET(self) -> None:
             self._reply(fake.answer("GET", self.path, {}))
 
@@ -221,6 +231,7 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
             pass
 
         def finish(self) -> None:
+            fake.connections.discard(self.connection)
             with suppress(OSError, ValueError):
                 super().finish()
 

@@ -155,7 +155,8 @@ def test_evaluation_decides_as_training_would(speed: Any, monkeypatch: pytest.Mo
     speed(2.0)
     seen: list[str] = []
 
-    def stop(config: ModelConfig, seed: int, *rest: object) -> None:
+    def stop(config: ModelConfig, seed: int, *rest: object, merges: bool) -> None:
+        assert merges
         seen.append(config.dtype)
         raise UserError("far enough")
 
