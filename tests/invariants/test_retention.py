@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -339,3 +340,22 @@ def test_measurements_at_a_ratio_read_what_is_not_hidden(tmp_path: Path) -> None
         count += len(reply)
     assert found == pytest.approx(total / count, rel=1e-4)
     assert isinstance(parts.revealer, Retainer)
+
+
+def test_shades_are_those_of_the_teachers_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = Trainer.start(build_config(TREE | {"teacher": {"weights": "frozen"}}), tmp_path / "run").parts
+    assert parts.veils is not None
+    hint = parts.hints.hint(parts.problems[0], 0.25)
+    assert hint.veil is not None
+    row = Row(
+        prompt=(3,), completion=(4,), components=("distil",), group=0, ratio=0.25,
+        view_prompts={"teacher": hint.prompt_ids}, veils={"teacher": hint.veil},
+    )  # fmt: skip
+    before = parts.reached(row)
+    with torch.no_grad():
+        for weight in parts.model.parameters():
+            weight.add_(torch.randn_like(weight))
+    assert parts.reached(row) == before
+    assert parts.veils.reached(row.view("teacher")) != before
+    assert parts.reached(replace(row, veils={})) == []

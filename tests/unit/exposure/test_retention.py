@@ -121,6 +121,7 @@ def test_a_revealer_that_saw_no_model_has_no_state(choose: str) -> None:
 
 REFUSED = [
     ({"choose": "prefix", "hidden": 3}, 'reveal.hidden has no effect with choose = "prefix": remove it'),
+    ({"choose": "prefix", "warmup": 3}, "reveal.warmup has no effect"),
     ({"choose": "random_tokens", "cap": 0.5}, "reveal.cap has no effect"),
     ({"choose": "random_segments", "learning_rate": 0.1}, "reveal.learning_rate has no effect"),
     ({"unit": "line"}, 'reveal.unit has no effect with choose = "gates": remove it'),
