@@ -21,9 +21,9 @@ from atesd.runlog import write_atomic
 from atesd.types import UserError
 
 TOP, LEFT, PLOT, HEIGHT = 44, 64, 480, 250  # of the left panel, in user units
-NAMES, RIGHT, BARS = 590, 700, 200  # x of the arm names, x and width of the right panel
+NAMES, BARS = 590, 200  # x of the arm names, width of the right panel, which begins behind them
+LETTER = 8  # width of a letter
 ROW = 34
-WIDTH = RIGHT + BARS + 70
 VARIABLES = ("page", "surface", "text", "muted", "axis", "grid", *(f"arm{index}" for index in range(COLOURS)))
 
 Scale = Callable[[float], float]
@@ -47,18 +47,20 @@ def draw(study: Study) -> str:
     high = math.ceil(10 * max(found["high"] for found in shown)) / 10
     last = max(step for curve in curves for step, _ in curve)
     height = TOP + max(HEIGHT, ROW * len(study.arms)) + 56
+    right = NAMES + max(110, LETTER * max(len(arm.name) for arm in study.arms) + 20)
+    width = right + BARS + 70
     y = _scale(low, high, TOP + HEIGHT, TOP)
     parts = [
         _axes(y, _levels(low, high), _scale(0, last, LEFT, LEFT + PLOT), last, study.k),
         *(_curve(index, curve, _scale(0, last, LEFT, LEFT + PLOT), y) for index, curve in enumerate(curves) if curve),
-        _ends(study, ends, _scale(low, high, RIGHT, RIGHT + BARS), _levels(low, high)),
+        _ends(study, ends, _scale(low, high, right, right + BARS), _levels(low, high), right + BARS + 58),
     ]
     title = f"{study.title}: Average@{study.k}, {len(study.seeds)} seeds, 95 % intervals"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="13"><title>{escape(title)}</title>'
         f"{_style(len(study.arms))}"
-        f'<rect class="surface" width="{WIDTH}" height="{height}" rx="8"/>{"".join(parts)}</svg>\n'
+        f'<rect class="surface" width="{width}" height="{height}" rx="8"/>{"".join(parts)}</svg>\n'
     )
 
 
@@ -84,7 +86,7 @@ def _curve(arm: int, curve: Sequence[tuple[int, dict[str, float]]], x: Scale, y:
     )
 
 
-def _ends(study: Study, ends: Sequence[dict[str, float] | None], x: Scale, levels: Sequence[float]) -> str:
+def _ends(study: Study, ends: Sequence[dict[str, float] | None], x: Scale, levels: Sequence[float], edge: float) -> str:
     bottom = TOP + ROW * len(study.arms)
     parts = [_text(NAMES, 24, "After training", "start", "strong")]
     for level in levels[:: max(1, len(levels) // 3)]:
@@ -98,7 +100,7 @@ def _ends(study: Study, ends: Sequence[dict[str, float] | None], x: Scale, level
                 f'<line class="arm{index % COLOURS} bar" x1="{x(end["low"]):.1f}" x2="{x(end["high"]):.1f}" '
                 f'y1="{middle}" y2="{middle}"/>{_marker(index, x(end["average_at_k"]), middle)}'
             )
-            parts.append(_text(RIGHT + BARS + 58, middle + 4, f"{end['average_at_k']:.1%}", "end", "strong"))
+            parts.append(_text(edge, middle + 4, f"{end['average_at_k']:.1%}", "end", "strong"))
     return "".join(parts)
 
 
