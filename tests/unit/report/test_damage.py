@@ -28,7 +28,7 @@ RUN = "learned/seed_1"
 METRICS, LAST = f"{RUN}/metrics.jsonl", f"{RUN}/eval/step_000006.jsonl"
 ROLLOUT = f"{RUN}/rollouts/step_000006.jsonl"
 NOT_WRITTEN = "learned, seed 1: {} is not what this run wrote"
-DEEP = "[" * 3000 + "]" * 3000
+DEEP = "[" * 50_000 + "]" * 50_000  # deeper than any Python reads: 3.13 reads some ten thousand
 Edit = Callable[[Path], None]
 
 
