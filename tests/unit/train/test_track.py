@@ -42,6 +42,24 @@ def test_tensorboard_shows_every_step_once_though_the_run_was_interrupted(tmp_pa
     assert shown["recipe"] == [(0, 0.0), (2, 0.0)], "the recipe, at the start and where the run went on"
 
 
+def test_tensorboard_forgets_the_steps_that_a_crash_lost(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tree = BASE | {"step": {"num_steps": 4, "problems": 2}, "save": {"every": 2}, "track": {"to": ["tensorboard"]}}
+    trainer = Trainer.start(build_config(tree), tmp_path / "run")
+
+    def crash(row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            raise RuntimeError("crashed")
+
+    trainer.listener = crash
+    with pytest.raises(RuntimeError, match="crashed"):
+        trainer.train()
+    assert [step for step, _ in scalars(tmp_path / "run" / "track")["loss/total"]] == [1, 2, 3]
+    Trainer.resume(tmp_path / "run").train()
+    assert [step for step, _ in scalars(tmp_path / "run" / "track")["loss/total"]] == [1, 2, 3, 4]
+    assert [step for step, _ in scalars(tmp_path / "run" / "track")["time/step_s"]] == [1, 2, 3, 4]
+
+
 class Fake:
     """Stands in for a tracker class of accelerate."""
 
@@ -87,6 +105,7 @@ def test_wandb_is_offline_unless_asked_and_gets_recipe_numbers_and_report(
     trackers.start({"seed": 7}, 0)
     (fake,) = Fake.made
     assert (fake.project, fake.options["name"], fake.options["mode"]) == ("mine", "run", ["offline", "online"][online])
+    assert fake.options["dir"] == str(tmp_path / "run" / "track")
     trackers.log(4, {"loss/total": 0.5, "cliff/lambda_star": float("inf")})
     assert fake.logged == [(4, {"loss/total": 0.5})]
     assert trackers.keep_files
@@ -118,9 +137,11 @@ def test_a_tracker_without_a_place_for_files_gets_none_beside_one_that_has(
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Bare)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Files)
     (tmp_path / "run").mkdir()
-    alone = Trackers(TrackConfig(to=("trackio",)), tmp_path / "run")
+    alone = Trackers(TrackConfig(to=("trackio",), project="mine"), tmp_path / "run")
     alone.start({"seed": 7}, 0)
     assert not alone.keep_files
+    assert Bare.made[0].project == "mine"
+    assert Bare.made[0].options == {"name": "run", "resume": "allow"}, "a run that goes on is one run"
     both = Trackers(TrackConfig(to=("trackio", "wandb")), tmp_path / "run")
     both.start({"seed": 7}, 0)
     assert both.keep_files
