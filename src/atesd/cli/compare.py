@@ -43,13 +43,15 @@ BUILT_IN_ARMS: dict[str, tuple[str, ...]] = {
     ),
     "sft": ('exposure={kind="fixed"}', 'routing={kind="sft"}'),
 }
+DEFAULT_ARMS = ("full", "half", "learned", "aligned")
+"""What is compared where neither the recipe nor `--arms` names any."""
 
 
 def run_compare(
     recipe: Path,
     overrides: Sequence[str],
     *,
-    arms: Sequence[str],
+    arms: Sequence[str] | None,
     seeds: int,
     first_seed: int,
     jobs: int,
@@ -72,7 +74,7 @@ def run_plan(plan: Plan, folder: Path, jobs: int, nursery: Nursery | None) -> No
         header = plan.write(folder)
         chosen = decide_once(plan, header, console)
         write_atomic(folder / "compare.json", dump_json(header))
-        console.print(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds in {folder}")
+        console.print(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds in {folder}: {', '.join(plan.arms)}")
         todo = plan.jobs(folder, chosen)
         at_once = jobs or (1 if on_accelerator else room(max(plan.threads.values())))
         runner = Runner(todo, min(at_once, len(todo)), lock, console, None if on_accelerator else nursery)
@@ -181,8 +183,8 @@ class Plan:
         return header
 
 
-def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds: range) -> Plan:
-    """Check that every arm is known and its recipe valid, before anything is run."""
+def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None, seeds: range) -> Plan:
+    """Check that every arm is known and its recipe valid, before anything is run. None: the recipe's own arms."""
     from atesd.recipe import load_config, with_overrides
 
     if any(override.partition("=")[0].strip() == "seed" for override in overrides):
@@ -193,7 +195,7 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str], seeds
     num_steps: dict[str, int] = {}
     threads: dict[str, int] = {}
     automatic: dict[str, RunConfig] = {}
-    for arm in (name.strip() for name in arms):
+    for arm in (name.strip() for name in arms or tuple(config.arms) or DEFAULT_ARMS):
         if arm not in known:
             raise UserError(f"unknown arm {arm!r}: the recipe and the built-in arms are {', '.join(known)}")
         if not re.fullmatch(r"\w[\w.+-]*", arm):

@@ -96,7 +96,7 @@ def compare(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    arms: Annotated[str, typer.Option(help="Arms to run, by name, separated by commas.")] = "full,half,learned,aligned",
+    arms: Annotated[str | None, typer.Option(help="Arms to run, by name, separated by commas.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 means one a core, and one on a GPU.")] = 0,
@@ -110,12 +110,14 @@ def compare(
 
     Arms are lists of overrides in the recipe's `[arms]` table; `none`, `quarter`, `half`, `three_quarters`, `full`,
     `random`, `learned` (ATESD), `aligned` (exposure and route by graded rollouts) and `sft` are known without one.
+    Without --arms, all of the recipe's own are run; `full`, `half`, `learned` and `aligned` where it has none.
     Writes a run directory and a log for each arm and seed, and at the end `summary.json` and `report.html`. Ctrl-C
     saves every run; the same command continues, and may name more arms or seeds.
     """
     from atesd.cli.compare import run_compare
 
-    run_compare(recipe, overrides or [], arms=arms.split(","), seeds=seeds, first_seed=first_seed, jobs=jobs, out=out)
+    chosen = None if arms is None else arms.split(",")
+    run_compare(recipe, overrides or [], arms=chosen, seeds=seeds, first_seed=first_seed, jobs=jobs, out=out)
 
 
 @app.command("eval")

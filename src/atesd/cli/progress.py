@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -58,6 +59,23 @@ def accuracy(row: Mapping[str, Any]) -> tuple[str, float] | None:
         if key.startswith("eval/") and "/avg@" in key and key.rsplit("@", 1)[1].isdigit():
             return key.rsplit("/", 1)[1], value
     return None
+
+
+@contextmanager
+def bar(console: Console, total: int) -> Iterator[Callable[[int, int, float], None]]:
+    """Give what shows (step, steps, loss): a bar on a terminal, elsewhere a line now and then."""
+    shown = monotonic()
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("warm-up", total=total)
+
+        def show(step: int, steps: int, loss: float) -> None:
+            nonlocal shown
+            progress.update(task, completed=step, description=f"loss {loss:.3f}")
+            if not console.is_terminal and (monotonic() - shown >= _PLAIN_EVERY_S or step == steps):
+                shown = monotonic()
+                console.print(f"step {step}/{steps}  loss {loss:.3f}")
+
+        yield show
 
 
 class Pace:

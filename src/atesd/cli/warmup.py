@@ -7,9 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
-
-from atesd.cli.progress import clock, make_console, silence_libraries
+from atesd.cli.progress import bar, clock, make_console, silence_libraries
 from atesd.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -37,12 +35,7 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
     console = make_console()
     console.print(f"training the {world} warm start, {total} steps: about {clock(total * _SECONDS_A_STEP)} on one core")
     begin = monotonic()
-    with Progress(console=console) as progress:
-        task = progress.add_task("warm start", total=total)
-
-        def show(step: int, steps: int, loss: float) -> None:  # noqa: ARG001
-            progress.update(task, completed=step, description=f"loss {loss:.3f}")
-
+    with bar(console, total) as show:
         shortcut = planted if shortcut is None else shortcut
         train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
     console.print(f"took {clock(monotonic() - begin)}; use it with model.path={out}")
@@ -78,12 +71,7 @@ def run_model_warmup(
     console.print(f"warming {model} up: {plan.steps} steps of {plan.batch} samples, {plan.hinted:.0%} of them hinted")
     begin = monotonic()
     try:
-        with Progress(console=console) as progress:
-            task = progress.add_task("warm-up", total=plan.steps)
-
-            def show(step: int, steps: int, loss: float) -> None:  # noqa: ARG001
-                progress.update(task, completed=step, description=f"loss {loss:.3f}")
-
+        with bar(console, plan.steps) as show:
             found = warm_up(config, problems, out, plan, progress=show)
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")

@@ -43,6 +43,16 @@ def test_the_embedded_recipe_is_aligned_and_its_other_arms_are_distilled(tmp_pat
     assert (learned.exposure.kind, learned.routing.kind) == ("beta", "distil")
 
 
+def test_without_arms_a_recipes_own_are_compared(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n')
+    assert list(make_plan(recipe, [], None, range(1)).arms) == ["full", "half", "learned", "aligned"]
+    recipe.write_text(f'{recipe.read_text()}[arms]\nslow = ["optim.lr=1e-6"]\nas_it_is = []\n')
+    plan = make_plan(recipe, [], None, range(1))
+    assert plan.arms == {"slow": ("optim.lr=1e-6",), "as_it_is": ()}
+    assert list(make_plan(recipe, [], ["full"], range(1)).arms) == ["full"]
+
+
 def test_pairs_are_read_by_their_intervals() -> None:
     many = {"seeds": 8, "t_low": None, "t_high": None}
     pairs: dict[str, dict[str, float | None]] = {

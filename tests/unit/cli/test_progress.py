@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from atesd.cli import progress
-from atesd.cli.progress import Pace, RunProgress, accuracy, clock, metrics_table
+from atesd.cli.progress import Pace, RunProgress, accuracy, bar, clock, metrics_table
 
 ROW = {
     "loss/total": 0.25,
@@ -62,6 +62,23 @@ def test_plain_lines_hold_every_value_and_come_at_evaluations(monkeypatch: pytes
         "step 2/50 loss 0.2500 exposure 0.50 reward 0.75 length 31 ended 94% truncated 2 tokens/s 640 peak MiB 512 "
         "avg@4 0.625 left 0 s",
     ]
+
+
+def test_a_bar_is_lines_where_nobody_could_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with bar(Console(file=out), 4) as show:
+        for step, seconds in enumerate((4.0, 5.9, 0.2, 0.3), start=1):
+            now[0] += seconds
+            show(step, 4, 1 / step)
+    assert out.getvalue().splitlines() == ["step 3/4  loss 0.333", "step 4/4  loss 0.250"], "ten seconds, and the end"
+    seen = io.StringIO()
+    with bar(Console(file=seen, width=80, force_terminal=True, color_system=None), 4) as show:
+        show(4, 4, 0.25)
+    assert "loss 0.250 \u2501" in seen.getvalue()
+    assert "100%" in seen.getvalue()
+    assert "step 4/4" not in seen.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 100])
