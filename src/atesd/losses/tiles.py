@@ -47,6 +47,21 @@ def slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
 
+class Widened:
+    """Memory for parts of a head in a wider dtype, filled anew for each: fresh memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._room_vH: Tensor | None = None
+
+    def __call__(self, part_vH: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the part in a dtype: itself, or a copy that lasts until the next call. The first is the longest."""
+        if part_vH.dtype == dtype:
+            return part_vH
+        if self._room_vH is None:
+            self._room_vH = torch.empty_like(part_vH, dtype=dtype)
+        return self._room_vH[: len(part_vH)].copy_(part_vH)
+
+
 class Tile:
     """Memory for the logits of every role on one tile of tokens, filled anew for each tile."""
 
@@ -59,6 +74,7 @@ class Tile:
             (role.head_VH.data_ptr(), role.head_VH.dtype, product_dtype(role, self._dtype)) for role in self._roles
         }
         self._shares_head = len(heads) == 1
+        self._widened = Widened()
 
     def logits(self, rows: slice) -> list[Tensor]:
         """Return the tempered logits of some tokens, [n, V] a role, the student's first; the caller may overwrite."""
@@ -84,7 +100,7 @@ class Tile:
         operands = product_dtype(roles[0], self._dtype)
         hidden = torch.cat([role.hidden_NH[rows].to(operands) for role in roles])
         for columns in head_slices(head_VH, operands):
-            head_Hv = head_VH[columns].to(operands).T
+            head_Hv = self._widened(head_VH[columns], operands).T
             if operands == self._dtype:
                 torch.mm(hidden, head_Hv, out=out[:, columns])
             else:
@@ -102,6 +118,7 @@ class Sums:
     def __init__(self, student: Role, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> None:
         self._student, self._dtype = student, dtype
         self._operands = product_dtype(student, dtype)
+        self._widened = Widened()
         self.hidden_NH = torch.zeros_like(student.hidden_NH, dtype=dtype) if needs[0] else None
         self.head_VH = torch.zeros_like(student.head_VH, dtype=dtype) if needs[1] else None
         self.bias_V = torch.zeros_like(student.bias_V, dtype=dtype) if needs[2] and student.bias_V is not None else None
@@ -116,7 +133,7 @@ class Sums:
         for columns in head_slices(head_VH, self._operands):
             gradient_nv = gradient_nV[:, columns].to(self._operands)
             if self.hidden_NH is not None:
-                self._add(self.hidden_NH[rows], gradient_nv, head_VH[columns].to(self._operands))
+                self._add(self.hidden_NH[rows], gradient_nv, self._widened(head_VH[columns], self._operands))
             if self.head_VH is not None:
                 self._add(self.head_VH[columns], gradient_nv.T, hidden_nH)
 

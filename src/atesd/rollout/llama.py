@@ -270,7 +270,7 @@ def _projection(layer: Any) -> Callable[[Tensor], Tensor]:
         result = F.linear(x, weight, bias)
         for adapter in adapters:
             low = F.linear(x.to(adapter.down.dtype), adapter.down)
-            result = result + F.linear(low, adapter.up) * adapter.scale
+            result = torch.add(result, F.linear(low, adapter.up), alpha=adapter.scale)
         return result.to(x.dtype)
 
     return apply

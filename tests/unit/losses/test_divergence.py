@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atesd.losses import scores
+from atesd.losses import scores, tiles
 from atesd.losses.avsd import Avsd
 from atesd.losses.divergence import (
     JSD,
@@ -420,8 +420,12 @@ def test_extreme_logits_stay_finite(divergence: Divergence) -> None:
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("widened", [8192, 96], ids=["whole head", "head in parts of 96"])
 @pytest.mark.parametrize("divergence", KINDS, ids=lambda kind: kind.kind)
-def test_bf16_inputs_give_nonnegative_values_near_float64(divergence: Divergence) -> None:
+def test_bf16_inputs_give_nonnegative_values_near_float64(
+    divergence: Divergence, widened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "WIDENED", widened)
     # A teacher that differs by bf16's own resolution: a log-softmax in bf16 makes such divergences negative.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 32, generator=generator).bfloat16()
