@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check smollm2 slow mutants product bench docs clean
+.PHONY: demo test check gpu smollm2 slow mutants product bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ check: $(STAMP)  ## format, lint, types, import arrows
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py tests/test_public.py
+
+gpu: $(STAMP)  ## ten minutes on a machine with one CUDA GPU: parity, memory, waiting, resume (docs/gpu.md)
+	$(BIN)/pytest -m gpu -rs tests/gpu tests/unit/losses/test_divergence.py
 
 smollm2: $(STAMP)  ## a minute or two: SmolLM2-135M-Instruct into the user's cache, without a compiler
 	$(BIN)/atesd fetch smollm2

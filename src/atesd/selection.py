@@ -34,6 +34,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from atesd.losses.stats import TokenStats
+from atesd.transfer import sent
 from atesd.types import Method
 
 _SCORES = {
@@ -150,7 +151,7 @@ class TipSelection(SelectionMethod):
             return self.scores(stats).argsort(descending=True, stable=True)[:kept]
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.multinomial(self._positive(stats), kept, replacement=False, generator=generator)
-        return chosen.to(stats.student_logprob.device)
+        return sent(chosen, stats.student_logprob.device)
 
     def _weighed(self, stats: TokenStats, kept: int, seed: int) -> Tensor:
         """Draw as `multinomial` does, each token with the weight of the module's docstring; `kept` < N."""
@@ -188,7 +189,7 @@ class TipSelection(SelectionMethod):
 def min_max(values: Tensor) -> Tensor:
     """Stretch values to [0, 1]; 0 where all are equal."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+    return torch.where(high > low, (values - low) / (high - low), 0)
 
 
 def _cut(values: Tensor, percentile: float) -> Tensor:

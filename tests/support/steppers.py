@@ -57,7 +57,7 @@ def make_stepper(
     codes = with_codes(config.codes, model, "tiny")
     teacher = Teacher(config.teacher, model)
     optimizer = build_optimizer(config.optim, model)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, device_placement=False)  # the model stays where it is
     student, prepared = accelerator.prepare(Student(model, config.loss), optimizer)
     scorer = Scorer(
         model,

@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atesd.transfer import sent
 from atesd.types import UserError
 
 
@@ -158,15 +159,15 @@ class Codes(nn.Module):
             first.append(begin + starts)
             count += len(starts)
         flat_XH, device = hidden_BLH.flatten(0, 1), hidden_BLH.device
-        read_MH = flat_XH.detach().index_select(0, torch.cat(first).to(device))
+        read_MH = flat_XH.detach().index_select(0, sent(torch.cat(first), device))
         if self._noted is not None:
             self._noted.update(zip(members, read_MH.split_with_sizes([len(each) for each in first]), strict=True))
         if self._given is None:
             codes_M = self.greedy(read_MH)
         else:
-            codes_M = torch.cat([self._given[member] for member in members]).to(device)
-        added_NH = self.steps(codes_M, hidden_BLH)[torch.cat(chunks).to(device)]
-        return flat_XH.index_add(0, torch.cat(places).to(device), added_NH).view_as(hidden_BLH)
+            codes_M = torch.cat([self._given[member] for member in members])
+        added_NH = self.steps(codes_M, hidden_BLH)[sent(torch.cat(chunks), device)]
+        return flat_XH.index_add(0, sent(torch.cat(places), device), added_NH).view_as(hidden_BLH)
 
 
 class Walk:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from atesd.facts import RunFacts
 from atesd.gradients.rule import GradientMethod, GradientRule, announced
 from atesd.seeds import derive_seed
+from atesd.transfer import sent
 from atesd.types import Stateless, UserError
 
 _PROJECTION = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?([qk])_proj$")
@@ -137,24 +138,25 @@ class LongActRule(Stateless):
         """Zero the gradients of the rows that are not kept."""
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "update", self._updates))
         self._updates += 1
-        held, total = 0.0, 0.0
+        shares: list[Tensor] = []
         for each in self._projections:
             sums_HD = self._scores(each, generator)
             kept_HD = salient(sums_HD, self._config.ratio)
             each.kept_R, each.sums_HD = kept_HD.flatten(), None
-            held, total = held + float(sums_HD[kept_HD].sum()), total + float(sums_HD.sum())
+            shares.append(torch.stack((torch.where(kept_HD, sums_HD, 0).sum(), sums_HD.sum())))
             each.before = [weight.detach().clone() for weight in each.weights] if self._config.strict else None
             for weight in each.weights:
                 if weight.grad is not None:
-                    weight.grad[~each.kept_R] = 0
+                    weight.grad.masked_fill_(~each.kept_R[:, None], 0)
         if self._config.score == "activation":
+            held, total = torch.stack(shares).double().sum(0).tolist()
             self._latest = {"gradient/salient_share": held / total if total else 0.0}
 
     def _scores(self, projection: _Projection, generator: torch.Generator) -> Tensor:
         weight = projection.weights[0]
         if self._config.score == "random":
             shape = (weight.shape[0] // projection.head_size, projection.head_size)
-            return torch.rand(shape, generator=generator).to(weight.device)
+            return sent(torch.rand(shape, generator=generator), weight.device)
         assert projection.sums_HD is not None, "a projection was not seen in the update"
         return projection.sums_HD
 
@@ -185,7 +187,7 @@ class LongActRule(Stateless):
 def sequence_norms(output_BSR: Tensor, lengths: Sequence[int], head_size: int) -> Tensor:
     """Return sum_i sqrt(sum_s x_ishd^2), [H, D] in float32, over the first `lengths` positions of each sequence."""
     assert len(lengths) == output_BSR.shape[0], "one length a row of the pass"
-    ends_B = torch.tensor(lengths, device=output_BSR.device)
+    ends_B = sent(torch.tensor(lengths), output_BSR.device)
     is_real_BS = torch.arange(output_BSR.shape[1], device=output_BSR.device) < ends_B[:, None]
     squares_BR = (output_BSR.float().square() * is_real_BS[:, :, None]).sum(1)
     return squares_BR.sqrt().sum(0).view(-1, head_size)

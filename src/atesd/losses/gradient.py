@@ -221,10 +221,11 @@ def _missing(upstream: Upstream, wanted: Wanted) -> bool:
 def _factor(found_N: Tensor, expected_N: Tensor) -> float | None:
     """Return by what number all weights differ from the expected ones; None where it is not one number."""
     largest = expected_N.abs().argmax()
-    factor = found_N[largest] / expected_N[largest]
+    expected = expected_N.take(largest)  # an index in brackets would be read first
+    factor = found_N.take(largest) / expected
     gap = (found_N - factor * expected_N).abs().max()
     # One transfer: each of them waits for the device.
-    size, ratio, apart, found = torch.stack((expected_N[largest].abs(), factor, gap, found_N.abs().max())).tolist()
+    size, ratio, apart, found = torch.stack((expected.abs(), factor, gap, found_N.abs().max())).tolist()
     if not size:
         return None if found else 1.0
     return ratio if apart <= SAME * abs(ratio) * size else None

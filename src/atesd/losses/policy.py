@@ -40,6 +40,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from atesd.losses.combine import numbered
 from atesd.types import Config
 
 Scale = Literal["std", "std_trl", "none"]
@@ -174,9 +175,9 @@ def _teacher_credit(tokens: PolicyTokens, config: TeacherCredit | None) -> Tenso
 
 def _sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:
     """Give every token the mean of its sequence; differentiable."""
-    _, index_N = sequence_N.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    totals_S = torch.zeros(int(index_N.max()) + 1, dtype=values_N.dtype, device=values_N.device)
-    counts_S = torch.zeros_like(totals_S)
-    totals_S = totals_S.scatter_add(0, index_N, values_N)
-    counts_S.scatter_add_(0, index_N, torch.ones_like(values_N))
-    return (totals_S / counts_S)[index_N]
+    index_N = numbered(sequence_N)
+    # Room for as many sequences as tokens: the device alone knows how many there are.
+    ones_N = torch.ones_like(values_N)
+    totals_N = torch.zeros_like(ones_N).scatter_add(0, index_N, values_N)
+    counts_N = torch.zeros_like(ones_N).scatter_add_(0, index_N, ones_N)
+    return (totals_N / counts_N.clamp(min=1))[index_N]

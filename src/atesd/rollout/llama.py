@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from atesd.codes.steer import Codes, Walk
+from atesd.transfer import sent
 
 _Steer = Callable[[Tensor], Tensor]
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,24 +51,28 @@ class Cache:
     prompts is then plainly causal, and every row writes the same column.
     """
 
-    def __init__(self, lengths: Tensor, shape: tuple[int, int, int, int], num_layers: int, dtype: torch.dtype) -> None:
-        self.keys = [torch.empty(shape, dtype=dtype, device=lengths.device) for _ in range(num_layers)]
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        shape: tuple[int, int, int, int],
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.positions_B = lengths
+        self.positions_B = sent(torch.tensor(lengths), device)
         """The position of each row's next token."""
-        self.filled = int(lengths.max())
+        self.filled = max(lengths)
         """Columns in use."""
         self.walk: Walk | None = None
         """The codes in force, where some steer."""
-        columns_S = torch.arange(shape[2], device=lengths.device)
-        hidden_BS = (columns_S >= lengths[:, None]) & (columns_S < self.filled)
-        self.mask_B11S = (
-            torch.zeros(hidden_BS.shape, dtype=dtype, device=lengths.device)
-            .masked_fill_(hidden_BS, -torch.inf)[:, None, None]
-            .contiguous()
-            if bool(hidden_BS.any())
-            else None
-        )
+        self.mask_B11S: Tensor | None = None
+        if min(lengths) < self.filled:
+            columns_S = torch.arange(shape[2], device=device)
+            hidden_BS = (columns_S >= self.positions_B[:, None]) & (columns_S < self.filled)
+            mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype, device=device).masked_fill_(hidden_BS, -torch.inf)
+            self.mask_B11S = mask_BS[:, None, None].contiguous()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these, in place."""
@@ -108,12 +113,14 @@ class Decoder:
         device = self._embedding_VH.device
         place = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, place))
-        ids_UL = torch.tensor([[*prompt, *prompt[-1:] * (width - len(prompt))] for prompt in place], device=device)
-        rows_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-        lengths_U = torch.tensor(list(map(len, place)), device=device)
+        filled_up = [[*prompt, *prompt[-1:] * (width - len(prompt))] for prompt in place]
+        ids_UL = sent(torch.tensor(filled_up), device)
+        rows_B = sent(torch.tensor([place[tuple(prompt)] for prompt in prompts]), device)
+        lengths_U = sent(torch.tensor(list(map(len, place))), device)
         self._rotate_up_to(width + room)
         shape = (len(prompts), self._layers[0].num_heads, width + room, self._layers[0].head_size)
-        cache = Cache(lengths_U[rows_B], shape, len(self._layers), self._embedding_VH.dtype)
+        dtype = self._embedding_VH.dtype
+        cache = Cache(list(map(len, prompts)), shape, len(self._layers), dtype, device)
 
         def attend_in(layer: int) -> _Attend:
             def attend(query_UQLD: Tensor, key_UKLD: Tensor, value_UKLD: Tensor) -> Tensor:

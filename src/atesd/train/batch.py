@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from atesd.losses.target import View
+from atesd.transfer import sent
 
 
 class Veil(NamedTuple):
@@ -161,14 +162,16 @@ def _pass(batch: Sequence[Passage], members: Sequence[int], pad_id: int, device:
     lengths = tuple(each.cost for each in passages)
     prompts = tuple(len(each.prompt) for each in passages)
     veiled = {row: each for row, each in enumerate(passages) if each.veil is not None}
-    return Pass(torch.tensor(ids).to(device), lengths, prompts, tuple(members), torch.cat(places).to(device), veiled)
+    read, scored = sent(torch.tensor(ids), device), sent(torch.cat(places), device)
+    return Pass(read, lengths, prompts, tuple(members), scored, veiled)
 
 
 def _order(read: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return where each token stands when passages of these lengths are read in another order."""
     ends = np.cumsum([lengths[index] for index in read])
     start = {index: int(end) - lengths[index] for index, end in zip(read, ends, strict=True)}
-    return torch.cat([torch.arange(start[index], start[index] + size) for index, size in enumerate(lengths)]).to(device)
+    places = [torch.arange(start[index], start[index] + size) for index, size in enumerate(lengths)]
+    return sent(torch.cat(places), device)
 
 
 def cheapest_passes(costs: Sequence[int], overhead: int, budget: int | None = None) -> list[list[int]]:
@@ -197,13 +200,13 @@ def cheapest_passes(costs: Sequence[int], overhead: int, budget: int | None = No
 
 def labels(passages: Sequence[Passage], device: torch.device) -> Tensor:
     """Return the N labels in the order of the scored positions."""
-    return torch.tensor([token for passage in passages for token in passage.completion]).to(device)
+    return sent(torch.tensor([token for passage in passages for token in passage.completion]), device)
 
 
 def spread(values: Sequence[float], passages: Sequence[Passage], like: Tensor) -> Tensor:
     """Give every scored token its passage's number, [N], on the device and of the type of another tensor."""
     sizes = torch.tensor([len(passage.completion) for passage in passages])
-    return torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(like)
+    return sent(torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(like.dtype), like.device)
 
 
 def micro_batches(costs: Sequence[int], token_budget: int) -> Iterator[list[int]]:

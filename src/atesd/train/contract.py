@@ -22,6 +22,7 @@ from atesd.train.probe import Probe, Told
 from atesd.train.rows import turns_of
 from atesd.train.scorer import Scorer
 from atesd.train.teacher import Teachers
+from atesd.transfer import sent
 from atesd.types import ContractPoint, StopReason, Turn
 
 
@@ -75,8 +76,10 @@ class Contract:
     def _states(self, marked: Sequence[_Marked], passages: Sequence[Passage]) -> Tensor:
         """Return the hidden states [P, H] at the contract positions of passages."""
         found = self._scorer.each(passages, lambda chosen: self._scorer.hidden(chosen).hidden_NH)
-        at_places = [states[[place for place, _ in each.places]] for states, each in zip(found, marked, strict=True)]
-        return torch.cat(at_places)
+        places = [torch.tensor([place for place, _ in each.places], dtype=torch.long) for each in marked]
+        return torch.cat(
+            [states.index_select(0, sent(each, states.device)) for states, each in zip(found, places, strict=True)]
+        )
 
     def _most_probable(self, states: Tensor) -> Tensor:
         """Return the most probable token of each state under the head in place, some states at a time."""
@@ -89,10 +92,10 @@ class Contract:
         return torch.cat(found)
 
     def _logits(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Return the clamped logit of each position's token under the head in place, in float64."""
+        """Return the clamped logit of each position's token under the head in place, in float64, on the CPU."""
         scored = Scored(states, *self._scorer.head())
         logprob = self._scorer.log_likelihood_of(scored, tokens, self._scorer.teacher_temperature)
-        return logprob.detach().float().double().exp().clamp(CLAMP, 1 - CLAMP).logit()
+        return logprob.detach().float().double().exp().clamp(CLAMP, 1 - CLAMP).logit().cpu()
 
 
 def contract_places(renderer: Renderer, turn: Turn, config: CliffConfig) -> list[tuple[int, str]]:
@@ -116,5 +119,5 @@ def contract_places(renderer: Renderer, turn: Turn, config: CliffConfig) -> list
 
 def _point(p: Tensor, b: Tensor, chosen: Sequence[bool]) -> ContractPoint:
     """Average logits over a class's positions."""
-    mask = torch.tensor(chosen, device=p.device)
+    mask = torch.tensor(chosen)
     return ContractPoint(float(p[mask].mean().sigmoid()), float(b[mask].mean().sigmoid()), int(mask.sum()))

@@ -35,6 +35,7 @@ from atesd.train.batch import Passage, spread
 from atesd.train.directions import Batch, Directions, Gradient
 from atesd.train.outcomes import Outcomes
 from atesd.train.scorer import Scorer
+from atesd.transfer import numbers_of
 from atesd.types import Group, UserError
 
 
@@ -87,7 +88,7 @@ class Credit:
         gradients = self._distil_gradients(ratios, weights)
         if gradients is None:
             return [None] * len(ratios)
-        scale = [self._preconditioner(weight) for weight in weights]
+        scale = self._preconditioners(weights)
         probe = self._directions.of_references(self._references, weights)
         norm = math.sqrt(_dot(probe, probe, scale))
         return [
@@ -128,7 +129,7 @@ class Credit:
         found = self._directions.of_distillation(candidates, weights, by_level=by_level) if folds else None
         if found is None:
             return [None] * len(asked)
-        scale = [self._preconditioner(weight) for weight in weights]
+        scale = self._preconditioners(weights)
         tables: list[dict[str, float] | None] = []
         for levels in found:
             clip = self._clip([sum(parts[1:], parts[0]) for parts in zip(*levels.values(), strict=True)])
@@ -162,15 +163,15 @@ class Credit:
         graded = [each for each in self.outcomes.earlier() if each.advantage]
         if not graded:
             return None
-        total = 0.0
+        sums: list[Tensor] = []
         passages = [each.passage for each in graded]
         with torch.no_grad():
             for members in self._scorer.batches(passages):
                 chosen = [passages[member] for member in members]
                 logprob_N = self._scorer.log_likelihood(chosen, self._scorer.student_temperature).double()
                 advantage_N = spread([graded[member].advantage for member in members], chosen, logprob_N)
-                total -= float((advantage_N * logprob_N).sum())
-        return total / sum(len(each.passage.completion) for each in self.outcomes.earlier())
+                sums.append((advantage_N * logprob_N).sum())
+        return -sum(numbers_of(sums)) / sum(len(each.passage.completion) for each in self.outcomes.earlier())
 
     def _distil_gradients(self, ratios: Sequence[float], weights: Sequence[nn.Parameter]) -> list[Gradient] | None:
         """Return the gradient of the distillation loss at each ratio; None where no completion is distilled."""
@@ -186,8 +187,8 @@ class Credit:
         clip, (rate, decay) = self._clip(gradient), (self._rate, self._optim.weight_decay)
         try:
             with torch.no_grad():
-                for weight, part in zip(weights, gradient, strict=True):
-                    move = self._adam(weight, clip * part)
+                for weight, part, count in zip(weights, gradient, self._counts(weights), strict=True):
+                    move = self._adam(weight, clip * part, count + 1)
                     weight.mul_(1 - rate * decay).sub_(rate * move)
             yield
         finally:
@@ -195,10 +196,9 @@ class Credit:
                 for weight, value in zip(weights, before, strict=True):
                     weight.copy_(value)
 
-    def _adam(self, weight: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Return Adam's direction for a gradient, from the moments so far."""
+    def _adam(self, weight: nn.Parameter, gradient: Tensor, count: float) -> Tensor:
+        """Return Adam's direction for the `count`-th gradient of a weight, from the moments so far."""
         state, (first, second) = self._state(weight), self._optim.betas
-        count = float(state["step"]) + 1 if state else 1.0
         mean = (state["exp_avg"] if state else torch.zeros_like(weight)).lerp(gradient, 1 - first)
         square = (state["exp_avg_sq"] if state else torch.zeros_like(weight)) * second
         square = square.addcmul(gradient, gradient, value=1 - second)
@@ -212,7 +212,7 @@ class Credit:
 
     def _clip(self, gradient: Sequence[Tensor]) -> float:
         """Return what gradient clipping leaves of a gradient of these weights."""
-        norm = math.sqrt(sum(float(part.double().square().sum()) for part in gradient))
+        norm = math.sqrt(sum(numbers_of([part.double().square().sum() for part in gradient])))
         return min(1.0, (self._optim.max_grad_norm or math.inf) / norm) if norm > 0 else 1.0
 
     def _weights(self, which: str) -> list[nn.Parameter]:
@@ -233,12 +233,21 @@ class Credit:
         """Return the optimizer's state of a weight; empty before the first update."""
         return cast("dict[str, Any]", getattr(self._optimizer, "optimizer", self._optimizer).state.get(weight, {}))
 
-    def _preconditioner(self, weight: nn.Parameter) -> Tensor:
+    def _counts(self, weights: Sequence[nn.Parameter]) -> list[float]:
+        """Return how often the optimizer has moved each weight."""
+        known = [weight for weight in weights if self._state(weight)]
+        counts = dict(zip(map(id, known), numbers_of([self._state(weight)["step"] for weight in known]), strict=True))
+        return [counts.get(id(weight), 0.0) for weight in weights]
+
+    def _preconditioners(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return 1 / (sqrt(v) + eps) with v bias-corrected, as the next update will use it but for its own gradient."""
-        state = self._state(weight)
-        if not state:
+        counts = self._counts(weights)
+        return [self._preconditioner(weight, count) for weight, count in zip(weights, counts, strict=True)]
+
+    def _preconditioner(self, weight: nn.Parameter, count: float) -> Tensor:
+        if not count:
             return torch.ones_like(weight)
-        corrected = state["exp_avg_sq"] / (1 - self._optim.betas[1] ** float(state["step"]))
+        corrected = self._state(weight)["exp_avg_sq"] / (1 - self._optim.betas[1] ** count)
         return cast("Tensor", 1 / (corrected.sqrt() + self._optim.eps))
 
 

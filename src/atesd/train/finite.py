@@ -69,7 +69,8 @@ def cause_in_gradient(model: nn.Module, batches: Sequence[MicroScores], scales: 
 
 def refuse_broken_streams(model: nn.Module, stats: TokenStats) -> None:
     """NonFiniteError for log-probabilities that are not finite."""
-    if not all(_finite(getattr(stats, column)) for columns in _STREAMS.values() for column in columns):
+    values = [getattr(stats, column) for columns in _STREAMS.values() for column in columns]
+    if not _finite(torch.stack(values)):
         raise NonFiniteError(_of_streams(model, stats))
 
 

@@ -33,6 +33,7 @@ from atesd.losses.target import Target
 from atesd.seeds import derive_seed
 from atesd.train.batch import Passage
 from atesd.train.scorer import Scorer
+from atesd.transfer import numbers_of, sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class CodeTraining:
         self._read: list[Tensor] = []  # what the router read of each completion of the update, [M, H]
         self._chosen: list[Tensor] = []  # and its chosen sequence, [M]
         self._tokens = 0
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def choose(
         self,
@@ -76,12 +77,12 @@ class CodeTraining:
                 sampled_N = self._scorer.log_likelihood(passages, self._scorer.student_temperature)
             read = [noted[member] for member in range(len(passages))]
             drawn = [self._drawn(each, index, update) for each, index in zip(read, indices, strict=True)]
-            best = [0] * len(passages)
+            chosen = [sequences_NM[0] for sequences_NM in drawn]
             if self._config.draws > 1:
                 costs_BN = self._costs(passages, drawn, views, target, lengths)
-                best = costs_BN.argmin(1).tolist()
-                self._add("searched", float((costs_BN.mean(1) - costs_BN.amin(1)).sum()))
-        chosen = [sequences_NM[place] for sequences_NM, place in zip(drawn, best, strict=True)]
+                best_B1 = costs_BN.argmin(1, keepdim=True)
+                chosen = [each_NM.index_select(0, place)[0] for each_NM, place in zip(drawn, best_B1, strict=True)]
+                self._add("searched", (costs_BN.mean(1) - costs_BN.amin(1)).sum())
         self._read += read
         self._chosen += chosen
         self._tokens += sum(lengths)
@@ -96,7 +97,7 @@ class CodeTraining:
 
     def compare(self, plain: TokenStreams, steered: TokenStreams) -> None:
         """Remember how much nearer to the teacher the chosen codes bring the student."""
-        self._add("gain", float((plain.stats.divergence - steered.stats.divergence).double().sum()))
+        self._add("gain", (plain.stats.divergence - steered.stats.divergence).double().sum())
 
     def learn(self, backward: Callable[[Tensor], object]) -> tuple[float, dict[str, float]]:
         """Take the gradient of the router's own loss on the update's choices; return the loss, and what is logged."""
@@ -108,9 +109,10 @@ class CodeTraining:
             logits_MC, chosen_M, self._tokens, router_coef=self._config.router_coef, prior_coef=self._config.prior_coef
         )
         backward(loss)
-        metrics = self._described(logits_MC.detach().double(), read_MH, chosen_M)
+        found = self._described(logits_MC.detach().double(), read_MH, chosen_M) | {"loss": loss.detach().double()}
+        metrics = dict(zip(found, numbers_of(list(found.values())), strict=True))  # read together: the CPU waits once
         self._read, self._chosen, self._tokens, self._sums = [], [], 0, {}
-        return float(loss.detach()), metrics
+        return metrics.pop("loss"), metrics
 
     def _drawn(self, read_MH: Tensor, index: int, update: int) -> Tensor:
         """Return N independent sequences, [N, M]."""
@@ -118,7 +120,7 @@ class CodeTraining:
         generator = torch.Generator().manual_seed(seed)
         uniform_NM = torch.rand(self._config.draws, len(read_MH), generator=generator, dtype=torch.float64)
         edges_MC = self._codes.logits(read_MH).double().softmax(-1).cumsum(-1)
-        scaled_MN = (uniform_NM.T.to(edges_MC.device) * edges_MC[:, -1:]).contiguous()
+        scaled_MN = (sent(uniform_NM, edges_MC.device).T * edges_MC[:, -1:]).contiguous()
         return torch.searchsorted(edges_MC, scaled_MN, right=True).clamp_(max=edges_MC.shape[-1] - 1).T
 
     def _costs(
@@ -139,21 +141,22 @@ class CodeTraining:
             )
         return torch.stack(columns, dim=1)
 
-    def _add(self, name: str, amount: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + amount
+    def _add(self, name: str, amount: Tensor) -> None:
+        self._sums[name] = self._sums[name] + amount if name in self._sums else amount
 
-    def _described(self, logits_MC: Tensor, read_MH: Tensor, chosen_M: Tensor) -> dict[str, float]:
+    def _described(self, logits_MC: Tensor, read_MH: Tensor, chosen_M: Tensor) -> dict[str, Tensor]:
         log_MC = logits_MC.log_softmax(-1)
         count = logits_MC.shape[-1]
-        shares_C = torch.bincount(logits_MC.argmax(-1), minlength=count) / len(logits_MC)
+        likeliest_M = logits_MC.argmax(-1)
+        hits_C = logits_MC.new_zeros(count).scatter_add_(0, likeliest_M, torch.ones_like(logits_MC[:, 0]))
         sizes_M = self._codes.steps(chosen_M, read_MH).detach().double().norm(dim=-1)
         return {
-            "codes/entropy": float(-(log_MC.exp() * log_MC).sum(-1).mean()),
-            "codes/kl": float(divergence(log_MC.exp().mean(0), zipf(count).to(log_MC))),
-            "codes/logprob": float(log_MC.gather(-1, chosen_M[:, None]).mean()),
-            "codes/size": float((sizes_M / read_MH.double().norm(dim=-1)).mean()),
+            "codes/entropy": -(log_MC.exp() * log_MC).sum(-1).mean(),
+            "codes/kl": divergence(log_MC.exp().mean(0), _prior(log_MC)),
+            "codes/logprob": log_MC.gather(-1, chosen_M[:, None]).mean(),
+            "codes/size": (sizes_M / read_MH.double().norm(dim=-1)).mean(),
             **{f"codes/{name}": amount / self._tokens for name, amount in self._sums.items()},
-            **{f"codes/share/{code}": share for code, share in enumerate(shares_C.tolist())},
+            **{f"codes/share/{code}": share for code, share in enumerate((hits_C.float() / len(logits_MC)).double())},
         }
 
 
@@ -162,7 +165,7 @@ def router_loss(logits_MC: Tensor, chosen_M: Tensor, tokens: int, *, router_coef
     log_MC = logits_MC.log_softmax(-1)
     chosen = log_MC.gather(-1, chosen_M[:, None]).sum() / tokens
     mean_C = log_MC.exp().mean(0)
-    return -router_coef * chosen + prior_coef * divergence(mean_C, zipf(len(mean_C)).to(mean_C))
+    return -router_coef * chosen + prior_coef * divergence(mean_C, _prior(log_MC))
 
 
 def zipf(count: int) -> Tensor:
@@ -171,8 +174,12 @@ def zipf(count: int) -> Tensor:
     return weights_C / weights_C.sum()
 
 
+def _prior(log_MC: Tensor) -> Tensor:
+    return sent(zipf(log_MC.shape[-1]).to(log_MC.dtype), log_MC.device)
+
+
 def divergence(p_C: Tensor, prior_C: Tensor) -> Tensor:
     """Return KL(p || prior) in nats; a code of probability 0 adds nothing, with no gradient."""
     held_C = p_C > 0
     log_C = torch.where(held_C, p_C, 1).log()
-    return (p_C * (log_C - prior_C.log()))[held_C].sum()
+    return torch.where(held_C, p_C * (log_C - prior_C.log()), 0).sum()

@@ -24,6 +24,7 @@ from atesd.train.batch import Passage
 from atesd.train.hints import Hints
 from atesd.train.scorer import Scorer
 from atesd.train.teacher import Teacher
+from atesd.transfer import numbers_of
 from atesd.types import Group, Problem
 
 Part = Literal["solution", "answer", "hidden"]
@@ -109,7 +110,8 @@ class Probe:
         scores: dict[str, list[Tensor]] = {}
         for (name, _), each in zip(passages, tokens, strict=True):
             scores.setdefault(name, []).append(each)
-        found = {name: -float(torch.cat(each).double().mean()) for name, each in scores.items()}
+        means = numbers_of([torch.cat(each).double().mean() for each in scores.values()])
+        found = {name: -mean for name, mean in zip(scores, means, strict=True)}
         known = {name: value for hand in self._scorer.world.collect(found) for name, value in hand.items()}
         return {problem.id: known[problem.id] for problem in problems}
 

@@ -63,7 +63,7 @@ class Learning:
         gates = self._gates
         self._scorer.model.eval()
         totals = [torch.zeros_like(weight) for weight in gates.weights]
-        parts = torch.zeros(4, dtype=torch.float64)
+        parts = torch.zeros(4, dtype=torch.float64, device=self._scorer.device)
         with self._teachers.own.in_place():
             for members in self._scorer.batches(passages):
                 chosen = [passages[member] for member in members]
@@ -74,10 +74,10 @@ class Learning:
                     loss = found[0] + gates.ntp * found[1] + gates.cap * found[2]
                     for total, part in zip(totals, torch.autograd.grad(loss, gates.weights), strict=True):
                         total.add_(part)
-                parts += torch.stack(found).detach().double().cpu()
+                parts += torch.stack(found).detach().double()
         kl, ntp, cap, beta = parts.tolist()
         whole = kl + gates.ntp * ntp + gates.cap * cap
-        if not math.isfinite(whole) or not all(bool(total.isfinite().all()) for total in totals):
+        if not math.isfinite(whole) or not bool(torch.stack([total.isfinite().all() for total in totals]).all()):
             raise NonFiniteError(
                 f"the loss of the retention gates is {whole:g} or its gradient not finite: lower reveal.learning_rate, "
                 "or its weights reveal.ntp and reveal.cap"

@@ -28,6 +28,7 @@ from atesd.train.heads import Head, decoder, head
 from atesd.train.teacher import Teacher
 from atesd.train.veils import Veils
 from atesd.train.world import World
+from atesd.transfer import numbers_of
 
 
 class Student(nn.Module):
@@ -202,13 +203,14 @@ class Scorer:
 
     def mean(self, passages: Sequence[Passage], score: Callable[[Sequence[Passage]], Tensor]) -> float:
         """Average a per-token score over all tokens of the passages, in micro-batches shared out among processes."""
-        total, count = 0.0, 0
+        sums: list[Tensor] = []
+        count = 0
         own = self.world.share(passages)
         for members in self.batches(own):
             values_N = score([own[member] for member in members])
-            total += float(values_N.double().sum())
+            sums.append(values_N.double().sum())
             count += values_N.numel()
-        totals, counts = zip(*self.world.collect((total, count)), strict=True)
+        totals, counts = zip(*self.world.collect((sum(numbers_of(sums)), count)), strict=True)
         return float(sum(totals) / sum(counts))
 
 

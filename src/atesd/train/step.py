@@ -54,6 +54,7 @@ from atesd.train.stats import (
 )
 from atesd.train.teacher import Teachers
 from atesd.train.world import World
+from atesd.transfer import sent
 from atesd.types import NonFiniteError
 
 
@@ -86,11 +87,12 @@ class MicroBatch:
 
     def numbering(self, device: torch.device) -> Tensor:
         """Number each token's row."""
-        return torch.repeat_interleave(torch.tensor(self.lengths)).to(device)
+        return sent(torch.repeat_interleave(torch.tensor(self.lengths)), device)
 
     def spread(self, values: Sequence[float], device: torch.device) -> Tensor:
         """Give every token its row's number."""
-        return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)).to(device)
+        row_values, lengths = torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)
+        return sent(torch.repeat_interleave(row_values, lengths), device)
 
     def outcomes(self, device: torch.device) -> Tensor:
         """Give every token its attempt's outcome."""
@@ -210,7 +212,7 @@ class Stepper:
             if not active:
                 continue
             with self._rule.attached(self._scorer.model):
-                scored = self._score(batch, active, selection_N.to(self._scorer.device), counts)
+                scored = self._score(batch, active, sent(selection_N, self._scorer.device), counts)
                 self._accelerator.backward(combine(scored.parts))
             own.append(scored.detached())
             read.append(batch)
@@ -373,7 +375,8 @@ class Stepper:
         now_N = stats.student_logprob.detach()
         old_N = torch.cat([self._old[index] for index in batch.indices])[rows].to(now_N) if self._old else now_N
         sampled = [value for row in batch.rows for value in row.sampler_logprobs]
-        return (old_N - torch.tensor(sampled).to(now_N)[rows]).exp().clamp(max=self._losses.corrects)
+        sampled_N = sent(torch.tensor(sampled).to(now_N.dtype), now_N.device)
+        return (old_N - sampled_N[rows]).exp().clamp(max=self._losses.corrects)
 
     def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
         """Collect what the reinforcement branch reads."""
@@ -388,7 +391,7 @@ class Stepper:
         return PolicyTokens(
             advantage_N=batch.spread([row.advantage for row in batch.rows], device).to(now_N.dtype),
             old_logprob_N=old_N,
-            sampler_logprob_N=torch.tensor(sampled, dtype=now_N.dtype, device=device),
+            sampler_logprob_N=sent(torch.tensor(sampled, dtype=now_N.dtype), device),
             reference_logprob_N=reference_N,
             teacher_logprob_N=streams.stats.teacher_logprob.to(now_N.dtype) if batch.distils else None,
             sequence_N=batch.numbering(device),

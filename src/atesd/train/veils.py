@@ -26,6 +26,7 @@ from atesd.exposure.revealer import Masker, ModelSize
 from atesd.train.batch import Pass, Passage, Veil
 from atesd.train.heads import decoder, kind_of
 from atesd.train.hub import first_line
+from atesd.transfer import sent
 from atesd.types import UserError
 
 _ATTENTION = "atesd_veiled"
@@ -85,9 +86,9 @@ class Veils:
         for row, passage in each.veiled.items():
             veil = _veil(passage)
             if veil.kept is not None:
-                kept_I = torch.zeros(veil.stop - veil.start, dtype=torch.bool, device=each.ids_BL.device)
+                kept_I = torch.zeros(veil.stop - veil.start, dtype=torch.bool)
                 kept_I[list(veil.kept)] = True
-                found[row] = kept_I.expand(*shape, -1)
+                found[row] = sent(kept_I, each.ids_BL.device).expand(*shape, -1)
         return found
 
     def reached(self, passage: Passage) -> list[float]:
@@ -113,7 +114,8 @@ class Veils:
             said.append(gates.log_beta(layer, states_BLW))
 
         with self._watched(listen):
-            decoder(self._model)(input_ids=each.ids_BL[list(first.values()), :width], use_cache=False)
+            rows = sent(torch.tensor(list(first.values())), each.ids_BL.device)
+            decoder(self._model)(input_ids=each.ids_BL.index_select(0, rows)[:, :width], use_cache=False)
         log_beta_BEHL = torch.stack(said, dim=1)
         found = {}
         for row, passage in veiled.items():

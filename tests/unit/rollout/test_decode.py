@@ -153,6 +153,28 @@ def test_looking_less_often_at_what_has_ended_changes_no_sample(every: int, monk
     assert steps == min(-(-longest // every) * every, CUT.max_new_tokens)
 
 
+@pytest.mark.parametrize(("ties", "reads"), [(False, 2), (True, 3)])
+def test_a_walk_that_trusts_too_few_candidates_is_taken_again(
+    ties: bool, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 23 equal tokens top-k 3 keeps all, and looks at 15 of them first. The first pass compares the two loops."""
+    model = tiny_model(tied=False)
+    if ties:
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+    sampling = SamplingConfig(temperature=1.0, top_k=3, top_p=0.9, max_new_tokens=12)
+    often = own(model, sampling)
+    calls = []
+    read = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, *given: calls.append(1) or read(self, *given))
+    monkeypatch.setitem(decode._LOOK_EVERY, "cpu", 5)
+    seldom = own(model, sampling)
+    assert [turn.completion_ids for turn in seldom] == [turn.completion_ids for turn in often]
+    assert len(calls) == reads
+    if ties:
+        assert max(token for turn in seldom for token in turn.completion_ids) > 15
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_head_in_parts_gives_the_logits_of_the_whole(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 5 outputs, the last one shorter."""
