@@ -88,10 +88,9 @@ class Adapters:
         if self._current is None or self._current.path != adapter.path:  # else it could load no newer one
             self._put(Adapter(adapter.version, adapter.path, adapter.name))
 
-    def keep(self) -> Adapter:
-        """Return the present adapter, which is not unloaded before it is released."""
-        self._kept.append(self.current)
-        return self.current
+    def keep(self, adapter: Adapter) -> None:
+        """Leave an adapter loaded until it is released, as often as it was kept."""
+        self._kept.append(adapter)
 
     def release(self, adapter: Adapter) -> None:
         """Let an adapter that was kept go with the next swap, by when every process has waited for its requests."""

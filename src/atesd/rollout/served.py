@@ -138,9 +138,11 @@ class VllmSampler:
         orders = [order for order in orders if not {*order.places}.isdisjoint(wanted)]
         if not orders:
             return Submitted(list)
-        adapter = self._adapters.keep() if self._is_adapter else None
-        call = _Call(orders, sampling, adapter)
+        adapter = self._adapters.current if self._is_adapter else None
         self._restore(adapter)
+        if adapter is not None:
+            self._adapters.keep(adapter)
+        call = _Call(orders, sampling, adapter)
         call.requests = self._asked(call, call.orders)
 
         def result() -> list[Turn]:
