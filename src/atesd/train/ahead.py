@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from atesd.config import RunConfig
 from atesd.rollout.driver import Underway
@@ -110,7 +111,8 @@ def ratio_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats], config: R
     The clipped share is that of tokens with r above the least importance clip among the losses of their row, over rows
     that have one.
     """
-    ratios, clipped = [], []
+    ratios: list[Tensor] = []
+    clipped: list[Tensor] = []
     for index, row in scored.items():
         if not rows[index].sampler_logprobs:
             continue
