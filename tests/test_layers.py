@@ -136,6 +136,7 @@ ORDERS: dict[str, list[str]] = {
         "credit",
         "retention",
         "measure",
+        "ahead",
         "record",
         "card",
         "checkpoint",

@@ -103,6 +103,9 @@ class RolloutConfig(SamplingConfig):
 
     engine: EngineSection = HFEngine()
     """What samples completions, in training and evaluation."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: sample the next step's completions while this one updates (one-step off-policy), with an engine that is beside
+    the trainer, such as `vllm`: they come from weights one update older, and losses of sampled tokens weigh that."""
     gap_warning: Annotated[float, Field(gt=0)] = 0.1
     """Warn once where sampler and trainer differ by more nats in the log-probabilities of sampled tokens, on average
     over a step; bfloat16 made .05 on SmolLM2-135M. Not looked at where loss.temperature_student is another."""
@@ -421,6 +424,32 @@ class RunConfig(Config):
             raise ValueError(
                 f'[codes] steer samples too, and rollout.engine.kind = "{self.rollout.engine.kind}" samples from a '
                 'copy of the weights, without them: set rollout.engine.kind = "hf", or remove codes'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ahead_fits(self) -> Self:
+        if not self.rollout.ahead:
+            return self
+        ahead = f"rollout.ahead = {self.rollout.ahead}"
+        if not self.rollout.engine.samples_ahead:
+            raise ValueError(
+                f'{ahead} samples while the trainer updates, and rollout.engine.kind = "{self.rollout.engine.kind}" '
+                'can only do one after the other: set rollout.engine.kind = "vllm", or rollout.ahead = 0'
+            )
+        if self.env.limit > 1 or self.env.grades:
+            raise ValueError(
+                f'{ahead} asks for single replies, and env.kind = "{self.env.kind}" answers them: set rollout.ahead = 0'
+            )
+        if self.routing.source == "reference":
+            raise ValueError(
+                f'{ahead} has no effect, as routing.kind = "{self.routing.kind}" samples nothing: remove it'
+            )
+        own = self.loss.temperature_student not in (None, self.rollout.temperature)
+        if own and self.loss.divergence.kind == "sampled":
+            raise ValueError(
+                f"{ahead} needs the probabilities that were sampled from to weigh sampled tokens: remove "
+                f"loss.temperature_student = {self.loss.temperature_student} or set it to rollout.temperature"
             )
         return self
 

@@ -86,6 +86,11 @@ METRICS: dict[str, str] = {
     "was cut off), context (no room for another turn); error, hang, not_text, bad_reward (the environment failed)",
     "env/invalid": "replies that were no action, over all attempts of the step",
     "rollout/logprob_gap": "mean |sampler log-prob - trainer log-prob| of sampled tokens, nats",
+    "rollout/lag": "updates by which the weights that sampled are behind those that the step began with, mean over "
+    "completions (rollout.ahead)",
+    "rollout/ratio": "mean of p_student / p_sampler over scored tokens, 1 on-policy (rollout.ahead)",
+    "rollout/ratio_clipped": "share of those tokens whose ratio the importance clip of their loss holds "
+    "(rollout.ahead)",
     "rollout/trait/{}": "share of sampled completions with a trait (cites_hint, ...)",
     "reward/mean": "mean reward over gradable completions",
     "reward/std": "standard deviation of the rewards of gradable completions",
@@ -151,6 +156,8 @@ METRICS: dict[str, str] = {
     "eval/{}/trait/{}": "share of evaluated completions with a trait (cites_hint, ...)",
     "eval/{}/level/{}": "avg@k of one level",
     "time/{}_s": "seconds spent in a phase of the step (credit: measuring influence or paired credit)",
+    "time/ahead_s": "seconds that the step's completions were under way; the step waited time/sample_s for them "
+    "(rollout.ahead)",
     "time/tokens_per_s": "sampled tokens a second",
     "memory/peak_mib": "peak memory of the process or device, MiB",
 }

@@ -6,33 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from atesd.metrics import is_timing
-from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
 from atesd.types import UserError
 
 from support.fake_vllm import PICO, FakeVllm, sends
+from support.vllm_runs import TREE, outcome, started
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the vLLM server at:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LoRA.*:UserWarning"),
 ]
-TREE: dict[str, Any] = {
-    "threads": 1,
-    "model": {"path": "pico", "lora": {"r": 2, "alpha": 8}},
-    "task": {"kind": "pico", "train_size": 6, "probe_size": 1, "eval_size": 2},
-    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
-    "routing": {"kind": "both"},
-    "loss": {"divergence": {"kind": "sampled"}},
-    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12, "group_size": 2},
-    "optim": {"lr": 2e-2, "max_grad_norm": 0},
-    "step": {"num_steps": 3, "problems": 2},
-    "eval": {"every": 3, "k": 1},
-    "save": {"every": 1, "rollouts_every": 3},
-}
 TURNS: dict[str, Any] = {
     **TREE,
     "model": {"path": "pico-doors", "lora": {"r": 2, "alpha": 8}},
@@ -43,18 +28,6 @@ TURNS: dict[str, Any] = {
     "rollout": TREE["rollout"] | {"max_new_tokens": 3},
     "step": {"num_steps": 1, "problems": 2},
 }
-
-
-def started(fake: FakeVllm, run: Path, tree: dict[str, Any] = TREE, **engine: Any) -> Trainer:
-    settings = {"kind": "vllm", "url": fake.url, "wait_s": 120.0, "timeout_s": 120.0} | engine
-    return Trainer.start(build_config(tree | {"rollout": tree["rollout"] | {"engine": settings}}), run)
-
-
-def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes], dict[str, bytes]]:
-    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
-    adapter = load_file(run / "final" / "adapter_model.safetensors")
-    texts = {path.name: path.read_bytes() for folder in ("eval", "rollouts") for path in (run / folder).iterdir()}
-    return rows, {name: value.numpy().tobytes() for name, value in adapter.items()}, texts
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from atesd.train.model import resolve
 
 PICO = Path(resolve("pico"))
 BASE = "base-model"
+_MODELS = threading.Lock()  # of all servers: transformers loads models in one thread at a time
 
 Fault = Callable[["FakeVllm", dict[str, Any]], Any]
 """Gets the server and the whole answer to a completion request; returns what is sent instead.
@@ -56,7 +57,7 @@ class FakeVllm:
     most_at_once: int = 0
 
     def __enter__(self) -> FakeVllm:
-        self._lock, self._counting, self._at_once = threading.Lock(), threading.Lock(), 0
+        self._counting, self._at_once = threading.Lock(), 0
         self._models: dict[str, Any] = {}
         self.start()
         return self
@@ -72,7 +73,8 @@ class FakeVllm:
         """Begin anew, at the same address: a server that was started again knows no adapter."""
         self.adapters.clear()
         self._models.clear()
-        self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        with _MODELS:
+            self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._size = self.vocabulary or self._base.config.vocab_size
         self.connections: set[socket.socket] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
@@ -143,7 +145,7 @@ class FakeVllm:
             return 404, _error(f"The model `{body['model']}` does not exist.", 404)
         if body["temperature"] == 0 and body["n"] > 1:
             return 400, _error("n must be 1 when using greedy sampling", 400)
-        with self._lock:
+        with _MODELS:
             sampler = HFSampler(
                 self._model(body["model"]), eos_ids=body["stop_token_ids"], pad_id=0, decode=lambda ids: str(list(ids))
             )
@@ -178,7 +180,7 @@ class FakeVllm:
         (token,) = body["allowed_token_ids"]
         if token >= self._size:
             return 400, _error("allowed_token_ids contains out-of-vocab token id!", 400)
-        with self._lock, torch.no_grad():
+        with _MODELS, torch.no_grad():
             logits = self._base(input_ids=torch.tensor([body["prompt"]])).logits[0].double()
         logprobs = (logits - logits.exp().sum(-1, keepdim=True).log()).tolist()
         last = 0.0 if self.is_processed or token >= len(logprobs[-1]) else logprobs[-1][token]

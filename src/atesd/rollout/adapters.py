@@ -6,6 +6,8 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +20,28 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to take at
 LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
 
 
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """Weights of one version, written, and loaded under a name; a server that was started anew does not know it."""
+
+    version: int
+    path: str
+    """Where the server finds its files."""
+    name: str = ""
+    """Under which the server has it."""
+    folder: Path | None = None
+    """Where this process wrote it; None in those that did not."""
+    is_ours: bool = False
+    """Whether this process loaded it under that name, and is to unload it."""
+
+
 class Adapters:
-    """At most one adapter at a time is ours on the server.
+    """A process's adapters on a server: the present one, and those that requests still wait on.
 
     A version is written as peft writes it, in a folder of its own, and never changed. Each loading has a name of its
     own, which nobody else uses: a server keys its prefix cache by the name, so that under an old one it would continue
-    what other weights have read. A server that was started anew knows no name of ours.
+    what other weights have read. A server that was started anew knows no name of ours. Of several processes one swaps,
+    and the others follow.
     """
 
     def __init__(self, server: Server, model: nn.Module, folder: str | None, folder_there: str | None) -> None:
@@ -34,91 +52,118 @@ class Adapters:
         self._there = folder_there
         self._token = uuid.uuid4().hex[:8]
         self._loads = 0
-        self._written: Path | None = None
+        self._current: Adapter | None = None
+        self._before: list[Adapter] = []
+        self._kept: list[Adapter] = []
         self._last: Path | None = None
-        self.name = ""
-        """Under which the server has it; "" where none was loaded."""
-        self.version = 0
-        """Of the weights that are loaded."""
+
+    @property
+    def current(self) -> Adapter:
+        """The one that was swapped in last."""
+        assert self._current is not None
+        return self._current
 
     def swap(self, version: int) -> bool:
         """Write the model's adapter, load it, and unload the one before; tell whether the server still knew that one.
 
-        Where it did not, it was started anew. UserError where it does not take the adapter, and keeps the one before.
+        Where it did not, it was started anew. One that is kept stays. UserError where the server does not take the
+        adapter, and keeps the one before.
         """
+        self._clear()
         folder = self._folder / f"{self._token}-{self._loads + 1}-v{version}"
+        path = str(Path(self._there, folder.name) if self._there else folder)
+        adapter = Adapter(version, path, folder=folder)
         self._model.save_pretrained(folder, safe_serialization=True)
-        name, before, outdated = self.name, self._written, self._last
-        self._written = folder
         try:
-            self._load()
+            listed = self._load(adapter)
         except UserError:
-            self._written = before
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.version = version
-        was_known = self._unload(name)
-        # The one before stays: a server may read it again for a request that it still works on.
-        self._last = before
-        if outdated is not None:
-            shutil.rmtree(outdated, ignore_errors=True)
+        was_known = self._current is None or self._current.name in listed
+        self._put(adapter)
         return was_known
 
-    def flaw(self, listed: Mapping[str, str]) -> str:
-        """Say what is wrong with our adapter among those that a server lists, by name and path; "" where nothing is."""
-        path = listed.get(self.name)
+    def follow(self, adapter: Adapter) -> None:
+        """Take over what another process has swapped in."""
+        if self._current is None or self._current.path != adapter.path:  # else it could load no newer one
+            self._put(Adapter(adapter.version, adapter.path, adapter.name))
+
+    def keep(self, adapter: Adapter) -> None:
+        """Leave an adapter loaded until it is released, as often as it was kept."""
+        self._kept.append(adapter)
+
+    def release(self, adapter: Adapter) -> None:
+        """Let an adapter that was kept go with the next swap, by when every process has waited for its requests."""
+        self._kept.remove(adapter)
+
+    def flaw(self, adapter: Adapter, listed: Mapping[str, str]) -> str:
+        """Say what is wrong with an adapter of ours among those that a server lists by name and path; else ""."""
+        path = listed.get(adapter.name)
         if path is None:
             return "it no longer knows the adapter, as after a restart"
-        wanted = self._path()
-        return "" if path == wanted else f"under the adapter's name it has other weights, of {path}"
+        return "" if path == adapter.path else f"under the adapter's name it has other weights, of {path}"
 
-    def reload(self) -> None:
-        """Load the present version again, under a new name."""
-        name = self.name
-        self._load()
+    def reload(self, adapter: Adapter) -> None:
+        """Load the same files again, under a new name."""
+        name = adapter.name
+        self._load(adapter)
         self._unload(name)
 
     def forget(self) -> None:
         """Leave nothing behind, as far as the server can be reached."""
-        if self.name:
-            self._server.mention(UNLOAD, {"lora_name": self.name})
-        for folder in (self._written, self._last):
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        for adapter in {*self._before, *filter(None, [self._current])}:
+            if adapter.is_ours:
+                self._server.mention(UNLOAD, {"lora_name": adapter.name})
+            self._remove(adapter.folder)
+        self._remove(self._last)
         if self._is_own:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove(self._folder)
 
-    def _path(self) -> str:
-        """Return where the server finds the present version."""
-        assert self._written is not None
-        return str(Path(self._there, self._written.name) if self._there else self._written)
+    def _put(self, adapter: Adapter) -> None:
+        if self._current is not None:
+            self._before.append(self._current)
+        self._current = adapter
+        self._clear()
 
-    def _load(self) -> None:
+    def _clear(self) -> None:
+        """Unload what nobody waits for. The files of the last one stay: a server may read them again for a request that
+        it still works on.
+        """
+        for adapter in [each for each in self._before if each not in self._kept]:
+            if adapter.is_ours:
+                self._unload(adapter.name)
+            self._before.remove(adapter)
+            self._remove(self._last)
+            self._last = adapter.folder
+
+    @staticmethod
+    def _remove(folder: Path | None) -> None:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self, adapter: Adapter) -> dict[str, str]:
+        """Load an adapter under a new name; return what the server lists then."""
         self._loads += 1
-        version = cast("Path", self._written).name.rpartition("-")[2]
-        name, path = f"atesd-{self._token}-{self._loads}-{version}", self._path()
+        name, path = f"atesd-{self._token}-{self._loads}-v{adapter.version}", adapter.path
         try:
             self._server.post(LOAD, {"lora_name": name, "lora_path": path}, refuses=(500,))
         except Refused as refused:
             # A load whose answer was lost was asked for again, and is refused as done already.
             if listed_models(self._server).get(name) != path:
                 raise UserError(_remedy(self._server.url, path, refused, self._rank)) from refused
-        if listed_models(self._server).get(name) != path:
+        listed = listed_models(self._server)
+        if listed.get(name) != path:
             raise UserError(
                 f"the vLLM server at {self._server.url} took the adapter in {path}, but does not list it: start a "
                 "server as repro/vllm_server.sh does"
             )
-        self.name = name
+        adapter.name, adapter.is_ours = name, True
+        return listed
 
-    def _unload(self, name: str) -> bool:
-        """Unload an adapter; tell whether the server knew it."""
-        if not name:
-            return True
-        try:
+    def _unload(self, name: str) -> None:
+        """Unload an adapter, if the server knows it."""
+        with suppress(Refused):
             self._server.post(UNLOAD, {"lora_name": name})
-        except Refused:
-            return False
-        return True
 
     @property
     def _rank(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from atesd.envs.base import Environment
 from atesd.rollout.attempt import Attempt
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import Sampler, SamplingConfig
+from atesd.rollout.sampler import AheadSampler, Sampler, SamplingConfig
 from atesd.seeds import derive_seed
 from atesd.types import (
     Ending,
@@ -48,6 +48,18 @@ class Composite(Protocol):
     def total(self, parts: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """Return the rewards that follow."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """Groups whose completions are being sampled."""
+
+    groups: Callable[[], list[Group]]
+    """Waits for them, grades them and returns them; called once."""
+    drop: Callable[[], None]
+    """Gives them up without waiting."""
+    seconds: Callable[[], float]
+    """How long completions were under way so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,20 @@ class Driver:
             ]
             turn += 1
         return self._grouped(problems, attempts)
+
+    def ahead(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> Underway:
+        """Ask for the groups that `rollout` would return now, without waiting: single turns, of an `AheadSampler`."""
+        attempts = self._opened([each for each in problems for _ in range(sampling.group_size)], seed, 0)
+        sampler = cast("AheadSampler", self.sampler)
+        submitted = sampler.submit([attempt.prompt for attempt in attempts], sampling, seed=seed)
+
+        def groups() -> list[Group]:
+            for attempt, turn in zip(attempts, submitted.result(), strict=True):
+                attempt.begin(turn)
+                assert not self._goes_on(attempt, turn, 0), "environments of several turns are refused"
+            return self._grouped(problems, attempts)
+
+        return Underway(groups, submitted.drop, submitted.seconds)
 
     def replay(self, problems: Sequence[Problem]) -> list[Group]:
         """Play the expert's replies, closed by the end token, in place of samples; they are graded alike.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, TypeVar
 
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from atesd.rollout.render import Renderer
 from atesd.types import Config, Method, Turn
+
+T = TypeVar("T")
 
 
 def _warm(temperature: float) -> float:
@@ -63,6 +65,12 @@ class EngineMethod(Method):
     """Whether `sample` takes `part`, the places of the prompts to complete as they would be among all: so that each of
     several processes samples its own."""
 
+    meets: ClassVar[bool] = False
+    """Whether `build` takes `team`: the processes of the run, where these are several."""
+
+    samples_ahead: ClassVar[bool] = False
+    """Whether its sampler has `submit`, and samples while the trainer computes (`AheadSampler`)."""
+
     def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
         """Say by which way completions of `length` tokens are sampled, where the model decides; for env.json."""
         return ""
@@ -97,3 +105,58 @@ class Sampler(Protocol):
     def sync(self, weights: Weights) -> None:
         """Take over the student's weights; later samples carry their version."""
         ...
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """Completions that are under way."""
+
+    result: Callable[[], list[Turn]]
+    """Waits for them, and returns them as `Sampler.sample` does. Called once, by the thread that trains."""
+    drop: Callable[[], None] = _nothing
+    """Gives them up without waiting."""
+    seconds: Callable[[], float] = lambda: 0.0
+    """How long they were under way so far."""
+
+
+class AheadSampler(Sampler, Protocol):
+    """A sampler that need not be waited for."""
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> Submitted:
+        """Ask for what `sample` would return now, whatever is synced before it is there; `part` as in an engine that
+        `samples_parts`.
+        """
+        ...
+
+
+class Team(Protocol):
+    """The processes of a run, as far as an engine needs to know them."""
+
+    rank: int
+    size: int
+
+    def collect(self, mine: T) -> list[T]:
+        """Return one object of every process, by its number; all must call it."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    rank = 0
+    size = 1
+
+    def collect(self, mine: T) -> list[T]:
+        """Return the one object."""
+        return [mine]

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from time import sleep
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from atesd.rollout.adapters import Adapters, listed_models
-from atesd.rollout.answers import Completion, HalfAnswer, Order, completions_of
+from atesd.rollout.adapters import Adapter, Adapters, listed_models
+from atesd.rollout.answers import Completion, Order
 from atesd.rollout.identity import Base, identify
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import SamplingConfig, Weights
-from atesd.rollout.server import Refused, Server
+from atesd.rollout.requests import TRIES, Requests
+from atesd.rollout.sampler import Alone, SamplingConfig, Submitted, Team, Weights
+from atesd.rollout.server import Server
 from atesd.rollout.vllm import VllmEngine
 from atesd.seeds import derive_seed
 from atesd.types import Message, Turn, UserError
 
-TRIES = 3
-"""How often half an answer is asked for again, and how often a server may forget the adapter, in one call."""
 _TEXT = "A train leaves at 9 and travels 180 km at 60 km/h. When does it arrive? Explain each step, then say the time."
+
+
+@dataclass(slots=True)
+class _Call:
+    """What was asked for together, and from which weights: those of an adapter, or the base alone."""
+
+    orders: Sequence[Order]
+    sampling: SamplingConfig
+    adapter: Adapter | None
+    requests: Requests = field(init=False)
 
 
 class VllmSampler:
@@ -39,14 +46,21 @@ class VllmSampler:
     alone. At temperature 0 a prompt is completed once.
     """
 
-    def __init__(self, settings: VllmEngine, model: nn.Module, renderer: Renderer) -> None:
+    def __init__(self, settings: VllmEngine, model: nn.Module, renderer: Renderer, team: Team | None = None) -> None:
         self._settings = settings
+        self._team = team or Alone()
+        urls = settings.urls
+        if len(urls) > self._team.size:
+            raise UserError(
+                f"rollout.engine.url names {len(urls)} servers, of which each process asks one, and there are "
+                f"{self._team.size}: start as many processes (docs/processes.md), or name fewer"
+            )
+        self._leader = self._team.rank % len(urls)
         self._renderer = renderer
         self._is_adapter = hasattr(model, "peft_config")
         self._trained = 0
-        self._lock = threading.Lock()
         self._server = Server(
-            settings.url,
+            urls[self._leader],
             timeout_s=settings.timeout_s,
             wait_s=settings.wait_s,
             connections=settings.concurrency,
@@ -59,7 +73,7 @@ class VllmSampler:
         try:
             self._identify()
             if self._is_adapter:
-                self._adapters.swap(0)
+                self._swap(0)
         except BaseException:
             leave()
             raise
@@ -89,50 +103,85 @@ class VllmSampler:
             if weights.version:
                 raise UserError(_FULL_WEIGHTS)
             return
-        try:
-            was_known = self._adapters.swap(weights.version)
-        except UserError as error:
-            if self._lag > self._settings.max_lag:
-                raise
-            warnings.warn(f"{error}; completions are {self._lag} updates old meanwhile", stacklevel=2)
-            return
-        if not was_known:
-            self._identify()  # started anew since it sampled, perhaps with another model
+        self._swap(weights.version)
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
-        """Sample one completion a prompt. UserError where server or weights are not what they should be."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> list[Turn]:
+        """Sample one completion a prompt. UserError where server or weights are not what they should be.
+
+        With `part`, only for the prompts at these places, in their order: the completions that they have among all.
+        """
+        return self.submit(prompts, sampling, seed=seed, part=part).result()
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> Submitted:
+        """Ask for the same without waiting for it: from the weights of now, whatever is synced before the answer."""
         if not prompts:
-            return []
+            return Submitted(list)
         assert all(prompts), "a prompt without tokens has nothing to continue"
         self._check_context(max(map(len, prompts)), sampling.max_new_tokens)
         self._refuse_old()
+        wanted = range(len(prompts)) if part is None else part
         orders = _orders(prompts, seed, once=sampling.temperature == 0)
-        for _ in range(TRIES):
-            self._restore()
-            found = self._completed(orders, sampling)
-            if self._is_believed():
-                break
-        else:
-            raise UserError(
-                f"the adapter on the vLLM server at {self._server.url} was replaced by another in {TRIES} calls "
-                "running: find out who else loads adapters there"
-            )
-        has_logprobs = self._has_logprobs(sampling)
-        turns = {
-            place: self._turn(prompts[place], completion, has_logprobs)
-            for order, completions in zip(orders, found, strict=True)
-            for place, completion in _placed(order, completions)
-        }
-        return [turns[place] for place in range(len(prompts))]
+        orders = [order for order in orders if not {*order.places}.isdisjoint(wanted)]
+        if not orders:
+            return Submitted(list)
+        adapter = self._adapters.current if self._is_adapter else None
+        self._restore(adapter)
+        if adapter is not None:
+            self._adapters.keep(adapter)
+        call = _Call(orders, sampling, adapter)
+        call.requests = self._asked(call, call.orders)
+
+        def result() -> list[Turn]:
+            try:
+                found = self._completed(call)
+            finally:
+                if adapter is not None:
+                    self._adapters.release(adapter)
+            has_logprobs = self._has_logprobs(sampling)
+            turns = {
+                place: self._turn(prompts[place], completion, has_logprobs, adapter)
+                for order, completions in zip(call.orders, found, strict=True)
+                for place, completion in _placed(order, completions)
+            }
+            return [turns[place] for place in wanted]
+
+        return Submitted(result, call.requests.give_up, lambda: call.requests.seconds)
+
+    def _swap(self, version: int) -> None:
+        """Swap in the present weights. Of the processes that ask one server the first one does, the others wait."""
+        was_known = True
+        if self._team.rank == self._leader:
+            try:
+                was_known = self._adapters.swap(version)
+            except UserError as error:
+                if not version or self._lag > self._settings.max_lag:
+                    raise
+                warnings.warn(f"{error}; completions are {self._lag} updates old meanwhile", stacklevel=3)
+        told = self._team.collect(self._adapters.current if self._team.rank == self._leader else None)
+        adapter = told[self._leader]
+        assert adapter is not None
+        if self._team.rank != self._leader:
+            self._adapters.follow(adapter)
+        if not was_known:
+            self._identify()  # started anew since it sampled, perhaps with another model
 
     @property
     def _lag(self) -> int:
-        return self._trained - self._adapters.version
-
-    @property
-    def _name(self) -> str:
-        """What the server calls the weights that are to sample."""
-        return self._adapters.name if self._is_adapter else self._served.name
+        return self._trained - self._adapters.current.version
 
     def _has_logprobs(self, sampling: SamplingConfig) -> bool:
         """Tell whether the server gives log-probabilities of the tempered, untruncated distribution."""
@@ -143,74 +192,78 @@ class VllmSampler:
     def _refuse_old(self) -> None:
         if self._is_adapter and self._lag > self._settings.max_lag:
             raise UserError(
-                f"the vLLM server has the weights after update {self._adapters.version}, {self._lag} behind those that "
-                f"train, and rollout.engine.max_lag = {self._settings.max_lag}: sync the sampler after every update"
+                f"the vLLM server has the weights after update {self._adapters.current.version}, {self._lag} behind "
+                f"those that train, and rollout.engine.max_lag = {self._settings.max_lag}: sync the sampler after "
+                "every update"
             )
 
-    def _restore(self) -> None:
-        """Load the adapter again where the server has it no more, or another under its name; check who answers then."""
-        with self._lock:
-            flaw = self._adapters.flaw(listed_models(self._server)) if self._is_adapter else ""
-            if not flaw:
-                return
-            warnings.warn(f"the vLLM server at {self._server.url}: {flaw}; it is loaded again", stacklevel=3)
-            self._identify()
-            self._adapters.reload()
+    def _restore(self, adapter: Adapter | None) -> None:
+        """Load an adapter again where the server has it no more, or another under its name; check who answers then."""
+        flaw = "" if adapter is None else self._adapters.flaw(adapter, listed_models(self._server))
+        if adapter is None or not flaw:
+            return
+        warnings.warn(f"the vLLM server at {self._server.url}: {flaw}; it is loaded again", stacklevel=3)
+        self._identify()
+        self._adapters.reload(adapter)
 
     def _identify(self) -> None:
         failures = self._server.failures
         self._served = identify(self._server, self._settings.model, self._base, self._path)
         self._failures = failures
 
-    def _is_believed(self) -> bool:
+    def _is_believed(self, adapter: Adapter | None) -> bool:
         """Tell whether the weights that sampled are still there. UserError where the base is another one."""
         if self._server.failures != self._failures:
             self._identify()
-        return not self._is_adapter or not self._adapters.flaw(listed_models(self._server))
+        return adapter is None or not self._adapters.flaw(adapter, listed_models(self._server))
 
-    def _completed(self, orders: Sequence[Order], sampling: SamplingConfig) -> list[list[Completion]]:
-        """Ask for everything, in a pool of threads; the first failure ends all that has not begun."""
-        pool = ThreadPoolExecutor(min(self._settings.concurrency, len(orders)), thread_name_prefix="atesd-vllm")
-        try:
-            asked = [pool.submit(self._complete, order, sampling) for order in orders]
-            return [each.result() for each in asked]
-        except BaseException:
-            self._server.give_up()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _complete(self, order: Order, sampling: SamplingConfig) -> list[Completion]:
-        """Ask for one prompt's completions, again after half an answer or where the adapter is unknown."""
-        why = ""
-        for attempt in range(TRIES):
-            if attempt:
-                sleep(0.1 * attempt)
-            name = self._name
-            eos_ids = self._renderer.eos_ids
-            try:
-                answer = self._server.post("/v1/completions", order.body(name, sampling, eos_ids))
-                return completions_of(answer, order, name, sampling, eos_ids)
-            except HalfAnswer as half:
-                why = str(half)
-            except Refused as refused:
-                why = refused.words
-                if refused.status != 404:
-                    raise UserError(f"the vLLM server at {self._server.url} refuses to sample: {why}") from refused
-                self._restore()
-        raise UserError(
-            f"the vLLM server at {self._server.url} gave half an answer {TRIES} times ({why}): see its log, and "
-            "continue with atesd train --resume"
+    def _asked(self, call: _Call, orders: Sequence[Order]) -> Requests:
+        name = self._served.name if call.adapter is None else call.adapter.name
+        return Requests(
+            self._server,
+            orders,
+            name,
+            call.sampling,
+            self._renderer.eos_ids,
+            concurrency=self._settings.concurrency,
         )
 
-    def _turn(self, prompt: Sequence[int], completion: Completion, has_logprobs: bool) -> Turn:
+    def _completed(self, call: _Call) -> list[list[Completion]]:
+        """Wait for a call. What the server could not answer, as it was started anew, is asked again from the same
+        weights, and all of it where they were replaced meanwhile.
+
+        All that needs the model is done here, not in the threads that wait for answers.
+        """
+        found: dict[Order, list[Completion]] = {}
+        why = ""
+        for attempt in range(TRIES):
+            missing = [order for order in call.orders if order not in found]
+            if attempt:
+                self._restore(call.adapter)
+                if call.adapter is None:
+                    self._identify()
+                call.requests = self._asked(call, missing)
+            answers = zip(missing, call.requests.answers(), strict=True)
+            found |= {order: answer for order, answer in answers if answer is not None}
+            if len(found) < len(call.orders):
+                why = "was forgotten, as in a restart,"
+            elif self._is_believed(call.adapter):
+                return [found[order] for order in call.orders]
+            else:
+                found, why = {}, "was replaced by another"
+        raise UserError(
+            f"the adapter on the vLLM server at {self._server.url} {why} in {TRIES} calls running: find out who else "
+            "loads adapters there, or starts it again"
+        )
+
+    def _turn(self, prompt: Sequence[int], completion: Completion, has_logprobs: bool, adapter: Adapter | None) -> Turn:
         return Turn(
             prompt_ids=tuple(prompt),
             completion_ids=completion.ids,
             logprobs=completion.logprobs if has_logprobs else (),
             text=self._renderer.decode(completion.ids),
             stop=completion.stop,
-            weights_version=self._adapters.version if self._is_adapter else self._trained,
+            weights_version=self._trained if adapter is None else adapter.version,
         )
 
     def _check_context(self, prompt: int, completion: int) -> None:

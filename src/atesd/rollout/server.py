@@ -56,7 +56,6 @@ class Server:
         self._clock = clock
         self._lock = threading.Lock()
         self._warned = False
-        self._given_up = 0
         self._client = httpx2.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -68,30 +67,39 @@ class Server:
         """Return what a GET answers. Refused, or UserError, as `post`."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Mapping[str, Any], *, refuses: Collection[int] = ()) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        refuses: Collection[int] = (),
+        over: threading.Event | None = None,
+    ) -> Any:
         """Return what a POST of JSON answers: its JSON, or its text where it is none.
 
         Refused where the server says no, which on some paths it also does by a status that `refuses` names; UserError
-        where it stays away.
+        where it stays away, and where it fails once after `over` was set: then nobody waits for the answer.
         """
-        return self._ask("POST", path, body, refuses)
+        return self._ask("POST", path, body, refuses, over)
 
     def mention(self, path: str, body: Mapping[str, Any]) -> None:
         """Post something once, whatever comes of it: on the way out."""
         with suppress(httpx2.HTTPError, RuntimeError):  # a client that is closed raises the latter
             self._client.post(path, json=body, timeout=5.0)
 
-    def give_up(self) -> None:
-        """Ask nothing again of what is under way in other threads, which fails then where it fails once."""
-        with self._lock:
-            self._given_up += 1
-
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, refuses: Collection[int] = ()) -> Any:
-        since, delay, given_up = math.nan, _FIRST_PAUSE_S, self._given_up
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        refuses: Collection[int] = (),
+        over: threading.Event | None = None,
+    ) -> Any:
+        since, delay = math.nan, _FIRST_PAUSE_S
         while True:
             try:
                 return self._answer(self._client.request(method, path, json=body), refuses)
@@ -102,7 +110,7 @@ class Server:
             now = self._clock()
             since = now if math.isnan(since) else since
             self._failed(why)
-            if now - since + delay > self._wait_s or given_up != self._given_up:
+            if now - since + delay > self._wait_s or (over is not None and over.is_set()):
                 raise UserError(
                     f"the vLLM server at {self.url} did not answer for {self._wait_s:g} s ({why}): start it again and "
                     "continue with atesd train --resume, or raise rollout.engine.wait_s"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 from torch import nn
 
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import EngineMethod, Sampler, SamplingConfig
+from atesd.rollout.sampler import EngineMethod, Sampler, SamplingConfig, Team
 
 if TYPE_CHECKING:
     from atesd.rollout.served import VllmSampler
 
+Url = Annotated[str, Field(pattern=r"^https?://\S+$")]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -20,8 +21,9 @@ class VllmEngine(EngineMethod):
     """A vLLM server, started beside the trainer, that gets the adapter after every update (docs/vllm.md)."""
 
     kind: Literal["vllm"] = "vllm"
-    url: Annotated[str, Field(pattern=r"^https?://\S+$")] = "http://127.0.0.1:8000"
-    """Where the server listens. Its key, if it wants one, is read from VLLM_API_KEY."""
+    url: Url | Annotated[tuple[Url, ...], Field(min_length=1)] = "http://127.0.0.1:8000"
+    """Where the server listens. Its key, if it wants one, is read from VLLM_API_KEY. A list: servers of the same
+    model, of which process r of several asks number r modulo their number."""
     model: str | None = None
     """Name under which the server serves the base of the model that trains; unset, the only one that it serves. That it
     is the same model is checked either way, by log-probabilities."""
@@ -29,7 +31,7 @@ class VllmEngine(EngineMethod):
     """By how many updates the weights on the server may be behind those that train, where a new adapter could not be
     loaded; older ones are not sampled from."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Most requests under way; one asks for all attempts at a problem."""
+    """Most requests of a process under way; one asks for all attempts at a problem."""
     timeout_s: Seconds = 600.0
     """Seconds after which a request without an answer has failed."""
     wait_s: Annotated[float, Field(ge=0, le=1e6)] = 600.0
@@ -39,19 +41,29 @@ class VllmEngine(EngineMethod):
     adapters_there: str | None = None
     """That folder's path on the server's side, where it is another one."""
 
+    samples_ahead: ClassVar[bool] = True
+    samples_parts: ClassVar[bool] = True
+    meets: ClassVar[bool] = True
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The address of every server."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
     def describe(self) -> str:
         """Say what samples."""
         return "Completions come from a vLLM server, log-probabilities of the sampler included"
 
     def path(self, model: nn.Module, length: int) -> str:  # noqa: ARG002
         """Say which server samples."""
-        return f"the vLLM server at {self.url}"
+        several = len(self.urls) > 1
+        return f"the vLLM server{'s' * several} at {', '.join(self.urls)}"
 
-    def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
+    def build(self, model: nn.Module, renderer: Renderer, team: Team | None = None) -> Sampler:
         """Wait for the server, check it, and return the sampler. UserError where it does not come, or does not fit."""
         from atesd.rollout.served import VllmSampler
 
-        return VllmSampler(self, model, renderer)
+        return VllmSampler(self, model, renderer, team)
 
     def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
         """UserError where the server cannot follow the weights, or give log-probabilities that correct a loss."""

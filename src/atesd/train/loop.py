@@ -18,6 +18,7 @@ from atesd.routing.route import Route
 from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json
 from atesd.sections import TrackConfig
 from atesd.seeds import derive_seed
+from atesd.train.ahead import Ahead, lag_of, ratio_metrics
 from atesd.train.batch import Row
 from atesd.train.card import model_card
 from atesd.train.checkpoint import (
@@ -79,6 +80,7 @@ class Trainer:
         self.step = 0
         self.listener = listener
         self._phases = Phases()
+        self._ahead = Ahead()
         self._seconds = 0.0
         self._best: dict[str, float] | None = None
         self._latest_eval: dict[str, float] = {}
@@ -181,6 +183,7 @@ class Trainer:
                         raise Interrupted(self.step, self.run.path)
                 return self._finish()
         finally:
+            self._ahead.drop()
             self._trackers.finish()
             self.run.unlock()
 
@@ -197,9 +200,10 @@ class Trainer:
         """Sample, grade, route, show the hint, update, measure."""
         clock = perf_counter()
         parts, config, phase = self.parts, self.config, self._phases.phase
-        problems = [parts.problems[index] for index in parts.curriculum.next(config.step.problems)]
         with phase("sample"), within_memory(config, "sampling"):
-            groups = self._rollout(problems)
+            groups = self._groups()
+        problems, ahead_s = [group.problem for group in groups], self._ahead.seconds()
+        lag = lag_of(groups, self.step) if config.rollout.ahead else 0.0
         with phase("exposure"):
             ratios = proposed(parts.controller, self.step, problems, pass_rates(groups))
             routes = parts.router.route(groups, max(ratios))
@@ -208,13 +212,15 @@ class Trainer:
             rows = parts.rows.build(groups, routes, ratios, target.views)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
-            outcome = parts.stepper.optimize(rows, target)
+            outcome = parts.stepper.optimize(rows, target, is_on_policy=not lag)
         self.step += 1
         parts.sync(self.step)
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= self.world.total(grader_metrics(parts.driver.reward))
         idle = "loss/distil" not in outcome.metrics
         metrics |= {"route/idle": float(idle), "route/paused": float(idle and not config.routing.reads_exposure)}
+        if config.rollout.ahead:
+            metrics |= {"rollout/lag": lag} | ratio_metrics(rows, outcome.rows, config)
         if self._due(config.save.rollouts_every):
             self._write_rollouts(groups, routes, rows, outcome)
         metrics |= self._observe(metrics)
@@ -222,7 +228,7 @@ class Trainer:
             metrics |= self._evaluate()
         self.run.log_groups(self.step, group_rows(groups, routes, rows, target.strength))
         self._seconds += perf_counter() - clock
-        self._log(metrics | timings(self._phases.take(), perf_counter() - clock, metrics["optim/tokens"]))
+        self._log(metrics | timings(self._phases.take() | ahead_s, perf_counter() - clock, metrics["optim/tokens"]))
         if self._due(config.save.every):
             self._save()
 
@@ -235,6 +241,19 @@ class Trainer:
             groups, routes, rows, outcome, step=self.step, renderer=parts.renderer, count=count, reached=parts.reached
         )
         self.run.write_rows("rollouts", self.step, shown)
+
+    def _groups(self) -> list[Group]:
+        """Return the groups of this step; where the recipe says so, have those of the next one sampled meanwhile."""
+        config, driver, every = self.config, self.parts.driver, self.parts.problems
+        groups = self._ahead.take(every) if self._ahead else self._rollout([every[place] for place in self._drawn()])
+        if config.rollout.ahead and self.step + 1 < config.step.num_steps:
+            chosen = self._drawn()
+            seed = derive_seed(config.seed, "sample", self.step + 1)
+            self._ahead.begin(chosen, driver.ahead([every[place] for place in chosen], config.rollout, seed=seed))
+        return groups
+
+    def _drawn(self) -> list[int]:
+        return self.parts.curriculum.next(self.config.step.problems)
 
     def _rollout(self, problems: list[Problem]) -> list[Group]:
         """Sample from the student, or take the references where the router trains on them."""
@@ -324,6 +343,7 @@ class Trainer:
             "processes": self.world.size,
             "policies": policies,
             "classes": classes_of(parts),
+            "ahead": self._ahead.state_dict(),
             **memories,
         }
         if self.world.is_main:
@@ -366,6 +386,7 @@ class Trainer:
             each.load_state_dict(state[name])
         self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._latest_eval = state["latest_eval"]
+        self._ahead.load_state_dict(state.get("ahead"))
         parts.sync(self.step)
         self.run.rewind(self.step, state["written"])
 

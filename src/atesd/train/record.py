@@ -188,8 +188,9 @@ def shades(hint: str, texts: Sequence[str], shares: Sequence[float]) -> list[tup
 def timings(phases: Mapping[str, float], seconds: float, tokens: float) -> dict[str, float]:
     """Return the step's seconds by phase, sampling speed and the peak memory."""
     taken = {**phases, "time/step_s": seconds, "memory/peak_mib": peak_memory_mib()}
-    if phases.get("time/sample_s"):
-        taken["time/tokens_per_s"] = tokens / phases["time/sample_s"]
+    sampling = phases.get("time/ahead_s") or phases.get("time/sample_s")
+    if sampling:
+        taken["time/tokens_per_s"] = tokens / sampling
     return taken
 
 

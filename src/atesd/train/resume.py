@@ -126,6 +126,7 @@ def _check_longer(source: str, config: RunConfig, was: int, now: int) -> None:
     for name, depends in (
         (f'optim.schedule = "{config.optim.schedule}"', config.optim.schedule != "constant"),
         (f'exposure.kind = "{config.exposure.kind}"', config.exposure.reads_length),
+        (f"rollout.ahead = {config.rollout.ahead}", config.rollout.ahead > 0),
     ):
         if depends:
             raise UserError(

@@ -147,7 +147,7 @@ def assemble(config: RunConfig) -> Parts:
     if config.model.quantization is None:  # else it was loaded where it trains
         model.to(accelerator.device)
     codes = with_codes(config.codes, model, config.model.path)
-    driver, renderer, task = sampling_side(config, model, tokenizer)
+    driver, renderer, task = sampling_side(config, model, tokenizer, world)
     config.rollout.engine.refuse_training(driver.sampler, config.rollout)
     driver = shared(driver, world)
     train = task.train()
@@ -335,14 +335,15 @@ def losses_of(config: RunConfig) -> Losses:
 
 
 def sampling_side(
-    config: RunConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World | None = None
 ) -> tuple[Driver, Renderer, Task]:
     """Build what sampling and grading need: all that evaluation needs, too."""
     facts = config.facts()
     renderer = make_renderer(config, tokenizer, model)
     task = config.task.build(facts)
+    engine: Any = config.rollout.engine
     driver = Driver(
-        sampler=config.rollout.engine.build(model, renderer),
+        sampler=engine.build(model, renderer, **({"team": world} if engine.meets and world is not None else {})),
         renderer=renderer,
         environment=config.env.build(facts),
         student_messages=lambda problem: student_messages(problem, config.prompt),

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, cast
 
 from atesd.config import RunConfig
-from atesd.rollout.driver import Driver
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.attempt import Attempt
+from atesd.rollout.driver import Driver, Underway
+from atesd.rollout.sampler import AheadSampler, SamplingConfig
 from atesd.train.world import World
 from atesd.types import Group, Problem, Turn, UserError
 
@@ -40,18 +41,37 @@ class SharedDriver(Driver):
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
         """Return one graded group a problem."""
-        part = self.world.share(range(len(problems)))
+        attempts, own = self._dealt(problems, sampling, seed)
+        sampler = cast("PartialSampler", self.sampler)
+        turns = sampler.sample([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
+        return self._gathered(problems, [attempts[place] for place in own], turns)
+
+    def ahead(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> Underway:
+        """Ask for the groups that `rollout` would return now, without waiting; all processes must wait for them."""
+        attempts, own = self._dealt(problems, sampling, seed)
+        sampler = cast("AheadSampler", self.sampler)
+        submitted = sampler.submit([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
+        mine = [attempts[place] for place in own]
+        return Underway(lambda: self._gathered(problems, mine, submitted.result()), submitted.drop, submitted.seconds)
+
+    def _dealt(
+        self, problems: Sequence[Problem], sampling: SamplingConfig, seed: int
+    ) -> tuple[list[Attempt], list[int]]:
+        """Return all attempts, and the places of those at this process's problems."""
         size = sampling.group_size
         asked = [problem for problem in problems for _ in range(size)]
         attempts = self._opened(asked, seed, sampling.max_new_tokens)
-        own = [place * size + number for place in part for number in range(size)]
-        sampler = cast("PartialSampler", self.sampler)
-        turns = sampler.sample([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
-        for place, turn in zip(own, turns, strict=True):
-            attempts[place].begin(turn)
-            if self._goes_on(attempts[place], turn, sampling.max_new_tokens):
+        part = self.world.share(range(len(problems)))
+        return attempts, [place * size + number for place in part for number in range(size)]
+
+    def _gathered(self, problems: Sequence[Problem], mine: Sequence[Attempt], turns: Sequence[Turn]) -> list[Group]:
+        """Grade this process's attempts, and return the groups of all."""
+        for attempt, turn in zip(mine, turns, strict=True):
+            attempt.begin(turn)
+            if self._goes_on(attempt, turn, 0):
                 raise AssertionError("environments of several turns are refused")
-        graded = self._grouped([problems[place] for place in part], [attempts[place] for place in own])
+        part = self.world.share(range(len(problems)))
+        graded = self._grouped([problems[place] for place in part], mine)
         known = self.world.gather([group.trajectories for group in graded])
         groups = [Group(problem, each) for problem, each in zip(problems, known, strict=True)]
         Driver.tell_ungradable(self, [each.reward for group in groups for each in group.trajectories])

@@ -170,8 +170,8 @@ class Stepper:
         self._target: Target = Plain()
         self._old: dict[int, Tensor] = {}
 
-    def optimize(self, rows: Sequence[Row], target: Target) -> StepOutcome:
-        """Train on the rows of one generation batch.
+    def optimize(self, rows: Sequence[Row], target: Target, *, is_on_policy: bool = True) -> StepOutcome:
+        """Train on the rows of one generation batch; `is_on_policy`: of the weights of now, as the gap rule asks.
 
         NonFiniteError stops before the weights move on a loss or gradient that is not finite, and after an update that
         leaves weights which are not.
@@ -186,7 +186,7 @@ class Stepper:
         for part, share in zip(parts, shares, strict=True):
             if part:
                 with unsteered(self._scorer.model):
-                    self._update(part, share, outcome, rows if part is parts[0] else ())
+                    self._update(part, share, outcome, rows if is_on_policy and part is parts[0] else ())
             else:
                 outcome.add("optim/empty_updates", 1)
         outcome.metrics |= stream_metrics(rows, outcome.rows)

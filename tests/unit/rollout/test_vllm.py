@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,118 @@ def test_every_version_has_a_name_and_a_folder_of_its_own_and_the_one_before_is_
     assert {name.replace(".default", "") for name in trained} == set(saved)
 
 
+def version_of(fake: FakeVllm) -> list[str]:
+    return [name.rpartition("-")[2] for name in fake.adapters]
+
+
+def test_what_is_under_way_keeps_its_adapter_and_its_version(fake: FakeVllm) -> None:
+    """Other calls come and go meanwhile; its adapter goes when it was waited for."""
+    sampler = sampler_of(fake)
+    expected = sampler.sample(PROMPTS, SAMPLING, seed=5)
+    submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
+    sampler.sample(PROMPTS[:1], SAMPLING, seed=6)
+    sampler.sync(weights(1))
+    assert {turn.weights_version for turn in sampler.sample(PROMPTS, SAMPLING, seed=5)} == {1}
+    assert version_of(fake) == ["v0", "v1"]
+    sampler.sync(weights(2))
+    assert version_of(fake) == ["v0", "v2"]
+    assert submitted.result() == expected
+    assert {turn.weights_version for turn in expected} == {0}
+    sampler.sync(weights(3))
+    assert version_of(fake) == ["v3"]
+    assert submitted.seconds() > 0
+
+
+def test_what_was_under_way_when_the_server_was_started_again_comes_of_the_same_weights(
+    fake: FakeVllm, warned: list[warnings.WarningMessage]
+) -> None:
+    """Whether the trainer has swapped in other weights meanwhile, or not."""
+    sampler = sampler_of(fake)
+    for version in (1, 2):
+        expected = sampler.sample(PROMPTS, SAMPLING, seed=5)
+        submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
+        if version == 2:
+            sampler.sync(weights(version))
+        fake.stop()
+        fake.start()
+        assert submitted.result() == expected
+        sampler.sync(weights(version))
+        assert version_of(fake) == [f"v{version}"]
+
+
+class Crowd:
+    """A team whose other processes hold what is told here."""
+
+    def __init__(self, rank: int, size: int, told: dict[int, Any]) -> None:
+        self.rank, self.size, self.told = rank, size, told
+
+    def collect(self, mine: Any) -> list[Any]:
+        self.told[self.rank] = mine
+        return [self.told.get(rank) for rank in range(self.size)]
+
+
+def test_a_process_samples_its_part_as_one_alone_would_and_leaves_adapters_to_the_first(
+    fake: FakeVllm, warned: list[warnings.WarningMessage]
+) -> None:
+    """The second process takes name and path from the first; where the server was started again it helps itself."""
+    told: dict[int, Any] = {}
+    engine = VllmEngine(url=fake.url, wait_s=60.0)
+    first, second = (VllmSampler(engine, *loaded(), Crowd(rank, 2, told)) for rank in range(2))
+    assert version_of(fake) == ["v0"]
+    for sampler in (first, second):
+        sampler.sync(weights(1))
+    assert version_of(fake) == ["v1"]
+    prompts = [[2, 13 + place // 2, 3] for place in range(6)]
+    whole = first.sample(prompts, SAMPLING, seed=5)
+    fake.asked.clear()
+    assert second.sample(prompts, SAMPLING, seed=5, part=[2, 3]) == whole[2:4]
+    assert [body["n"] for body in fake.asked] == [2]
+    assert second.sample(prompts, SAMPLING, seed=5, part=[]) == []
+    # Equal prompts of two processes' problems have one request, whose draws are those of one process alone.
+    assert second.sample(PROMPTS, SAMPLING, seed=5, part=[3]) == first.sample(PROMPTS, SAMPLING, seed=5)[3:]
+    fake.stop()
+    fake.start()
+    assert second.sample(prompts, SAMPLING, seed=5, part=[2, 3]) == whole[2:4]
+    assert first.sample(prompts, SAMPLING, seed=5, part=[0, 1]) == whole[:2]
+    for sampler in (first, second):
+        sampler.sync(weights(2))
+    assert version_of(fake) == ["v2"], "what the second process had loaded itself it unloads"
+    assert Path(fake.paths[-1]).exists()
+
+
+def test_several_servers_want_as_many_processes() -> None:
+    told: dict[int, Any] = {}
+    with FakeVllm() as one, FakeVllm() as other:
+        engine = VllmEngine(url=(one.url, other.url), wait_s=60.0)
+        assert engine.path(torch.nn.Linear(1, 1), 5) == f"the vLLM servers at {one.url}, {other.url}"
+        with pytest.raises(UserError, match=r"names 2 servers, of which each process asks one, and there are 1"):
+            engine.build(*loaded())
+        samplers = [VllmSampler(engine, *loaded(), Crowd(rank, 3, told)) for rank in range(3)]
+        for sampler in samplers:
+            sampler.sync(weights(1))
+        assert version_of(one) == version_of(other) == ["v1"]
+        for sampler in samplers:
+            assert sampler.sample(PROMPTS[:1], SAMPLING, seed=5)
+        assert (len(one.asked), len(other.asked)) == (2, 1)
+
+
+def test_what_is_given_up_is_not_asked_again(fake: FakeVllm, warned: list[warnings.WarningMessage]) -> None:
+    sampler = sampler_of(fake, concurrency=1)
+    reached = threading.Event()
+
+    def away(_: FakeVllm, __: Any) -> Any:
+        reached.set()
+        return 503, {}
+
+    fake.faults += repeated(away, 1000)
+    submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
+    assert reached.wait(timeout=60)
+    submitted.drop()
+    with pytest.raises((UserError, CancelledError)):
+        submitted.result()
+    assert len(fake.asked) <= 3
+
+
 def test_nothing_is_left_behind(fake: FakeVllm, tmp_path: Path) -> None:
     sampler = sampler_of(fake, adapters=str(tmp_path / "shared"))
     sampler.sync(weights(1))
@@ -204,6 +317,7 @@ def test_what_fails_every_time_ends_in_one_line(fault: Any, why: str, fake: Fake
     with pytest.raises(UserError, match=why) as raised:
         sampler.sample(PROMPTS[2:], SAMPLING, seed=5)
     assert "\n" not in str(raised.value)
+    assert len(fake.asked) == (1 if "refuses" in why else 3)
 
 
 def test_a_server_that_stays_away_ends_in_one_line(fake: FakeVllm, warned: list[warnings.WarningMessage]) -> None:
