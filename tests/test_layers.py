@@ -109,6 +109,7 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "world",
+        "shard",
         "batch",
         "hub",
         "tokens",
