@@ -52,59 +52,6 @@ def test_two_processes_with_half_the_weights_train_as_one(name: str, tmp_path: P
     assert_as_one(one, two)
 
 
-def watched(trainer: Trainer) -> tuple[list[str], list[str]]:
-    """Note what is gathered and what is added up from here on: the first weight of each part, without its number."""
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as within
-
-    gathers: list[str] = []
-    sums: list[str] = []
-
-    def noting(notes: list[str], original: Any) -> Any:
-        def exchange(weights: Any, *given: Any, **named: Any) -> Any:
-            notes.append("layer" if ".layers." in weights[0]._param_fqn else "root")
-            return original(weights, *given, **named)
-
-        return exchange
-
-    within.foreach_all_gather = noting(gathers, within.foreach_all_gather)
-    within.foreach_reduce = noting(sums, within.foreach_reduce)
-    return gathers, sums
-
-
-def test_the_head_is_gathered_once_an_update_and_its_gradient_added_up_once(tmp_path: Path) -> None:
-    """However many micro-batches and tiles there are; a layer is gathered for both of its passes in each."""
-
-    def count(rank: int) -> Any:
-        small = {
-            "step": {"num_steps": 1, "problems": 6, "token_budget": 1, "updates_per_batch": 2},
-            "loss": {"tile_logits": 100},
-            "teacher": {"weights": "live"},
-        }
-        trainer = begin(tmp_path / "run", TREE | SHARDED | small)
-        layers = trainer.parts.model.config.num_hidden_layers
-        gathers, sums = watched(trainer)
-        trainer.train()
-        return layers, {name: (gathers.count(name), sums.count(name)) for name in ("root", "layer")}
-
-    found = together(tmp_path / "left", 2, count)
-    layers, counts = found[0]
-    assert found[1] == found[0]
-    updates, micro_batches = 2, 3  # 12 rows, of which each of two processes reads three in each of two updates
-    assert counts["root"] == (updates, updates)
-    assert counts["layer"] == (layers * updates * (1 + 2 * micro_batches), layers * updates * micro_batches)
-
-
-def test_a_process_without_rows_helps_the_others(tmp_path: Path) -> None:
-    """Three processes, two rows: the third gathers, and adds nothing."""
-    step = {"num_steps": 2, "problems": 2, "token_budget": 1}
-    tree = TREE | SHARDED | {"step": step, "rollout": TREE["rollout"] | {"group_size": 1}}
-    one, three = tmp_path / "one", tmp_path / "three"
-    found = together(tmp_path / "left", 3, lambda rank: followed(begin(three, tree)))
-    assert found[0] == found[1] == found[2]
-    begin(one, alone(tree)).train()
-    assert_as_one(one, three)
-
-
 def test_each_process_keeps_and_writes_its_half(tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = TREE | SHARDED | {"teacher": {"weights": "ema"}, "step": {"num_steps": 1, "problems": 3}}
