@@ -98,7 +98,12 @@ def test_a_run_goes_on_bit_for_bit_or_with_another_number_and_a_warning(tmp_path
     with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
         Trainer.resume(others[1]).train()
     assert_as_one(whole, others[1])
-    together(tmp_path / "d", 3, lambda rank: Trainer.resume(others[3]).train())
+
+    def go_on(rank: int) -> Any:
+        with pytest.warns(UserWarning, match="goes on with 3 processes instead of 2"):
+            return Trainer.resume(others[3]).train()
+
+    together(tmp_path / "d", 3, go_on)
     assert_as_one(whole, others[3])
 
 

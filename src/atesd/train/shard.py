@@ -97,13 +97,13 @@ class Shards(Whole):
             part.set_force_sum_reduction_for_comms(True)
         self._root.set_reduce_scatter_unused_params(True)
         self._root._get_fsdp_state()._lazy_init()  # else the first layer that is read alone would be its own root
-        for group in self._groups:  # a state dict is asked for by one process, and of whole weights: nothing to do
-            for handles in (
-                group._module_to_pre_save_state_dict_hook_handle,
-                group._module_to_pre_load_state_dict_hook_handle,
+        for group in self._groups:  # state dicts are asked for and loaded while weights are whole: nothing to do
+            for handle in (
+                *group._module_to_pre_save_state_dict_hook_handle.values(),
+                *group._module_to_pre_load_state_dict_hook_handle.values(),
+                *(each._post_load_hook_handle for each in group.fsdp_params),
             ):
-                for handle in handles.values():
-                    handle.remove()
+                handle.remove()
         self._shares = dict(model.named_parameters())
 
     @property
