@@ -181,11 +181,12 @@ def _tensors(folder: Path, name: str, shards: Whole) -> dict[str, Tensor]:
     """Read what one process wrote, or several their shares of, however many: whole, or this process's shares."""
     paths = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
     if shards.is_sharded and len(paths) == shards.world.size:
-        return load_file(paths[shards.world.rank])
-    if not paths:
-        path = folder / f"{name}.safetensors"
-        whole = load_file(path) if path.is_file() else {}
-    else:
+        own: dict[str, Tensor] = load_file(paths[shards.world.rank])
+        return own
+    whole: dict[str, Tensor] = {}
+    if (folder / f"{name}.safetensors").is_file():
+        whole = load_file(folder / f"{name}.safetensors")
+    elif paths:
         parts = [load_file(path) for path in paths]
         whole = {
             key: torch.cat([part[key] for part in parts]) if value.dim() else value for key, value in parts[0].items()

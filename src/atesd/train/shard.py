@@ -88,8 +88,8 @@ class Shards(Whole):
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        self._root: Any = root
-        self._layers: list[Any] = layers
+        self._root = cast("Any", root)
+        self._layers = layers
         self._model = model
         self._is_whole = False
         for part in self._parts:
