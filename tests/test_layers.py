@@ -111,6 +111,7 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "world",
+        "shard",
         "batch",
         "hub",
         "tokens",

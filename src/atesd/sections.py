@@ -43,6 +43,10 @@ class ModelConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attn_implementation: str | None = None
     """Passed to transformers where set, such as eager, sdpa or flash_attention_2; the library's choice where unset."""
+    shard: bool = False
+    """Of several processes each keeps a share of the weights, their gradients and Adam's averages (FSDP2), and holds
+    all weights only while nothing is derived: docs/processes.md. One process alone has nothing to share.
+    `accelerate launch --use_fsdp --fsdp_version 2` sets it."""
     quantization: Literal["4bit"] | None = None
     """`4bit`: the base weights in 4 bits (NF4, as in QLoRA 2305.14314), under adapters; needs bitsandbytes."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import warnings
@@ -14,11 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from atesd.metrics import is_timing
-from atesd.recipe import build_config
-from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.teacher import trained_tensors
 from atesd.train.world import LostError, World
@@ -26,114 +20,10 @@ from atesd.types import Elsewhere, NonFiniteError, UserError
 
 from support.models import ragged_rows, tiny_model
 from support.processes import start, together, wait
+from support.several import RECIPES, TREE, assert_as_one, begin, followed, outcome
 from support.steppers import make_stepper
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-STEPS = 3
-TREE: dict[str, Any] = {
-    "threads": 1,
-    "task": {"kind": "pico", "train_size": 20, "probe_size": 3, "eval_size": 5},
-    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
-    "exposure": {"kind": "fixed", "ratio": 0.5},
-    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 32, "group_size": 2},
-    # Adam makes as much of a gradient that is rounding alone as of any other: eps tells them apart.
-    "optim": {"lr": 1e-3, "eps": 1e-5, "max_grad_norm": 1.0},
-    "step": {"num_steps": STEPS, "problems": 5},
-    "eval": {"every": 3, "k": 2},
-    "save": {"every": 1, "keep": 5, "rollouts_every": 1},
-}
-RECIPES: dict[str, dict[str, Any]] = {
-    # Several micro-batches a process, an update of less than a row a process, and a selection over all tokens.
-    "distil": {
-        "step": {"num_steps": STEPS, "problems": 6, "updates_per_batch": 3, "token_budget": 120},
-        "selection": {"kind": "tip", "score": "soft_or", "ratio": 0.5},
-        "gate": {"kind": "sdar", "target": "divergence"},
-        "teacher": {"weights": "ema", "ema_decay": 0.9},
-        "loss": {"aggregate": "sequence"},
-        "curriculum": {"kind": "reverse_ppl"},
-    },
-    "rl": {
-        "routing": {"kind": "rl"},
-        "rl": {"kl_coef": 0.01},
-        "rollout": {"temperature": 1.0, "top_p": 0.9, "top_k": 8, "max_new_tokens": 48, "group_size": 4},
-        "step": {"num_steps": STEPS, "problems": 4, "updates_per_batch": 2},
-        "model": {"lora": {"r": 4, "alpha": 8.0}},
-    },
-    "aligned": {
-        "exposure": {"kind": "influence", "reference": "reward", "by": "level", "hold": 1, "grid": [0.0, 0.5, 1.0]},
-        "routing": {"kind": "aligned", "every": 1, "grid": [0.0, 1.0], "margin": 1.0},
-        "gate": {"kind": "aligned"},
-        "probe": {"credit_steps": 2, "credit_problems": 4},
-    },
-    "learned": {
-        "exposure": {
-            "kind": "beta",
-            "hold": 1,
-            "look_ahead": 1,
-            "decisions_per_update": 1,
-            "progress_metric": "probe_kl",
-        },
-        "loss": {"divergence": {"kind": "sampled"}},
-        "probe": {"log_every": 1},
-    },
-}
-
-
-def begin(out: Path, tree: dict[str, Any]) -> Trainer:
-    return Trainer.start(build_config(tree), out)
-
-
-def mark(trainer: Trainer) -> str:
-    """A digest of every bit of the weights, and of what the policies remember."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(trained_tensors(trainer.parts.model).items()):
-        digest.update(name.encode() + weight.numpy().tobytes())
-    states = {name: policy.state_dict() for name, policy in trainer.parts.policies.items()}
-    digest.update(json.dumps(states, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def followed(trainer: Trainer) -> tuple[list[dict[str, Any]], list[str]]:
-    """Train and return what is logged of every step, and the mark after it."""
-    rows: list[dict[str, Any]] = []
-    marks: list[str] = []
-
-    def listen(row: dict[str, Any]) -> None:
-        rows.append({key: value for key, value in row.items() if not is_timing(key)})
-        marks.append(mark(trainer))
-
-    trainer.listener = listen
-    trainer.train()
-    return rows, marks
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "final"
-    return load_file(next(folder.glob("*model.safetensors")))
-
-
-def texts(run: Path) -> list[str]:
-    files = sorted([*(run / "rollouts").iterdir(), *(run / "eval").iterdir()])
-    return [row["completion"] for path in files for row in map(json.loads, path.read_text().splitlines())]
-
-
-def near(value: Any) -> Any:
-    return pytest.approx(value, rel=1e-5, abs=1e-5)
-
-
-def assert_as_one(one: Path, several: Path) -> None:
-    """The same run but for rounding: metrics, routes and exposure of every group, samples, weights."""
-    assert texts(several) == texts(one)
-    for logged, expected in zip(RunDir(several).metrics(), RunDir(one).metrics(), strict=True):
-        shown = {key: value for key, value in logged.items() if not is_timing(key) and key != "optim/micro_batches"}
-        assert shown == near({key: expected.get(key) for key in shown})
-        assert {*logged} == {*expected}
-    for group, expected in zip(RunDir(several).groups(), RunDir(one).groups(), strict=True):
-        assert group == {k: near(v) if isinstance(v, float) else v for k, v in expected.items()}
-    expected_weights = weights(one)
-    for name, found in weights(several).items():
-        torch.testing.assert_close(found, expected_weights[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -193,11 +83,6 @@ def test_what_is_measured_otherwise_elsewhere_is_what_the_first_measured(tmp_pat
         {k: v for k, v in row.items() if not k.startswith("probe/")} for row in first[0]
     ]
     assert second[1] == first[1]
-
-
-def outcome(run: Path) -> Any:
-    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
-    return rows, {name: value.numpy().tobytes() for name, value in weights(run).items()}, texts(run)
 
 
 def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:

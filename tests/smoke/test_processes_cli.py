@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atesd.cli.main import main
+from atesd.cli.main import app, main
 
 from support.processes import together
 
@@ -114,9 +114,10 @@ def test_a_mistake_of_one_process_is_told_by_it(tmp_path: Path, recipe: Path) ->
     assert "gone.toml" in err[1]
 
 
-def test_accelerates_launcher_trains(tmp_path: Path, recipe: Path) -> None:
-    """The documented command, as it stands."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+@pytest.mark.parametrize("how", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]])
+def test_accelerates_launcher_trains(how: list[str], tmp_path: Path, recipe: Path) -> None:
+    """The documented commands, as they stand; what sharded processes leave is a model as any other."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, "--module", "atesd", "train", str(recipe), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -124,3 +125,9 @@ def test_accelerates_launcher_trains(tmp_path: Path, recipe: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("models in ") == 1
     assert json.loads((tmp_path / "run" / "env.json").read_text())["processes"] == 2
+    is_sharded = "--use_fsdp" in how
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["shard"] is is_sharded
+    if is_sharded:
+        app(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")], standalone_mode=False)
+        app(["eval", str(tmp_path / "run")], standalone_mode=False)
+        assert next((tmp_path / "exported").glob("model*.safetensors")).stat().st_size > 0

@@ -21,6 +21,7 @@ from atesd.train.latent import CodeTraining
 from atesd.train.optim import build_optimizer
 from atesd.train.scorer import Scorer, Student
 from atesd.train.setup import losses_of, with_codes
+from atesd.train.shard import Shards, Whole
 from atesd.train.stats import StepOutcome
 from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher, Teachers
@@ -46,19 +47,28 @@ def make_stepper(
     rule: GradientRule | None = None,
     gap_rule: GapRule | None = None,
     world: World | None = None,
+    shard: bool = False,
     **sections: Any,
 ) -> tuple[Stepping, Teacher]:
-    """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher."""
+    """Return a stepper that learns by plain SGD-like AdamW at a constant rate, and its teacher.
+
+    `shard`: on shares of the weights, of which each process of `world` keeps one.
+    """
     tree: dict[str, Any] = {
         "optim": {"lr": 1e-2, "max_grad_norm": 0.0},
         "rollout": {"temperature": 1.0},
     }
     config = build_config(tree | sections)
     codes = with_codes(config.codes, model, "tiny")
-    teacher = Teacher(config.teacher, model)
+    wrapped = Student(model, config.loss)
+    shards = Shards(wrapped, model, world or World(), torch.device("cpu")) if shard else Whole(world)
+    teacher, base = Teacher(config.teacher, model), Teacher(TeacherConfig(), model)
     optimizer = build_optimizer(config.optim, model)
     accelerator = Accelerator(cpu=True, device_placement=False)  # the model stays where it is
-    student, prepared = accelerator.prepare(Student(model, config.loss), optimizer)
+    student, prepared = (
+        (wrapped, accelerator.prepare_optimizer(optimizer)) if shard else accelerator.prepare(wrapped, optimizer)
+    )
+    shards.gather()
     scorer = Scorer(
         model,
         pad_id=PAD,
@@ -67,11 +77,12 @@ def make_stepper(
         token_budget=config.step.token_budget,
         checkpointing=config.model.gradient_checkpointing,
         student=student,
+        shards=shards,
     )
     stepper = Stepping(
         accelerator=accelerator,
         scorer=scorer,
-        teachers=Teachers(teacher, Teacher(TeacherConfig(), model)),
+        teachers=Teachers(teacher, base, shards),
         optimizer=prepared,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0),
         gate=gate or config.gate,
@@ -84,6 +95,7 @@ def make_stepper(
         gap_rule=gap_rule,
         codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
         world=world,
+        shards=shards,
     )
     stepper.default = config.target
     return stepper, teacher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from atesd.tasks.flows import FlowTask, FlowTaskMethod
 from atesd.train.model import set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.setup import Parts
+from atesd.train.shard import Whole
 from atesd.train.teacher import Teacher
 from atesd.types import Policy, UserError
 
@@ -44,6 +45,7 @@ class FlowParts:
     credit: FlowCredit
     measurer: FlowMeasurer
     tokenizer: None = None
+    shards: Whole = field(default_factory=Whole)
 
     @property
     def policies(self) -> dict[str, Policy]:

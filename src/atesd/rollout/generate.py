@@ -49,6 +49,7 @@ def generating(
                 attention_mask=(torch.arange(width) >= start_B1).long().to(model.device),
                 generation_config=_settings(sampling, eos_ids, pad_id),
                 logits_processor=LogitsProcessorList([recorder]),
+                synced_gpus=False,  # else sharded models would be read until the last process is done
             )
         logprobs_BT = recorder.finish(sequences_BL).tolist()
         completions = list(zip(sequences_BL[:, width:].tolist(), logprobs_BT, strict=True))

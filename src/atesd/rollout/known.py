@@ -86,8 +86,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _matters(hook: Any) -> bool:
-    """Whether a hook may change outputs: those of transformers record them or let gradients through."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    """Whether a hook may change outputs: those of transformers record them or let gradients through, FSDP's gather."""
+    return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed.fsdp."))
 
 
 def distance(model: Any, prompt: Sequence[int]) -> float | None:

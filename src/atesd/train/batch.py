@@ -133,11 +133,16 @@ class ViewInput:
         return whole_NX if self.order_N is None else whole_NX.index_select(0, self.order_N)
 
 
-def view_input(passages: Sequence[Passage], pad_id: int, device: torch.device, budget: int | None = None) -> ViewInput:
+def view_input(
+    passages: Sequence[Passage], pad_id: int, device: torch.device, budget: int | None = None, *, together: bool = False
+) -> ViewInput:
     """Build the passes over a batch, each of at most `budget` padded positions, or of one passage.
 
-    Passages with a veil go through the model apart: the others are to be what they are without any.
+    Passages with a veil go through the model apart: the others are to be what they are without any. `together`: one
+    pass over all, none of which has a veil.
     """
+    if together:
+        return ViewInput((_pass(passages, range(len(passages)), pad_id, device),), None)
     overhead = PASS_POSITIONS if device.type == "cpu" else PASS_POSITIONS_ON_GPU
     alike = [[index for index, each in enumerate(passages) if (each.veil is None) == plain] for plain in (True, False)]
     members = [

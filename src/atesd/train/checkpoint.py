@@ -2,7 +2,8 @@
 
     step_000100/  config.json model.safetensors tokenizer...   loads with `from_pretrained` (adapters: with peft)
                   codes.safetensors                             latent codes, where the model has some
-                  optimizer.safetensors  teacher.safetensors    tensors by parameter name
+                  optimizer.safetensors  teacher.safetensors    tensors by parameter name; of sharded weights each
+                                                                process writes its shares, optimizer-00001-of-00002...
                   state.json                                    everything else
                   manifest.json                                 size and digest of every file
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
 from atesd.runlog import dump_json, step_name
 from atesd.seals import MANIFEST, seal_files
+from atesd.train.shard import Whole, local, piece, shared_as
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -75,20 +77,38 @@ def save_checkpoint(
     teacher: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    shards: Whole | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the latest `keep`. Earlier ones stay intact if this fails."""
+    """Write the checkpoint of `step` and remove all but the latest `keep`. Earlier ones stay intact if this fails.
+
+    Of several processes the first writes it; with `shards` all take part, each with files of its own.
+    """
+    shards = shards or Whole()
+    world = shards.world
     folder = checkpoints / step_name(step)
-    partial = _fresh_partial(folder)
+    if not (world.is_main or shards.is_sharded):
+        return folder
+    partial = _fresh_partial(folder) if world.is_main else _partial_of(folder)
     try:
-        _write_model(partial, model, tokenizer)
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        if shards.is_sharded:
+            world.barrier()
+        save_file(_optimizer_tensors(model, optimizer), partial / f"optimizer{shards.mark}.safetensors")
         if teacher:
-            save_file({name: value.contiguous() for name, value in teacher.items()}, partial / "teacher.safetensors")
+            save_file(
+                {name: local(value).contiguous() for name, value in teacher.items()},
+                partial / f"teacher{shards.mark}.safetensors",
+            )
+        if shards.is_sharded:
+            world.barrier()
+        if not world.is_main:
+            return folder
+        _write_model(partial, model, tokenizer)
         (partial / "state.json").write_text(dump_json(state), encoding="utf-8")
         _seal(partial)
         _replace(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in find_checkpoints(checkpoints)[:-keep]:
         shutil.rmtree(old)
@@ -137,21 +157,43 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         raise UserError(f"checkpoint {folder} does not fit the model of config.json: it was written by another run")
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's moments, parameter by parameter name."""
-    tensors = load_file(folder / "optimizer.safetensors")
+def load_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards: Whole | None = None
+) -> None:
+    """Restore the optimizer's moments, parameter by parameter name, or this process's shares of them."""
+    tensors = _tensors(folder, "optimizer", shards or Whole())
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    trained = optimizer.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
-        state.setdefault(names.index(name), {})[slot] = value
+        index = names.index(name)
+        state.setdefault(index, {})[slot] = shared_as(trained[index], value) if value.dim() else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_teacher(folder: Path) -> dict[str, Tensor]:
-    """Return the teacher's tensors; none for teachers that need no checkpoint."""
-    path = folder / "teacher.safetensors"
-    return load_file(path) if path.is_file() else {}
+def load_teacher(folder: Path, shards: Whole | None = None) -> dict[str, Tensor]:
+    """Return the teacher's tensors, or this process's shares; none for teachers that need no checkpoint."""
+    return _tensors(folder, "teacher", shards or Whole())
+
+
+def _tensors(folder: Path, name: str, shards: Whole) -> dict[str, Tensor]:
+    """Read what one process wrote, or several their shares of, however many: whole, or this process's shares."""
+    paths = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+    if shards.is_sharded and len(paths) == shards.world.size:
+        own: dict[str, Tensor] = load_file(paths[shards.world.rank])
+        return own
+    whole: dict[str, Tensor] = {}
+    if (folder / f"{name}.safetensors").is_file():
+        whole = load_file(folder / f"{name}.safetensors")
+    elif paths:
+        parts = [load_file(path) for path in paths]
+        whole = {
+            key: torch.cat([part[key] for part in parts]) if value.dim() else value for key, value in parts[0].items()
+        }
+    if not shards.is_sharded:
+        return whole
+    return {key: piece(value, shards.world) if value.dim() else value for key, value in whole.items()}
 
 
 def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -172,7 +214,7 @@ def write_weights(folder: Path, model: nn.Module) -> None:
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     return {
-        f"{names[index]}/{slot}": value.contiguous()
+        f"{names[index]}/{slot}": local(value).contiguous()
         for index, slots in optimizer.state_dict()["state"].items()
         for slot, value in slots.items()
     }
@@ -190,10 +232,14 @@ def _seal(folder: Path) -> None:
 
 
 def _fresh_partial(folder: Path) -> Path:
-    partial = folder.with_name(folder.name + _PARTIAL)
+    partial = _partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + _PARTIAL)
 
 
 def _replace(partial: Path, folder: Path) -> None:

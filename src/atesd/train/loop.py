@@ -42,11 +42,12 @@ from atesd.train.resume import (
 )
 from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
+from atesd.train.share import decide_shard
 from atesd.train.stats import StepOutcome
 from atesd.train.teacher import trained_tensors
 from atesd.train.track import Trackers, refuse_missing
 from atesd.train.world import World, fingerprint
-from atesd.types import Group, Measurement, Observation, Problem
+from atesd.types import Group, Measurement, Observation, Problem, UserError
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -111,6 +112,7 @@ class Trainer:
             directory.check_free(out)
             world.barrier()
             refuse_missing(config.track)
+            config = decide_shard(config)
             model = world.agreed(decide_dtype(config, say).model)  # "auto" looks at what is fast here
             config = config.model_copy(update={"model": model})
             if before is not None:
@@ -151,6 +153,11 @@ class Trainer:
                     restore_interrupted(out / name)
                 found = newest_whole(run)
                 config = resumed_config(run, found[1]["config"] if found else None, overrides)
+            if decide_shard(config) != config:
+                raise UserError(
+                    f"accelerate was launched with --use_fsdp, but {out} was begun without sharded weights "
+                    "(model.shard = false) and cannot change it under way: launch without it"
+                )
             if before is not None:
                 before(config)
             refuse_missing(config.track)
@@ -346,24 +353,25 @@ class Trainer:
             "ahead": self._ahead.state_dict(),
             **memories,
         }
-        if self.world.is_main:
-            save_checkpoint(
-                self.run.checkpoints,
-                self.step,
-                model=parts.model,
-                tokenizer=parts.tokenizer,
-                optimizer=parts.optimizer,
-                teacher=parts.teacher.tensors(),
-                state=state,
-                keep=self.config.save.keep,
-            )
+        save_checkpoint(
+            self.run.checkpoints,
+            self.step,
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            optimizer=parts.optimizer,
+            teacher=parts.teacher.tensors(),
+            state=state,
+            keep=self.config.save.keep,
+            shards=parts.shards,
+        )
         self.world.barrier()
 
     def _refuse_drift(self, *states: Mapping[str, Any]) -> None:
         """UserError where processes no longer hold the same weights and decisions; one alone has nothing to compare."""
         if self.world.size == 1:
             return
-        tensors = {**trained_tensors(self.parts.model), **self.parts.teacher.tensors()}
+        own = {} if self.parts.shards.is_sharded else self.parts.teacher.tensors()
+        tensors = {**trained_tensors(self.parts.model), **own}
         self.world.refuse_difference(
             f"come to other weights or decisions by step {self.step}, which is not saved",
             fingerprint(tensors, dump_json(states)),
@@ -377,8 +385,9 @@ class Trainer:
         refuse_other_parts(self.run.path, classes_of(parts), state.get("classes", {}))
         warn_of_processes(self.world.size, state.get("processes", 1))
         load_weights(folder, parts.model)
-        load_optimizer(folder, parts.model, parts.optimizer)
-        parts.teacher.load_tensors(load_teacher(folder))
+        parts.shards.absorb()
+        load_optimizer(folder, parts.model, parts.optimizer, parts.shards)
+        parts.teacher.load_tensors(load_teacher(folder, parts.shards))
         parts.set_schedule(state["scheduler"])
         for name, policy in parts.policies.items():
             policy.load_state_dict(state["policies"][name])

@@ -18,6 +18,7 @@ retention             loss of the retention gates before an update of theirs (tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,11 @@ from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.probe import Probe
 from atesd.train.retention import Learning
+from atesd.train.teacher import Teachers
 from atesd.types import ContractPoint, Measurement, Problem, Reading, UserError
+
+_OF_THE_STUDENT = {"probe_nll", "probe_accuracy", "reference_nll"}
+"""Measurements that no teacher's weights are needed for."""
 
 
 class Taker(NamedTuple):
@@ -48,8 +53,10 @@ class Measurer:
         credit: Credit,
         training: Sequence[Problem],
         gates: Learning | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self._probe = probe
+        self._teachers = teachers
         likelihood = probe.teacher_log_likelihood
         self._table = {
             "influence": Taker(credit.influence, "credit"),
@@ -90,12 +97,14 @@ class Measurer:
         self._check(ratios)
         self._probe.forget()
         found: dict[Measurement, Reading] = {}
-        for kind, taker in self._table.items():
-            asked = ratios.get(kind, [])
-            if asked:
-                with phases.phase(taker.phase):
-                    readings = taker.take([1.0 if each.ratio is None else each.ratio for each in asked])
-                found |= {each: value for each, value in zip(asked, readings, strict=True) if value is not None}
+        reads_teacher = bool(ratios.keys() - _OF_THE_STUDENT)
+        with self._teachers.held() if self._teachers and reads_teacher else nullcontext():
+            for kind, taker in self._table.items():
+                asked = ratios.get(kind, [])
+                if asked:
+                    with phases.phase(taker.phase):
+                        readings = taker.take([1.0 if each.ratio is None else each.ratio for each in asked])
+                    found |= {each: value for each, value in zip(asked, readings, strict=True) if value is not None}
         self._probe.forget()
         return found
 

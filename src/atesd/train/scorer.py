@@ -25,6 +25,7 @@ from atesd.losses.divergence import (
 from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
 from atesd.train.heads import Head, decoder, head
+from atesd.train.shard import Whole
 from atesd.train.teacher import Teacher
 from atesd.train.veils import Veils
 from atesd.train.world import World
@@ -73,7 +74,8 @@ class Scorer:
 
     `temperature` is that of sampling; `loss` may give each role its own. `student` is the model as wrapped for
     training; without it the model itself stands in, which is enough for scoring. `veils` hide tokens where passages
-    ask for it. `world` are the processes that share out what is averaged.
+    ask for it. `world` are the processes that share out what is averaged. Where `shards` are derived, a micro-batch is
+    one pass, which gathers every layer once.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class Scorer:
         student: nn.Module | None = None,
         veils: Veils | None = None,
         world: World | None = None,
+        shards: Whole | None = None,
     ) -> None:
         self.model = model
         self.world = world or World()
+        self._shards = shards or Whole(self.world)
         self.veils = veils
         self.loss = loss
         self.token_budget = token_budget
@@ -152,7 +156,13 @@ class Scorer:
         return hidden_states(self.model, self._input(passages), self.veils)
 
     def _input(self, passages: Sequence[Passage]) -> ViewInput:
-        return view_input(passages, self.pad_id, self.device, self.token_budget)
+        together = self._shards.is_deriving
+        return view_input(passages, self.pad_id, self.device, self.token_budget, together=together)
+
+    def nothing(self) -> Tensor:
+        """Return 0, made of a training pass over one token: no weight is without gradient, and none of it counts."""
+        token = Passage((self.pad_id,), (self.pad_id,))
+        return 0 * self.streams([token], use=Use(loss=False, logprob=True)).logprob_N.sum()
 
     def view(self, passages: Sequence[Passage], weights: Teacher) -> Scored:
         """Return what a teacher view makes of the passages, without gradient, to be kept beyond its weights."""

@@ -47,7 +47,8 @@ from atesd.train.probe import Probe
 from atesd.train.retention import Learning
 from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer, Student
-from atesd.train.share import refuse_unshared, shared
+from atesd.train.shard import Shards, Whole
+from atesd.train.share import refuse_uncredited, refuse_unshared, shared
 from atesd.train.step import Losses, Stepper
 from atesd.train.teacher import Teacher, Teachers, trained_tensors
 from atesd.train.veils import Veils, veils_for
@@ -82,11 +83,14 @@ class Parts:
     probe: Probe
     credit: Credit
     measurer: Measurer
+    shards: Whole
     veils: Veils | None = None
     _asked: dict[str, Policy] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._asked = {"revealer": self.revealer, "rule": self.rule}
+        if self.shards.is_sharded:
+            refuse_uncredited(self.policies, self.shards.world)
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -144,7 +148,8 @@ def assemble(config: RunConfig) -> Parts:
     refuse_unshared(config, world)
     accelerator = Accelerator()
     model, tokenizer = load(config.model, derive_seed(config.seed, "lora"), config.prompt.chat_template)
-    if config.model.quantization is None:  # else it was loaded where it trains
+    is_sharded = config.model.shard and world.size > 1
+    if config.model.quantization is None and not is_sharded:  # else it is loaded, or cut, where it trains
         model.to(accelerator.device)
     codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer, world)
@@ -172,14 +177,17 @@ def assemble(config: RunConfig) -> Parts:
     if driver.room is not None:
         driver = replace(driver, room=driver.room - hints.surplus([*problems, *sets["probe"]]))
 
+    wrapped = Student(model, config.loss)
+    shards = Shards(wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
     teacher = Teacher(config.teacher, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
-    teachers = Teachers(teacher, base)
+    teachers = Teachers(teacher, base, shards)
     updates = config.step.num_steps * config.step.updates_per_batch
-    student, optimizer = _prepared(accelerator, Student(model, config.loss), build_optimizer(config.optim, model))
+    student, optimizer = _prepared(accelerator, wrapped, build_optimizer(config.optim, model), shards)
+    shards.gather()
     scheduler = build_schedule(config.optim, optimizer, updates)
     veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
-    scorer = make_scorer(config, model, renderer, student, veils, world)
+    scorer = make_scorer(config, model, renderer, student, veils, shards)
     outcomes = Outcomes(config.probe.credit_steps)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
@@ -194,6 +202,7 @@ def assemble(config: RunConfig) -> Parts:
     stepper = Stepper(
         accelerator=accelerator,
         world=world,
+        shards=shards,
         scorer=scorer,
         teachers=teachers,
         optimizer=optimizer,
@@ -257,13 +266,18 @@ def assemble(config: RunConfig) -> Parts:
         rule=rule,
         probe=probe,
         credit=credit,
-        measurer=Measurer(probe, contract, credit, problems, gates),
+        measurer=Measurer(probe, contract, credit, problems, gates, teachers),
+        shards=shards,
         veils=veils,
     )
 
 
-def _prepared(accelerator: Accelerator, student: Student, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+def _prepared(
+    accelerator: Accelerator, student: Student, optimizer: torch.optim.Optimizer, shards: Whole
+) -> tuple[nn.Module, Any]:
     """Hand student and optimizer to accelerate, but not to DDP, which would take means where sums are wanted."""
+    if shards.is_sharded:
+        return student, accelerator.prepare_optimizer(optimizer)
     if accelerator.num_processes == 1:
         return cast("tuple[nn.Module, Any]", accelerator.prepare(student, optimizer))
     return accelerator.prepare_model(student, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
@@ -305,7 +319,7 @@ def make_scorer(
     renderer: Renderer,
     student: nn.Module | None = None,
     veils: Veils | None = None,
-    world: World | None = None,
+    shards: Whole | None = None,
 ) -> Scorer:
     """Return the recipe's scorer of a model."""
     return Scorer(
@@ -317,7 +331,8 @@ def make_scorer(
         checkpointing=config.model.gradient_checkpointing,
         student=student,
         veils=veils,
-        world=world,
+        world=None if shards is None else shards.world,
+        shards=shards,
     )
 
 

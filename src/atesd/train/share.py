@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, cast
 
 from atesd.config import RunConfig
+from atesd.gradients.rule import AllGradients
 from atesd.rollout.attempt import Attempt
 from atesd.rollout.driver import Driver, Underway
 from atesd.rollout.sampler import AheadSampler, SamplingConfig
 from atesd.train.world import World
-from atesd.types import Group, Problem, Turn, UserError
+from atesd.types import Group, Policy, Problem, Turn, UserError
+
+_IGNORED = (
+    ("FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params", ""),
+    (
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        "--fsdp_activation_checkpointing",
+        ", and set model.gradient_checkpointing = true",
+    ),
+)
+"""What accelerate would do beside sharding, by the variable that asks for it."""
 
 
 class PartialSampler(Protocol):
@@ -90,12 +101,11 @@ def shared(driver: Driver, world: World) -> Driver:
 
 def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, str] = os.environ) -> None:
     """UserError for what several processes cannot do yet, or where they were given different recipes."""
-    for switch, option in (("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")):
-        if environment.get(switch, "false").lower() in {"true", "1"}:
-            raise UserError(
-                f"accelerate's {option} shards the model, which atesd does not do: launch without it (every process "
-                "then holds all weights), and train adapters, model.lora = {}, where they do not fit"
-            )
+    if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate's --use_deepspeed shards the model in a way that atesd does not: launch with --use_fsdp "
+            "--fsdp_version 2 instead, or set model.shard = true"
+        )
     if world.size == 1:
         return
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -110,6 +120,46 @@ def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, s
                 f"{what} cannot be used with {world.size} processes yet: {remedy}, or start one (atesd train)"
             )
     world.refuse_difference("different recipes", config.model_dump_json(), "start all with the same command")
+
+
+def refuse_uncredited(policies: Mapping[str, Policy], world: World) -> None:
+    """UserError where a policy that has seen nothing yet asks, or will ask, for credit of sharded weights."""
+    for name, policy in policies.items():
+        asked = [each.kind for step in (0, 1) for each in policy.wants(step)]
+        found = next((kind for kind in asked if "influence" in kind or kind.startswith("virtual")), None)
+        if found is not None:
+            raise UserError(
+                f"the {name} asks for {found}, which compares gradients of whole weights, and model.shard = true cuts "
+                f"them among {world.size} processes: remove model.shard, or choose another {name}"
+            )
+
+
+def decide_shard(config: RunConfig, environment: MutableMapping[str, str] = os.environ) -> RunConfig:
+    """Return the recipe with `model.shard` where accelerate was launched with --use_fsdp, which is then forgotten.
+
+    UserError for another version than FSDP2, and for options of it that would be ignored.
+    """
+    if not _says(environment, "ACCELERATE_USE_FSDP"):
+        return config
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"accelerate's --use_fsdp with --fsdp_version {version} is not supported: give --fsdp_version 2, or launch "
+            "without both and set model.shard = true"
+        )
+    for switch, option, remedy in _IGNORED:
+        if _says(environment, switch):
+            raise UserError(f"accelerate's {option} true is not supported: leave it out{remedy}")
+    if environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in {"true", "full_shard"}:
+        raise UserError(
+            "accelerate's --fsdp_reshard_after_forward false is not supported: leave it out, or set it to true"
+        )
+    del environment["ACCELERATE_USE_FSDP"]  # else accelerate would wrap what it is given once more
+    return config.model_copy(update={"model": config.model.model_copy(update={"shard": True})})
+
+
+def _says(environment: Mapping[str, str], switch: str) -> bool:
+    return environment.get(switch, "false").lower() in {"true", "1"}
 
 
 def refuse_several(world: World, what: str) -> None:
@@ -135,5 +185,15 @@ def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
             f'rollout.engine.kind = "{section.rollout.engine.kind}"',
             'set rollout.engine = {kind = "hf"}',
         ),
+        (
+            config.model.shard and section.rollout.engine.kind != "hf",
+            f'rollout.engine.kind = "{section.rollout.engine.kind}" with model.shard',
+            'remove model.shard, or set rollout.engine = {kind = "hf"}',
+        ),
         (config.model.quantization is not None, "model.quantization", "remove it"),
+        (
+            config.model.shard and type(config.gradient) is not AllGradients,
+            f'gradient.kind = "{config.gradient.kind}" with model.shard',
+            'set gradient = {kind = "none"}, or remove model.shard',
+        ),
     ]

@@ -15,9 +15,9 @@ pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_s
 from atesd.train.gap import GapRule
 from atesd.train.latent import CodeTraining
 from atesd.train.scorer import Scorer
+from atesd.train.shard import Whole
 from atesd.train.stats import (
     Listening,
     MicroScores,
@@ -103,6 +104,18 @@ class MicroBatch:
         return selection_N * self.spread([row.weight for row in self.rows], selection_N.device)
 
 
+class Task(NamedTuple):
+    """A micro-batch, and what is known of it before the student's pass with gradient."""
+
+    batch: MicroBatch
+    active: Sequence[str]
+    """The components that move something."""
+    selection_N: Tensor
+    views: Sequence[Scored]
+    reference_N: Tensor | None
+    """Log-probabilities under the step-0 weights; None where nothing asks for them."""
+
+
 def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Add up the components of micro-batches."""
     total: dict[str, float] = {}
@@ -151,6 +164,7 @@ class Stepper:
         gap_rule: GapRule | None = None,
         codes: CodeTraining | None = None,
         world: World | None = None,
+        shards: Whole | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._scorer = scorer
@@ -162,6 +176,7 @@ class Stepper:
         self._rule = rule
         self._losses = losses
         self._world = world or World()
+        self._shards = shards or Whole(self._world)
         self._updates_per_batch = updates_per_batch
         self._max_grad_norm = max_grad_norm or math.inf
         self._seed = seed
@@ -203,19 +218,26 @@ class Stepper:
         rows while the weights are still those that sampled them.
         """
         outcome.add("optim/micro_batches", sum(self._world.collect(len(batches))))
-        selections = self._select(part, batches)
-        counts = self._counts(batches, selections)
+        with self._teachers.held():
+            selections = self._select(part, batches)
+            counts = self._counts(batches, selections)
+            tasks = self._tasks(batches, selections, counts)
+            if self._shards.is_sharded:  # all of it before the weights are derived
+                tasks = iter(list(tasks))
         own: list[MicroScores] = []
         read: list[MicroBatch] = []
-        for batch, selection_N in zip(batches, selections, strict=True):
-            active = [name for name in batch.components if counts.get(name)]
-            if not active:
-                continue
-            with self._rule.attached(self._scorer.model):
-                scored = self._score(batch, active, sent(selection_N, self._scorer.device), counts)
-                self._accelerator.backward(combine(scored.parts))
-            own.append(scored.detached())
-            read.append(batch)
+        size = sum(any(counts.get(name) for name in batch.components) for batch in batches)
+        with self._shards.deriving(size) as passes:
+            for is_own in passes:
+                if not is_own:
+                    self._accelerator.backward(self._scorer.nothing())
+                    continue
+                task = next(tasks)
+                with self._rule.attached(self._scorer.model):
+                    scored = self._score(task, counts)
+                    self._accelerator.backward(combine(scored.parts))
+                own.append(scored.detached())
+                read.append(task.batch)
         own = fetched(own) if own else []
         every = self._world.pool([batch.taken(scored).light() for batch, scored in zip(read, own, strict=True)])
         for each in every:
@@ -231,11 +253,19 @@ class Stepper:
         else:
             outcome.add("optim/empty_updates", 1)
 
-    def _score(
-        self, batch: MicroBatch, active: Sequence[str], selection_N: Tensor, counts: Mapping[str, float]
-    ) -> MicroScores:
+    def _tasks(
+        self, batches: Sequence[MicroBatch], selections: Sequence[Tensor], counts: Mapping[str, float]
+    ) -> Iterator[Task]:
+        """Yield micro-batches that move something, with what other weights than the student's make of them."""
+        for batch, selection_N in zip(batches, selections, strict=True):
+            active = [name for name in batch.components if counts.get(name)]
+            if active:
+                reference_N = self._reference(batch) if "rl" in active else None
+                yield Task(batch, active, sent(selection_N, self._scorer.device), self._views(batch), reference_N)
+
+    def _score(self, task: Task, counts: Mapping[str, float]) -> MicroScores:
         """Run a micro-batch and weigh its tokens in every active component."""
-        views = self._views(batch)
+        batch, active, selection_N, views, reference_N = task
         streams = self._streams(batch, views, self._use(batch, active, selection_N))
         outcome_N = batch.outcomes(selection_N.device)
         streams = replace(streams, stats=told(streams.stats, outcome_N))
@@ -250,7 +280,8 @@ class Stepper:
             if self._codes is not None:
                 self._steer(self._codes, batch, views, streams, scored)
         if "rl" in active:
-            scored.policy = policy_values(streams.logprob_N, self._policy_tokens(batch, streams), self._losses.policy)
+            tokens = self._policy_tokens(batch, streams, reference_N)
+            scored.policy = policy_values(streams.logprob_N, tokens, self._losses.policy)
             scored.parts["rl"] = self._component("rl", batch, scored.policy.loss_N, every_N, every_N, counts)
         if "nll" in active:
             scored.parts["nll"] = self._component("nll", batch, -streams.logprob_N, every_N, every_N, counts)
@@ -318,10 +349,11 @@ class Stepper:
             outcome.metrics |= found
         total = sum(losses.values())
         model = self._scorer.model
-        self._world.sum_gradients([weight for weight in model.parameters() if weight.requires_grad])
+        self._shards.add_up(model)
         self._rule.apply(model)
-        norm = float(self._accelerator.clip_grad_norm_(model.parameters(), self._max_grad_norm))
+        norm = self._shards.clip(self._accelerator, model, self._max_grad_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
+            self._shards.gather()
             scales = Scales(self._target, self._losses.coefs)
             causes = filter(None, self._world.collect(cause(model, own, scales)))
             why = next(causes, None) or cause_in_gradient(model, taken, scales)
@@ -335,6 +367,7 @@ class Stepper:
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
+        self._shards.gather()
         self._rule.mend(model)
         refuse_broken_weights(model)
         self._teachers.own.update()
@@ -378,21 +411,24 @@ class Stepper:
         sampled_N = sent(torch.tensor(sampled).to(now_N.dtype), now_N.device)
         return (old_N - sampled_N[rows]).exp().clamp(max=self._losses.corrects)
 
-    def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams) -> PolicyTokens:
+    def _reference(self, batch: MicroBatch) -> Tensor | None:
+        """Score the completions under the step-0 weights, where the reinforcement branch asks for it."""
+        if not self._losses.policy.kl_coef:
+            return None
+        with self._teachers.of("base").in_place():
+            return self._logprobs(batch)
+
+    def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams, reference_N: Tensor | None) -> PolicyTokens:
         """Collect what the reinforcement branch reads."""
         device = streams.logprob_N.device
         now_N = streams.logprob_N.detach()
         old_N = torch.cat([self._old[index] for index in batch.indices]).to(now_N.dtype) if self._old else now_N
         sampled = [value for row in batch.rows for value in row.sampler_logprobs]
-        reference_N = None
-        if self._losses.policy.kl_coef:
-            with self._teachers.of("base").in_place():
-                reference_N = self._logprobs(batch).to(now_N.dtype)
         return PolicyTokens(
             advantage_N=batch.spread([row.advantage for row in batch.rows], device).to(now_N.dtype),
             old_logprob_N=old_N,
             sampler_logprob_N=sent(torch.tensor(sampled, dtype=now_N.dtype), device),
-            reference_logprob_N=reference_N,
+            reference_logprob_N=None if reference_N is None else reference_N.to(now_N.dtype),
             teacher_logprob_N=streams.stats.teacher_logprob.to(now_N.dtype) if batch.distils else None,
             sequence_N=batch.numbering(device),
         )

@@ -2,13 +2,14 @@
 
 Only weights that train can differ between the roles, so a teacher is a set of values for those weights, put in place
 for the duration of its forward pass. With LoRA the frozen teacher is the adapter switched off: no second copy.
+Where the student's weights are sharded, the teacher's are too, and whole only while they are held (`Teachers.held`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from atesd.codes.model import unsteered
 from atesd.losses.target import View
 from atesd.sections import TeacherConfig
+from atesd.train.shard import Whole, gathered, local
 from atesd.types import UserError
 
 
@@ -34,6 +36,9 @@ class Teacher:
         self._weights: dict[str, Tensor] = {}
         if config.weights != "live" and not self._adapter_off:
             self._weights = {name: weight.detach().clone() for name, weight in _trainable(model)}
+        self._shares = {name: weight for name, weight in _trainable(model) if local(weight) is not weight}
+        """The student's weights where they are sharded, which the model does not show while they are whole."""
+        self._held: dict[str, Tensor] = {}
 
     @property
     def frozen(self) -> bool:
@@ -49,8 +54,9 @@ class Teacher:
                     yield
                 return
             own = {name: weight.data for name, weight in _trainable(self._model)} if self._weights else {}
+            assert self._held or not (self._weights and self._shares), "the teacher's shares were not gathered"
             try:
-                self._put(self._weights)
+                self._put(self._held or self._weights)
                 yield
             finally:
                 self._put(own)
@@ -60,19 +66,28 @@ class Teacher:
         if self._kind != "ema":
             return
         with torch.no_grad():
-            for name, weight in _trainable(self._model):
-                self._weights[name].lerp_(weight.detach(), 1 - self._decay)
+            for name, weight in self._shares.items() or _trainable(self._model):
+                local(self._weights[name]).lerp_(local(weight.detach()), 1 - self._decay)
+
+    def gather(self) -> None:
+        """Put shares together, until `release`."""
+        if self._shares:
+            self._held = {name: gathered(share) for name, share in self._weights.items()}
+
+    def release(self) -> None:
+        """Keep this process's share alone."""
+        self._held = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold: the average; the frozen weights come from the model's source."""
         return self._weights if self._kind == "ema" else {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `tensors`. UserError unless they are the same weights."""
+        """Restore `tensors`, or this process's shares of them. UserError unless they are the same weights."""
         if set(tensors) != set(self.tensors()):
             raise UserError("the checkpoint holds other teacher weights than this run's: it was written by another run")
         for name, value in tensors.items():
-            self._weights[name].copy_(value)
+            local(self._weights[name]).copy_(value)
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in _trainable(self._model):
@@ -86,6 +101,20 @@ class Teachers:
 
     own: Teacher
     base: Teacher | None
+    shards: Whole = field(default_factory=Whole)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the weights of all teachers whole inside, in every process; nothing to do where they are not sharded."""
+        every = dict.fromkeys(teacher for teacher in (self.own, self.base) if teacher is not None)
+        with self.shards.exchanging():
+            for teacher in every:
+                teacher.gather()
+        try:
+            yield
+        finally:
+            for teacher in every:
+                teacher.release()
 
     def of(self, view: View) -> Teacher:
         """Return the weights of a view."""

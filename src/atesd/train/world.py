@@ -12,7 +12,7 @@ besides gradients goes over CPU memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -142,6 +142,19 @@ class World:
                 for each, part in zip(bucket, flat.split_with_sizes([each.numel() for each in bucket]), strict=True):
                     each.copy_(part.view_as(each))
 
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Let all processes exchange tensors among themselves inside, by the default group and in the same order.
+
+        A process that fails in there cannot tell the others, which notice that it is gone.
+        """
+        if self.size == 1:
+            yield
+            return
+        self.barrier()
+        with self._exchange(only=_of_the_network):
+            yield
+
     def refuse_difference(self, what: str, mine: str, remedy: str) -> None:
         """UserError, which says that two processes have `what`, unless all hold the same text."""
         other = next((rank for rank, theirs in enumerate(self.collect(mine)) if theirs != mine), None)
@@ -201,7 +214,7 @@ class World:
         return bool(count.item())
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _exchange(self, only: Callable[[Exception], bool] = lambda _: True) -> Iterator[None]:
         """Tell of a process that is gone in the words of the tool. An error in here cannot be told to the others."""
         self._inside = True
         try:
@@ -209,6 +222,8 @@ class World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if not only(error):
+                raise
             raise LostError(
                 "another process of this run is gone, or could not be reached: see its own output; the run goes on "
                 "from its last checkpoint with --resume"
@@ -234,6 +249,11 @@ def _join() -> World:
             f"{size} processes were launched, but accelerate joins none of them here: start one (atesd train)"
         )
     return World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Tell an exchange that broke off from errors of what is computed beside it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _on_cpu(held: dict[int, Any]) -> dict[int, Any]:

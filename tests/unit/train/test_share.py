@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,25 @@ from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
 from atesd.train.model import load
 from atesd.train.setup import sampling_side
-from atesd.train.share import refuse_unshared, shared
+from atesd.train.share import decide_shard, refuse_uncredited, refuse_unshared, shared
 from atesd.train.world import World
-from atesd.types import UserError
+from atesd.types import Measurement, Stateless, UserError
 
 PICO: dict[str, Any] = {
     "threads": 1,
     "task": {"kind": "pico", "train_size": 5, "probe_size": 1, "eval_size": 1},
     "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
 }
+
+
+class Asking(Stateless):
+    """A policy that asks for one thing in every step."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        self._measurement = measurement
+
+    def wants(self, step: int) -> list[Measurement]:
+        return [self._measurement]
 
 
 class Deaf(World):
@@ -125,6 +136,10 @@ class Agreeing(World):
         ({"codes": {}}, "[codes]"),
         ({"task": {"kind": "doors"}, "env": {"kind": "doors"}}, "env.kind"),
         ({"model": {"lora": {}, "quantization": "4bit"}}, "model.quantization"),
+        (
+            {"model": {"lora": {}, "shard": True}, "rollout": {"engine": {"kind": "vllm"}}},
+            'rollout.engine.kind = "vllm" with model.shard',
+        ),
     ],
 )
 def test_what_is_not_shared_yet_is_refused_with_the_remedy(change: dict[str, Any], words: str) -> None:
@@ -145,13 +160,59 @@ def test_an_engine_elsewhere_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(
-    ("name", "words"), [("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")]
-)
-def test_sharded_models_are_refused(name: str, words: str, size: int) -> None:
+def test_deepspeed_is_refused(size: int) -> None:
+    name = "ACCELERATE_USE_DEEPSPEED"
     refuse_unshared(build_config(PICO), Agreeing(0, size), {name: "false"})
-    with pytest.raises(UserError, match=f"accelerate's {words} shards the model"):
+    with pytest.raises(UserError, match="--use_deepspeed shards the model in a way that atesd does not"):
         refuse_unshared(build_config(PICO), Agreeing(0, size), {name: "true"})
+
+
+def test_accelerates_fsdp2_is_the_recipes_setting_and_forgotten() -> None:
+    config = build_config(PICO)
+    for environment in ({}, {"ACCELERATE_USE_FSDP": "false"}):
+        assert decide_shard(config, environment) == config
+    # What accelerate's launcher sets for --use_fsdp --fsdp_version 2 and nothing else.
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "full_shard",
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    }
+    expected = build_config(PICO | {"model": {"shard": True}})
+    assert decide_shard(config, environment) == expected
+    assert "ACCELERATE_USE_FSDP" not in environment
+    assert decide_shard(expected, {**environment, "ACCELERATE_USE_FSDP": "true"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"FSDP_VERSION": "1"}, "give --fsdp_version 2, or launch without both and set model.shard = true"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true is not supported: leave it out"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "and set model.gradient_checkpointing = true"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "--fsdp_reshard_after_forward false is not supported"),
+    ],
+)
+def test_options_of_fsdp_that_would_be_ignored_are_refused(change: dict[str, str], words: str) -> None:
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **change}
+    with pytest.raises(UserError, match=re.escape(words)):
+        decide_shard(build_config(PICO), environment)
+
+
+def test_a_gradient_rule_over_shares_is_refused() -> None:
+    config = build_config(PICO | {"model": {"shard": True}})
+    rule = type("Rule", (type(config.gradient),), {})()
+    with pytest.raises(UserError, match=r"gradient\.kind = .* with model\.shard cannot be used with 2 processes yet"):
+        refuse_unshared(config.model_copy(update={"gradient": rule}), Agreeing(0, 2), {})
+    refuse_unshared(config, Agreeing(0, 2), {})
+
+
+def test_credit_of_shares_is_refused_by_the_part_that_asks_for_it() -> None:
+    policies = {"controller": Asking(Measurement("probe_nll")), "router": Asking(Measurement("virtual_nll", 0.5))}
+    with pytest.raises(UserError, match=r"the router asks for virtual_nll, .* remove model\.shard"):
+        refuse_uncredited(policies, World(0, 2))
+    refuse_uncredited({"controller": policies["controller"]}, World(0, 2))
 
 
 def test_a_launchers_precision_is_refused() -> None:

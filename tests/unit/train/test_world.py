@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from atesd.launch import launched
 from atesd.train import world as module
-from atesd.train.world import World, fingerprint
+from atesd.train.world import LostError, World, fingerprint
 from atesd.types import Elsewhere, UserError
 
 from support.processes import together
@@ -78,6 +79,27 @@ def test_three_processes_exchange_what_one_alone_has(tmp_path: Path) -> None:
         "x",
         True,
     )
+
+
+@forks
+def test_what_breaks_beside_a_joint_exchange_is_no_lost_process(tmp_path: Path) -> None:
+    """Process 1 fails in its own computation and says so; 0 finds that it is gone."""
+
+    def ends(rank: int) -> float:
+        world = World.join()
+        with world.joined():
+            dist.all_reduce(torch.ones(1))
+        with world.sound(), world.joined():
+            if rank:
+                raise RuntimeError("shapes do not match")
+            dist.all_reduce(torch.ones(1))
+        return 0.0
+
+    found = together(tmp_path, 2, ends)
+    assert [type(each) for each in found] == [LostError, RuntimeError]
+    assert str(found[1]) == "shapes do not match"
+    with World().joined():
+        pass  # one alone waits for nobody
 
 
 @forks
