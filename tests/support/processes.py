@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from atesd.train import world
@@ -43,6 +44,7 @@ def _fork(folder: Path, size: int, rank: int, port: int, action: Callable[[int],
             "LOCAL_RANK": str(rank),
             "OMP_NUM_THREADS": "1",
         }
+        torch.set_num_threads(1)  # those that this process had are not here, and would be waited for
         AcceleratorState._reset_state(reset_partial_state=True)
         world._join.cache_clear()
         result: Any
