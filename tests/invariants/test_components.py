@@ -154,8 +154,8 @@ def test_later_updates_of_a_batch_know_the_weights_it_began_with() -> None:
     stepper, _ = make_stepper(tiny_model(), **RL, step={"problems": 6, "updates_per_batch": 2})
     original = stepper._policy_tokens
 
-    def watch(batch: Any, streams: Any) -> Any:
-        tokens = original(batch, streams)
+    def watch(batch: Any, streams: Any, reference: Any) -> Any:
+        tokens = original(batch, streams, reference)
         seen.append(float((streams.logprob_N.detach() - tokens.old_logprob_N).abs().max()))
         sampler = torch.tensor([value for row in batch.rows for value in row.sampler_logprobs])
         torch.testing.assert_close(tokens.old_logprob_N, sampler, atol=1e-5, rtol=0)
