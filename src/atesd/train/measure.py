@@ -46,6 +46,9 @@ class Taker(NamedTuple):
 class Measurer:
     """Takes measurements by kind."""
 
+    _teachers: Teachers | None = None
+    """Whose weights are held meanwhile; None where nothing has to be held."""
+
     def __init__(
         self,
         probe: Probe,
