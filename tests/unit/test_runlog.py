@@ -271,7 +271,12 @@ def test_a_run_is_complete_once_it_has_a_result(run: RunDir) -> None:
 
 
 def test_only_seconds_and_memory_differ_between_two_runs() -> None:
-    assert {key for key in METRICS if is_timing(key)} == {"time/{}_s", "time/tokens_per_s", "memory/peak_mib"}
+    assert {key for key in METRICS if is_timing(key)} == {
+        "time/{}_s",
+        "time/ahead_s",
+        "time/tokens_per_s",
+        "memory/peak_mib",
+    }
     assert is_timing("time/sample_s")
     assert not is_timing("reward/timeouts")
     assert not is_timing("measure/time/x")
