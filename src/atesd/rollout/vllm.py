@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from atesd.rollout.render import Renderer
@@ -44,6 +44,13 @@ class VllmEngine(EngineMethod):
     samples_ahead: ClassVar[bool] = True
     samples_parts: ClassVar[bool] = True
     meets: ClassVar[bool] = True
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _is_named(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError('a list of no server: name one, such as "http://127.0.0.1:8000"')
+        return value
 
     @property
     def urls(self) -> tuple[str, ...]:

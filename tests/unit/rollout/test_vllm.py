@@ -609,6 +609,11 @@ def test_an_address_is_one_of_http(url: str) -> None:
         VllmEngine(url=url)
 
 
+def test_a_list_of_no_address_says_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r'a list of no server: name one, such as "http://127\.0\.0\.1:8000"'):
+        VllmEngine.model_validate({"url": []})
+
+
 def test_a_recipe_chooses_it_by_kind() -> None:
     config = RunConfig.model_validate({"rollout": {"engine": {"kind": "vllm", "max_lag": 2}}})
     assert config.rollout.engine == VllmEngine(max_lag=2)
