@@ -2,8 +2,8 @@
 #
 #   docker build -t atesd .                                   # CPU
 #   docker build -t atesd:cuda --build-arg DEVICE=cuda .      # CUDA: torch's own wheels; the host brings the driver
-#   docker run --rm -v "$PWD/runs:/work/runs" atesd train pico --out runs/pico
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" -v "$HOME/.cache/huggingface:/cache" atesd:cuda \
+#   docker run --rm -v "$PWD/runs:/home/atesd/runs" atesd train pico --out runs/pico
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/home/atesd/runs" -v "$HOME/.cache/huggingface:/cache" atesd:cuda \
 #     train qwen3-1.7b-opsd --out runs/opsd
 #
 # A vLLM server has an environment of its own (vllm/vllm-openai is an image of it): docs/topology.md.
@@ -29,8 +29,8 @@ COPY recipes recipes
 COPY src src
 RUN pip install -c constraints.txt ".[tensorboard,gym,smollm2]"
 
-RUN useradd --create-home atesd && mkdir -p /work/runs /cache && chown -R atesd /work /cache
+RUN useradd --create-home atesd && mkdir -p /home/atesd/runs /cache && chown -R atesd /home/atesd/runs /cache
 USER atesd
-WORKDIR /work
+WORKDIR /home/atesd
 ENTRYPOINT ["atesd"]
 CMD ["--help"]
