@@ -18,7 +18,7 @@ from atesd.train.teacher import trained_tensors
 from atesd.types import UserError
 
 from support.fake_vllm import FakeVllm
-from support.vllm_runs import TREE, outcome, started
+from support.vllm_runs import TREE, killed_in_step_2, outcome, started
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the vLLM server at:UserWarning"),
@@ -128,17 +128,7 @@ def test_a_run_goes_on_bit_for_bit_with_what_was_under_way(watched: Any, tmp_pat
 def test_a_server_that_is_killed_meanwhile_and_started_again_loses_nothing(watched: Any, tmp_path: Path) -> None:
     with FakeVllm() as fake:
         trainer = started(fake, tmp_path / "run", AHEAD)
-
-        def killed(server: FakeVllm, _: Any) -> str:
-            server.adapters.clear()
-            server._models.clear()
-            return "reset"
-
-        def listen(row: dict[str, Any]) -> None:
-            if row["step"] == 1:
-                fake.faults += [lambda _, answer: answer, killed]
-
-        trainer.listener = listen
+        killed_in_step_2(fake, trainer)
         trainer.train()
         loaded = [path.rpartition("-v")[2] for path in fake.paths]
         assert sorted(loaded) == ["0", "1", "1", "2", "3"]

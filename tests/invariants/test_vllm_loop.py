@@ -12,7 +12,7 @@ from atesd.train.loop import Trainer
 from atesd.types import UserError
 
 from support.fake_vllm import PICO, FakeVllm, sends
-from support.vllm_runs import TREE, outcome, started
+from support.vllm_runs import TREE, killed_in_step_2, outcome, started
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the vLLM server at:UserWarning"),
@@ -52,17 +52,7 @@ def test_what_the_server_sampled_is_what_the_trainer_scores(undisturbed: Any) ->
 def test_a_server_that_is_killed_in_a_step_and_started_again_loses_nothing(undisturbed: Any, tmp_path: Path) -> None:
     with FakeVllm() as fake:
         trainer = started(fake, tmp_path / "run")
-
-        def killed(server: FakeVllm, _: Any) -> str:
-            server.adapters.clear()
-            server._models.clear()
-            return "reset"
-
-        def listen(row: dict[str, Any]) -> None:
-            if row["step"] == 1:
-                fake.faults += [lambda _, answer: answer, killed]
-
-        trainer.listener = listen
+        killed_in_step_2(fake, trainer)
         trainer.train()
         assert [path.rpartition("-v")[2] for path in fake.paths] == ["0", "1", "1", "2", "3"]
     assert outcome(tmp_path / "run") == undisturbed

@@ -39,3 +39,18 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes], dict[str
     adapter = load_file(run / "final" / "adapter_model.safetensors")
     texts = {path.name: path.read_bytes() for folder in ("eval", "rollouts") for path in (run / folder).iterdir()}
     return rows, {name: value.numpy().tobytes() for name, value in adapter.items()}, texts
+
+
+def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> None:
+    """Have the server reset the second connection after step 1, and forget every adapter."""
+
+    def killed(server: FakeVllm, _: Any) -> str:
+        server.adapters.clear()
+        server._models.clear()
+        return "reset"
+
+    def listen(row: dict[str, Any]) -> None:
+        if row["step"] == 1:
+            fake.faults += [lambda _, answer: answer, killed]
+
+    trainer.listener = listen
