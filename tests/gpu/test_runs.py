@@ -6,32 +6,18 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from atesd.metrics import is_timing
 from atesd.recipe import build_config
-from atesd.runlog import RunDir
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.loop import Trainer
 from atesd.train.model import bfloat16_speed, choose_dtype
 
+from support.adapter_runs import TREE, finished
+
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*LoRA.*:UserWarning")]
-TREE: dict[str, Any] = {
-    "threads": 1,
-    "model": {"path": "pico", "dtype": "auto", "lora": {"r": 4, "alpha": 8}},
-    "task": {"kind": "pico", "train_size": 12, "probe_size": 2, "eval_size": 2},
-    "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
-    "exposure": {"kind": "beta", "hold": 1, "look_ahead": 1},
-    "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24},
-    "optim": {"lr": 1e-3},
-    "step": {"num_steps": 3, "problems": 4},
-    "eval": {"every": 3, "k": 1},
-    "save": {"every": 1, "keep": 3},
-}
 
 
 def test_auto_takes_what_the_device_computes_in(device: torch.device, say: Callable[[str], None]) -> None:
@@ -44,11 +30,6 @@ def test_auto_takes_what_the_device_computes_in(device: torch.device, say: Calla
         assert dtype == ("bfloat16" if has_it else "float32")
     else:
         assert bfloat16_speed() > 0
-
-
-def finished(run: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
-    return rows, load_file(run / "final" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
