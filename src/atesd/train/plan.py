@@ -122,7 +122,7 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
     student, teacher = _rows(config, lengths)
     views = len(config.target.views) if config.routing.distils else 0
     sequences = config.step.problems * config.rollout.group_size
-    budget = max(1, config.step.token_budget // max(teacher if views else student, 1))
+    budget = max(1, config.step.token_budget // max(student, 1))  # the update is cut by what the student reads
     rows = min(budget, -(-sequences // config.step.updates_per_batch))
     always = {"libraries": device.context, "weights": shape.weights, **_copies(config, shape)}
     always["optimizer"] = 2 * shape.trained_bytes
@@ -243,13 +243,14 @@ def _update(
     widened = min(WIDENED, shape.vocabulary) if shape.element < 4 and not device.is_gpu else 0
     sums = 4.0 * shape.hidden * (tokens + shape.vocabulary * shape.trains_head + widened)
     scored = float((1 + views) * tokens * shape.hidden * shape.element)
-    meanwhile = rows * (2 * shape.width + 4 * shape.hidden) * shape.element
+    position = (2 * shape.width + 4 * shape.hidden) * shape.element
+    taught = min(rows * teacher, max(config.step.token_budget, teacher))  # a pass of its own budget
     several = rows * config.step.updates_per_batch < config.step.problems * config.rollout.group_size
     gradients = {"gradients": shape.trained_bytes * several}
     moments = (
-        {**gradients, "teacher's pass": float(meanwhile * teacher) + scored},
+        {**gradients, "teacher's pass": float(position * taught) + scored},
         {**gradients, "activations": kept + scored, "tiles of logits": tiles + sums},
-        {**gradients, "activations": kept + scored, "one layer": layer + meanwhile * student},
+        {**gradients, "activations": kept + scored, "one layer": layer + position * rows * student},
         {"gradients": shape.trained_bytes, "AdamW": shape.trained_bytes * device.is_gpu},  # a temporary list of tensors
     )
     return max(moments, key=lambda moment: sum(moment.values()))
@@ -384,8 +385,7 @@ def _written(chosen: dict[str, str]) -> tuple[str, ...]:
 
 
 def _next(config: RunConfig, plan: Plan, lengths: Lengths) -> dict[str, str] | None:
-    model, (student, teacher) = config.model, _rows(config, lengths)
-    longest = teacher if config.routing.distils else student
+    model, (student, _) = config.model, _rows(config, lengths)
     if plan.worst != "update":
         batch, row = config.rollout.batch_tokens, student + 1
         if plan.worst == "evaluation":
@@ -394,7 +394,7 @@ def _next(config: RunConfig, plan: Plan, lengths: Lengths) -> dict[str, str] | N
         if rows > 1:
             return {"rollout.batch_tokens": str(rows // 2 * row)}
     elif plan.rows > 1:
-        return {"step.token_budget": str(plan.rows // 2 * longest)}
+        return {"step.token_budget": str(plan.rows // 2 * student)}
     elif not model.gradient_checkpointing:
         return {"model.gradient_checkpointing": "true"}
     if model.lora is None:

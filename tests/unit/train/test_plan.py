@@ -11,6 +11,7 @@ from transformers import Qwen3Config
 
 from atesd.config import RunConfig
 from atesd.recipe import build_config, load_config, with_overrides
+from atesd.train.batch import micro_batches
 from atesd.train.plan import DEVICES, GIB, Device, Lengths, activations, lower_until_it_fits, make_plan, skeleton
 from atesd.types import UserError
 
@@ -239,6 +240,33 @@ def test_seconds_of_several_calls_views_and_decoding_bound_by_operations_by_hand
     assert mixed.seconds["update"] == one.seconds["update"]
 
 
+@pytest.mark.parametrize("routing", ["distil", "sft"])
+def test_a_micro_batch_has_the_rows_that_an_update_cuts(routing: str, tmp_path: Path) -> None:
+    config = recipe(
+        write_config(tmp_path),
+        step={"problems": 12, "token_budget": 200},
+        rollout={"max_new_tokens": 30},
+        routing={"kind": routing},
+    )
+    student = 10 + 30 - 1
+    cut = next(micro_batches([student] * 12, 200))
+    assert make_plan(config, ROOM, Lengths(10, 20)).rows == len(cut) == 5
+
+
+def test_a_teachers_pass_is_bounded_by_the_budget_or_one_row(tmp_path: Path) -> None:
+    """Three widest and hidden states a position (2 x 16 + 4 x 8 numbers) of 4 bytes; 8,000-entry tiles are dwarfed."""
+
+    def taught(budget: int, solution: int) -> float:
+        sections = {"step": {"problems": 4, "token_budget": budget}, "rollout": {"max_new_tokens": 30}}
+        plan = make_plan(recipe(write_config(tmp_path), **sections), ROOM, Lengths(10, solution))
+        return plan.phases["update"]["teacher's pass"]
+
+    scored = 2 * 30 * 8 * 4  # a row's hidden states of both roles
+    assert taught(4 * 39, 100_000) == 64 * 4 * 100_039 + 4 * scored
+    assert taught(300_000, 100_000) == 64 * 4 * 300_000 + 4 * scored
+    assert taught(1_000_000, 100_000) == 64 * 4 * 4 * 100_039 + 4 * scored
+
+
 def test_what_is_lowered_first_and_to_what(tmp_path: Path) -> None:
     def first(**sections: Any) -> str:
         config = recipe(write_config(tmp_path), eval={"problems": 1, "k": 1} | sections.pop("eval", {}), **sections)
@@ -246,8 +274,8 @@ def test_what_is_lowered_first_and_to_what(tmp_path: Path) -> None:
         return lower_until_it_fits(config, ROOM, Lengths(10, 20), peak - 1).overrides[0]
 
     rollout = {"max_new_tokens": 30}
-    # Half of 8 rows, each of 10 + 30 - 1 + 20 positions as the teacher reads it; 39 where nobody teaches.
-    assert first(step={"problems": 8}, rollout=rollout) == f"step.token_budget={4 * 59}"
+    # Half of 8 rows, each of 10 + 30 - 1 positions: the update is cut by what the student reads, whoever teaches.
+    assert first(step={"problems": 8}, rollout=rollout) == f"step.token_budget={4 * 39}"
     assert first(step={"problems": 8}, rollout=rollout, routing={"kind": "sft"}) == f"step.token_budget={4 * 39}"
     assert first(step={"problems": 1}, rollout=rollout) == "model.gradient_checkpointing=true"
     # Half of 6000 // (10 + 50) rows of evaluation.
