@@ -45,10 +45,10 @@ TINY: dict[str, Any] = {
     "head_dim": 32,
 }
 SCORED = {"cuda": (37_984, 1024, 4096, 2**24, torch.bfloat16), "cpu": (2048, 32, 128, 2**14, torch.float32)}
-# One micro-batch: a plan counts rows of several by the teacher's length, the update by the student's.
+# On a GPU one micro-batch, on a CPU two.
 STEP = {
     "cuda": (16, 256, Lengths(prompt=128, solution=384), 12_800),
-    "cpu": (8, 40, Lengths(prompt=24, solution=72), 1200),
+    "cpu": (8, 40, Lengths(prompt=24, solution=72), 300),
 }
 
 
