@@ -31,7 +31,7 @@ UPDATE = 3
 @pytest.fixture(scope="module")
 def counts() -> dict[str, dict[str, Any]]:
     """Run every recipe in one process, which alone is told of a GPU."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "support.counted", json.dumps(ASKED)],
         capture_output=True,
