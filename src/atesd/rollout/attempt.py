@@ -23,6 +23,8 @@ class Attempt:
 
     episode: Episode
     prompt: list[int] = field(default_factory=list)
+    reference: Sequence[int] = ()
+    """What the student might write: ids of the solution, or of all of an expert's replies."""
     turns: list[Turn] = field(default_factory=list)
     opening: str = ""
     said: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Sampling in a loop of our own: the next token from the best candidates, and rows that have ended leave the batch.
 
-B rows, T sampled positions, C candidates in falling order, V vocabulary.
+B rows, P positions of a pass, N = B P, T sampled positions, C candidates in falling order, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atesd.codes.steer import Codes
+from atesd.rollout.guess import Guesses
 from atesd.rollout.llama import Decoder
 from atesd.rollout.sampler import SamplingConfig
 from atesd.rollout.weights import why_no_distribution
@@ -21,8 +22,9 @@ from atesd.types import NonFiniteError
 
 Completion = tuple[list[int], list[float]]
 """Sampled ids and their log-probabilities."""
-Complete = Callable[[Sequence[Sequence[int]], Sequence[int] | None], list[Completion]]
-"""Completes prompts, or those at some places among them with what is drawn when all are."""
+Complete = Callable[[Sequence[Sequence[int]], Sequence[int] | None, Sequence[Sequence[int]]], list[Completion]]
+"""Completes prompts, or those at some places among them with what is drawn when all are; reference solutions of all
+prompts, where they are known, may be used to guess, and change no sample."""
 
 # Rows are dropped once no more than this share of the batch goes on: the cache is then copied.
 _STILL_GOING = 0.85
@@ -35,108 +37,167 @@ _FIRST_CANDIDATES = 64
 
 @contextmanager
 def decoding(
-    model: Any, sampling: SamplingConfig, *, eos_ids: Collection[int], seed: int, codes: Codes | None = None
+    model: Any,
+    sampling: SamplingConfig,
+    *,
+    eos_ids: Collection[int],
+    seed: int,
+    codes: Codes | None = None,
+    guess: int = 0,
 ) -> Iterator[Complete]:
     """Yield what completes one batch of prompts after the other, on the weights as they stand now.
 
     The draws come from one generator of their own, a number for every prompt and position: they are the same whichever
-    rows have ended. A completion ends with the first of `eos_ids`; `codes` steer it. NonFiniteError where the logits
-    leave no distribution.
+    rows have ended and whatever is guessed, up to `guess` tokens of a reference at once. A completion ends with the
+    first of `eos_ids`; `codes` steer it, and nothing is guessed under them. NonFiniteError where the logits leave no
+    distribution.
     """
-    generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(model, codes)
-    ends = sent(torch.tensor(list(eos_ids)), model.device)
-    look_every = _LOOK_EVERY.get(model.device.type, 1)
+    yield _Loop(model, sampling, eos_ids, seed, codes, guess).complete
 
-    def complete(prompts: Sequence[Sequence[int]], part: Sequence[int] | None = None) -> list[Completion]:
-        uniform_TB = torch.rand(sampling.max_new_tokens, len(prompts), generator=generator)
+
+class _Loop:
+    """The weights, the draws and the settings of some calls."""
+
+    def __init__(
+        self,
+        model: Any,
+        sampling: SamplingConfig,
+        eos_ids: Collection[int],
+        seed: int,
+        codes: Codes | None,
+        guess: int,
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._generator = torch.Generator().manual_seed(seed)
+        self._decoder = Decoder(model, codes)
+        self._eos_ids = set(eos_ids)
+        self._ends = sent(torch.tensor(list(eos_ids)), model.device)
+        self._look_every = _LOOK_EVERY.get(model.device.type, 1)
+        self._guess = guess if codes is None else 0
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        part: Sequence[int] | None = None,
+        references: Sequence[Sequence[int]] = (),
+    ) -> list[Completion]:
+        """Complete one batch of prompts."""
+        uniform_TB = torch.rand(self._sampling.max_new_tokens, len(prompts), generator=self._generator)
         if part is not None:
             prompts, uniform_TB = [prompts[place] for place in part], uniform_TB[:, list(part)]
+            references = references and [references[place] for place in part]
         if not prompts:
             return []
-        uniform_TB = sent(uniform_TB, model.device)
-        found = walk(prompts, uniform_TB, []) if look_every > 1 else None
+        if not self._guess or not any(references):
+            references = ()
+        uniform_BT = sent(uniform_TB.T.contiguous(), self._model.device)
+        found = self._walk(prompts, references, uniform_BT, []) if self._look_every > 1 else None
         if found is None:
-            found = walk(prompts, uniform_TB, None)
+            found = self._walk(prompts, references, uniform_BT, None)
             assert found is not None, "a walk that reads has all candidates"
         return found
 
-    def walk(
-        prompts: Sequence[Sequence[int]], uniform_TB: Tensor, unread: list[Tensor] | None
+    def _walk(
+        self,
+        prompts: Sequence[Sequence[int]],
+        references: Sequence[Sequence[int]],
+        uniform_BT: Tensor,
+        unread: list[Tensor] | None,
     ) -> list[Completion] | None:
         """Sample all positions. With `unread` nothing is read between two looks; None if candidates were too few."""
-        logits_BV, cache = decoder.read(prompts, sampling.max_new_tokens)
-        rows = list(range(len(prompts)))  # the prompt of each row, here and there
-        rows_B = torch.arange(len(prompts), device=model.device)
-        ended_B = torch.zeros_like(rows_B, dtype=torch.bool)
-        sampled: list[tuple[list[int], Tensor, Tensor]] = []
-        for place, uniform_B in enumerate(uniform_TB):
-            tokens_B, logprobs_B, is_sound = _pick(logits_BV, sampling, uniform_B[rows_B], unread)
-            sampled.append((rows, tokens_B, logprobs_B))
-            ended_B = ended_B | torch.isin(tokens_B, ends)
-            is_last = place + 1 == sampling.max_new_tokens
-            if is_last or (place + 1) % look_every == 0:  # the only time that anything is waited for
+        device, longest, ahead = uniform_BT.device, uniform_BT.shape[1], self._guess if references else 0
+        logits_BV, cache = self._decoder.read(prompts, longest + ahead, is_ragged=ahead > 0)
+        guesses = Guesses(references, ahead, logits_BV) if ahead else None
+        page = _Page(len(prompts), longest + ahead + 1, device)
+        rows_B = torch.arange(len(prompts), device=device)  # the prompt of each row
+        done_B, ended_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B, dtype=torch.bool)
+        logits_BPV = logits_BV[:, None]
+        for passes in range(1, longest + 1):
+            places_BP = done_B[:, None] + torch.arange(logits_BPV.shape[1], device=device)
+            uniform_BP = uniform_BT[rows_B[:, None], places_BP.clamp(max=longest - 1)]
+            tokens_BP, logprobs_BP, is_sound = _pick(logits_BPV, self._sampling, uniform_BP, unread)
+            page.write(rows_B, places_BP, tokens_BP, logprobs_BP)
+            right_B = torch.zeros_like(rows_B) if guesses is None else guesses.take(tokens_BP, ended_B)
+            is_end_BP = torch.isin(tokens_BP, self._ends) & (places_BP <= (done_B + right_B)[:, None])
+            last_B = tokens_BP.gather(1, right_B[:, None])[:, 0]
+            done_B = (done_B + right_B + 1).clamp(max=longest).where(~ended_B, done_B)
+            ended_B = ended_B | is_end_BP.any(1) | (done_B == longest)
+            if passes == longest or passes % self._look_every == 0:  # the only time that anything is waited for
                 flags = torch.stack((is_sound, *(unread or ())))
-                *has_ended, is_sound_now, had_all = torch.cat((ended_B, is_sound[None], flags.all()[None])).tolist()
+                tally = done_B[:0] if guesses is None else torch.stack((done_B.max(), *guesses.tallied()))
+                seen = torch.cat((ended_B, is_sound[None], flags.all()[None], tally)).tolist()
+                has_ended, (is_sound_now, had_all, *tallied) = seen[: len(rows_B)], seen[len(rows_B) :]
                 if not is_sound_now:
-                    raise NonFiniteError(why_no_distribution(model, logits_BV.float(), sampling.temperature or 1.0))
+                    logits_NV = logits_BPV.flatten(0, 1).float()
+                    raise NonFiniteError(why_no_distribution(self._model, logits_NV, self._sampling.temperature or 1.0))
                 if not had_all:
                     return None
                 if unread:
                     unread.clear()
                 going = [slot for slot, done in enumerate(has_ended) if not done]
-                if not going or is_last:
+                if not going:
                     break
+                if guesses is not None:
+                    cache.filled = cache.width + tallied[0] - 1  # the last token of a row is not in it yet
+                    guesses.hear(*tallied[1:])
                 if len(going) <= _STILL_GOING * len(has_ended):
-                    slots = sent(torch.tensor(going), model.device)
-                    rows = [rows[slot] for slot in going]
+                    slots = sent(torch.tensor(going), device)
+                    rows_B, last_B, done_B, ended_B = rows_B[slots], last_B[slots], done_B[slots], ended_B[slots]
                     cache.keep(slots)
-                    rows_B, tokens_B, ended_B = rows_B[slots], tokens_B[slots], ended_B[slots]
-            logits_BV = decoder.step(tokens_B, cache)
-        return _by_row(sampled, len(prompts), set(eos_ids))
+                    if guesses is not None:
+                        guesses.keep(slots)
+            if guesses is None:
+                logits_BPV = self._decoder.step(last_B, cache)[:, None]
+            else:
+                logits_BPV = self._decoder.try_on(torch.cat((last_B[:, None], guesses.next()), 1), done_B - 1, cache)
+        return page.completions(longest, self._eos_ids)
 
-    yield complete
 
+class _Page:
+    """Tokens and log-probabilities of all prompts, by place; what is written behind a row's end is of no meaning."""
 
-def _by_row(
-    sampled: Sequence[tuple[list[int], Tensor, Tensor]], count: int, eos_ids: Collection[int]
-) -> list[Completion]:
-    """Sort tokens and log-probabilities of all positions by prompt, each up to its first end token.
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self._tokens_BT = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self._logprobs_BT = torch.zeros(rows, width, device=device)
 
-    Both come in one transfer, the log-probabilities as the bits of their float32.
-    """
-    completions: list[Completion] = [([], []) for _ in range(count)]
-    rows, tokens_of, logprobs_of = zip(*sampled, strict=True)
-    both = torch.stack((torch.cat(tokens_of).to(torch.int32), torch.cat(logprobs_of).view(torch.int32))).cpu()
-    columns = (row for each in rows for row in each), both[0].tolist(), both[1].view(torch.float32).tolist()
-    for row, token, logprob in zip(*columns, strict=True):
-        tokens, logprobs = completions[row]
-        if not tokens or tokens[-1] not in eos_ids:
-            tokens.append(token)
-            logprobs.append(logprob)
-    return completions
+    def write(self, rows_B: Tensor, places_BP: Tensor, tokens_BP: Tensor, logprobs_BP: Tensor) -> None:
+        """Write what was sampled, perhaps over what was tried."""
+        self._tokens_BT[rows_B[:, None], places_BP] = tokens_BP.to(torch.int32)
+        self._logprobs_BT[rows_B[:, None], places_BP] = logprobs_BP
+
+    def completions(self, longest: int, eos_ids: Collection[int]) -> list[Completion]:
+        """Return all rows, each up to its first end token; read in one transfer, log-probabilities as their bits."""
+        both = torch.stack((self._tokens_BT, self._logprobs_BT.view(torch.int32)))[..., :longest].cpu()
+        found = []
+        for tokens, logprobs in zip(both[0].tolist(), both[1].view(torch.float32).tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(tokens) if token in eos_ids), longest)
+            found.append((tokens[:end], logprobs[:end]))
+        return found
 
 
 def _pick(
-    logits_BV: Tensor, sampling: SamplingConfig, uniform_B: Tensor, unread: list[Tensor] | None
+    logits_BPV: Tensor, sampling: SamplingConfig, uniform_BP: Tensor, unread: list[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens [B], their log-probabilities [B] under the tempered, untruncated distribution, and if all is sound.
+    """Return tokens [B, P], their log-probabilities [B, P] under the tempered, untruncated distribution, and if all is
+    sound.
 
     Where it is not, tokens mean nothing, but are of the vocabulary.
     """
-    scores_BV = logits_BV.float()
+    scores_NV = logits_BPV.flatten(0, 1).float()
     if sampling.temperature not in (0.0, 1.0):
-        scores_BV = scores_BV / sampling.temperature
-    peak_B1 = scores_BV.amax(-1, keepdim=True)
-    weights_BV = (scores_BV - peak_B1).exp_()
-    mass_B1 = weights_BV.sum(-1, keepdim=True)
+        scores_NV = scores_NV / sampling.temperature
+    peak_N1 = scores_NV.amax(-1, keepdim=True)
+    weights_NV = (scores_NV - peak_N1).exp_()
+    mass_N1 = weights_NV.sum(-1, keepdim=True)
     if sampling.temperature:
-        tokens_B1 = draw(weights_BV, sampling, uniform_B[:, None], unread).clamp_(max=scores_BV.shape[-1] - 1)
+        uniform_N1 = uniform_BP.reshape(-1, 1)
+        tokens_N1 = draw(weights_NV, sampling, uniform_N1, unread).clamp_(max=scores_NV.shape[-1] - 1)
     else:
-        tokens_B1 = scores_BV.argmax(-1, keepdim=True)
-    logprobs_B1 = scores_BV.gather(-1, tokens_B1) - peak_B1 - mass_B1.log()
+        tokens_N1 = scores_NV.argmax(-1, keepdim=True)
+    logprobs_N1 = scores_NV.gather(-1, tokens_N1) - peak_N1 - mass_N1.log()
     # One NaN or +inf makes a whole row NaN; entries of probability 0 are allowed.
-    return tokens_B1[:, 0], logprobs_B1[:, 0], mass_B1.isfinite().all()
+    return tokens_N1.view_as(uniform_BP), logprobs_N1.view_as(uniform_BP), mass_N1.isfinite().all()
 
 
 def draw(

@@ -76,6 +76,8 @@ class Driver:
     """Most tokens of a conversation and the reply that follows it; an attempt that would need more is over."""
     of_teacher: bool = False
     """Whether prompts are rendered as the teacher's."""
+    guesses: bool = False
+    """Whether the sampler takes references."""
     warned: list[str] = field(default_factory=list, repr=False)
     """What the user was told already; a copy of the driver shares it."""
 
@@ -93,6 +95,7 @@ class Driver:
                 [attempt.prompt for attempt in active],
                 sampling,
                 seed=derive_seed(seed, "turn", turn) if turn else seed,
+                **self._known(active),
             )
             for attempt, new in zip(active, sampled, strict=True):
                 attempt.begin(new)
@@ -154,6 +157,7 @@ class Driver:
             self.environment.episode(problem, derive_seed(seed, "episode", place))
             for place, problem in enumerate(asked)
         )
+        known = {problem: self._reference_ids(problem) if self.guesses else () for problem in prompts}
         attempts = [Attempt(episode) for episode in episodes]
         for attempt in attempts:
             attempt.begin(None)
@@ -163,6 +167,7 @@ class Driver:
             if key not in rendered:
                 rendered[key] = ids(messages)
             attempt.prompt = rendered[key]
+            attempt.reference = known[problem]
             if attempt.opening and self.room is not None and len(attempt.prompt) + longest > self.room:
                 attempt.fail(
                     Ending.ERROR,
@@ -171,6 +176,18 @@ class Driver:
                 )
                 attempt.opening, attempt.prompt = "", self.renderer.student_ids(prompts[problem])
         return attempts
+
+    def _known(self, attempts: Sequence[Attempt]) -> dict[str, list[Sequence[int]]]:
+        """Return what a sampler that guesses is told."""
+        return {"references": [attempt.reference for attempt in attempts]} if self.guesses else {}
+
+    def _reference_ids(self, problem: Problem) -> Sequence[int]:
+        """Return the solution's ids, or those of an expert's replies; nothing where they cannot be read as text."""
+        replies = [turn.reply for turn in problem.expert] or [problem.solution]
+        try:
+            return [each for text in replies for each in (*self.renderer.solution_ids(text), self.renderer.eos_ids[0])]
+        except UserError:
+            return ()
 
     def _goes_on(self, attempt: Attempt, turn: Turn, longest: int) -> bool:
         """Take in a sampled turn; tell whether another one follows."""

@@ -38,7 +38,11 @@ def generating(
     which is put back. NonFiniteError where the logits leave no distribution.
     """
 
-    def complete(prompts: Sequence[Sequence[int]], part: Sequence[int] | None = None) -> list[Completion]:
+    def complete(
+        prompts: Sequence[Sequence[int]],
+        part: Sequence[int] | None = None,
+        references: Sequence[Sequence[int]] = (),  # noqa: ARG001 - `generate` guesses nothing
+    ) -> list[Completion]:
         width = max(len(prompt) for prompt in prompts)
         ids_BL = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         start_B1 = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from atesd.codes.model import codes_of
@@ -27,9 +28,13 @@ class HFEngine(EngineMethod):
     decode: Literal["auto", "generate"] = "auto"
     """`auto`: a faster loop of our own where the architecture is known (Llama, Mistral, Qwen2, Qwen3, with or without
     LoRA), transformers' `generate` elsewhere. `generate`: always that. Equal seeds sample differently in the two."""
+    guess: Annotated[int, Field(ge=0, le=64)] = 8
+    """Most tokens of the reference solution that are read at once, ahead of what is sampled; each pass takes as many as
+    pay. Changes no sample but by rounding; 0 guesses nothing, as do `generate` and a model with codes."""
 
     samples_in_place: ClassVar[bool] = True
     samples_parts: ClassVar[bool] = True
+    guesses: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Nothing to say."""
@@ -43,6 +48,7 @@ class HFEngine(EngineMethod):
             pad_id=renderer.pad_id,
             decode=renderer.decode,
             always_generate=self.decode == "generate",
+            guess=self.guess,
         )
 
     def path(self, model: nn.Module, length: int) -> str:
@@ -72,6 +78,7 @@ class HFSampler:
         pad_id: int,
         decode: Callable[[Sequence[int]], str],
         always_generate: bool = False,
+        guess: int = 0,
     ) -> None:
         # An adapter lives inside the base model's layers, and the wrapper's `generate` only adds its own settings.
         self._whole = model
@@ -79,6 +86,7 @@ class HFSampler:
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._decode = decode
+        self._guess = guess
         self._version = 0
         self._agrees: bool | None = False if always_generate else None
         """Whether our loop gives this model's own logits: None until compared."""
@@ -94,10 +102,12 @@ class HFSampler:
         *,
         seed: int,
         part: Sequence[int] | None = None,
+        references: Sequence[Sequence[int]] = (),
     ) -> list[Turn]:
         """Sample one completion a prompt. UserError if prompt and completion exceed the model's context.
 
         With `part`, only for the prompts at these places, in their order: the completions that they have among all.
+        `references`, what each completion might be, save time where they are near, and change no sample.
         NonFiniteError where the model's logits leave no distribution to sample from.
         """
         if not prompts:
@@ -111,7 +121,8 @@ class HFSampler:
             for chunk in _chunks([len(prompt) for prompt in prompts], sampling):
                 asked = [prompts[index] for index in chunk]
                 own = [place for place, index in enumerate(chunk) if index in wanted]
-                completed = complete(asked, None if part is None else own)
+                known = [references[index] for index in chunk] if references else ()
+                completed = complete(asked, None if part is None else own, known)
                 for place, each in zip(own, completed, strict=True):
                     turns[chunk[place]] = self._turn(asked[place], each)
         return [turns[index] for index in wanted]
@@ -121,7 +132,9 @@ class HFSampler:
     ) -> AbstractContextManager[Complete]:
         """Choose what samples."""
         if self._may_decode(prompt, longest + sampling.max_new_tokens):
-            return decoding(self._model, sampling, eos_ids=self._eos_ids, seed=seed, codes=self._codes)
+            return decoding(
+                self._model, sampling, eos_ids=self._eos_ids, seed=seed, codes=self._codes, guess=self._guess
+            )
         return generating(
             self._model, sampling, eos_ids=self._eos_ids, pad_id=self._pad_id, seed=seed, codes=self._codes
         )

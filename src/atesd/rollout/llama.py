@@ -1,7 +1,8 @@
 """The Llama family read one position at a time, on the weights of transformers' own module.
 
-B rows, U different prompts, L prompt positions, P positions of one pass (L or 1), H hidden size, Q query heads, K heads
-of keys and values, G query heads that share one of these, D head size, S columns of the cache, V vocabulary.
+B rows, U different prompts, L prompt positions, P positions of one pass (L, 1, or 1 and the guessed ones), H hidden
+size, Q query heads, K heads of keys and values, G query heads that share one of these, D head size, S columns of the
+cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Cache:
     """Keys and values of every layer, [B, K, S, D]: prompts from column 0, completions from the longest's end.
 
     So a shorter prompt leaves a gap of columns, which `mask` hides; keys carry their true positions. A pass over
-    prompts is then plainly causal, and every row writes the same column.
+    prompts is then plainly causal, and every row writes the same column: but where rows go on at paces of their own
+    (`is_ragged`), whose columns behind the end hold what was tried, until they are written again.
     """
 
     def __init__(
@@ -58,13 +60,20 @@ class Cache:
         num_layers: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        is_ragged: bool,
     ) -> None:
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.positions_B = sent(torch.tensor(lengths), device)
+        new = torch.zeros if is_ragged else torch.empty  # hidden columns are read, and 0 * NaN is NaN
+        self.keys = [new(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [new(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.lengths_B = sent(torch.tensor(lengths), device)
+        """Tokens of each prompt."""
+        self.width = max(lengths)
+        """The first column of completions."""
+        self.positions_B = self.lengths_B
         """The position of each row's next token."""
-        self.filled = max(lengths)
-        """Columns in use."""
+        self.filled = self.width
+        """Columns in use, or a few more."""
         self.walk: Walk | None = None
         """The codes in force, where some steer."""
         self.mask_B11S: Tensor | None = None
@@ -81,18 +90,28 @@ class Cache:
                 kept = tensor[: len(rows)]
                 kept[:, :, : self.filled] = tensor[:, :, : self.filled].index_select(0, rows)
                 tensors[layer] = kept
-        self.positions_B = self.positions_B[rows]
+        self.positions_B, self.lengths_B = self.positions_B[rows], self.lengths_B[rows]
         if self.walk is not None:
             self.walk.keep(rows)
         if self.mask_B11S is not None:
             self.mask_B11S = self.mask_B11S[rows]
+
+    def mask_of(self, columns_BP: Tensor, end: int) -> Tensor:
+        """Return the mask [B, 1, P, S] that shows a row's prompt, and its completion up to each position itself."""
+        columns_S = torch.arange(end, device=columns_BP.device)
+        is_prompt_BS = columns_S < self.lengths_B[:, None]
+        is_before_BPS = (columns_S >= self.width) & (columns_S <= columns_BP[:, :, None])
+        is_hidden_BPS = ~(is_before_BPS | is_prompt_BS[:, None])
+        mask_BPS = torch.zeros(is_hidden_BPS.shape, dtype=self.keys[0].dtype, device=columns_BP.device)
+        return mask_BPS.masked_fill_(is_hidden_BPS, -torch.inf)[:, None]
 
 
 class Decoder:
     """A model's weights as they stand at one moment, adapters included.
 
     Weights stay where they are: a fused copy of projections gained nothing on a CPU. Adapters are merged into copies of
-    their layers in float32 and float64; in half precision, where a merge would round them away, they are applied apart.
+    their layers in float32 and float64; in half precision, where a merge would round them away, they are applied apart,
+    rounded to it themselves: those of layers that read the same in one product.
     """
 
     def __init__(self, model: Any, codes: Codes | None = None) -> None:
@@ -105,7 +124,7 @@ class Decoder:
         self._rotary = body.rotary_emb
         self._cos_S1D = self._sin_S1D = torch.empty(0)
 
-    def read(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
+    def read(self, prompts: Sequence[Sequence[int]], room: int, *, is_ragged: bool = False) -> tuple[Tensor, Cache]:
         """Return the logits [B, V] behind each prompt, and a cache with `room` columns for its completion.
 
         Equal prompts are read once. A shorter one is filled up with its own last token, which nothing reads.
@@ -120,7 +139,7 @@ class Decoder:
         self._rotate_up_to(width + room)
         shape = (len(prompts), self._layers[0].num_heads, width + room, self._layers[0].head_size)
         dtype = self._embedding_VH.dtype
-        cache = Cache(list(map(len, prompts)), shape, len(self._layers), dtype, device)
+        cache = Cache(list(map(len, prompts)), shape, len(self._layers), dtype, device, is_ragged=is_ragged)
 
         def attend_in(layer: int) -> _Attend:
             def attend(query_UQLD: Tensor, key_UKLD: Tensor, value_UKLD: Tensor) -> Tensor:
@@ -173,6 +192,33 @@ class Decoder:
         cache.filled = end
         return self._head(self._norm(hidden_B1H[:, 0]))
 
+    def try_on(self, tokens_BP: Tensor, starts_B: Tensor, cache: Cache) -> Tensor:
+        """Return the logits [B, P, V] behind more tokens of each row, from place `starts` of its completion on.
+
+        Whatever the cache holds from there on is written over; the codes do not steer.
+        """
+        columns_BP = cache.width + starts_B[:, None] + torch.arange(tokens_BP.shape[1], device=tokens_BP.device)
+        positions_BP = columns_BP + (cache.lengths_B - cache.width)[:, None]
+        rows_B1 = torch.arange(len(tokens_BP), device=tokens_BP.device)[:, None]
+        end = cache.filled = min(cache.filled + tokens_BP.shape[1], cache.keys[0].shape[2])
+        mask_B1XS = cache.mask_of(columns_BP, end).repeat(1, 1, self._layers[0].num_sharing, 1)  # X = G P
+
+        def attend_in(layer: int) -> _Attend:
+            keys, values = cache.keys[layer], cache.values[layer]
+
+            def attend(query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
+                keys[rows_B1, :, columns_BP] = key_BKPD.transpose(1, 2)
+                values[rows_B1, :, columns_BP] = value_BKPD.transpose(1, 2)
+                query_BKXD = query_BQPD.reshape(len(keys), keys.shape[1], -1, keys.shape[3])
+                mixed = F.scaled_dot_product_attention(
+                    query_BKXD, keys[:, :, :end], values[:, :, :end], attn_mask=mask_B1XS
+                )
+                return mixed.reshape(query_BQPD.shape)
+
+            return attend
+
+        return self._head(self._norm(self._pass(tokens_BP, positions_BP, attend_in, None)))
+
     def _pass(
         self,
         ids_BP: Tensor,
@@ -207,22 +253,20 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self._query, self._key, self._value, self._out = (
-            _projection(getattr(attention, f"{name}_proj")) for name in "qkvo"
-        )
+        self._attended = _projections([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = _projection(attention.o_proj)
         self._head_norm = _head_norm(attention) if hasattr(attention, "q_norm") else None
-        self._gate, self._up, self._down = (
-            _projection(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")
-        )
+        self._widened = _projections([mlp.gate_proj, mlp.up_proj])
+        self._down = _projection(mlp.down_proj)
         self._activation = mlp.act_fn
         self.head_size: int = attention.head_dim
         self.num_heads: int = attention.k_proj.out_features // attention.head_dim
+        self.num_sharing: int = attention.q_proj.out_features // attention.k_proj.out_features
 
     def __call__(self, hidden_BPH: Tensor, turn: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
         normed_BPH = self._norms[0](hidden_BPH)
         query, key, value = (
-            projection(normed_BPH).view(*normed_BPH.shape[:2], -1, self.head_size)
-            for projection in (self._query, self._key, self._value)
+            projected.view(*normed_BPH.shape[:2], -1, self.head_size) for projected in self._attended(normed_BPH)
         )
         both = torch.cat((query, key), dim=2)
         if self._head_norm is not None:
@@ -230,8 +274,8 @@ class _Layer:
         query, key = torch.split(_rotated(both, turn), [query.shape[2], key.shape[2]], dim=2)
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         hidden_BPH = hidden_BPH + self._out(mixed.transpose(1, 2).flatten(2))
-        normed_BPH = self._norms[1](hidden_BPH)
-        return hidden_BPH + self._down(self._activation(self._gate(normed_BPH)) * self._up(normed_BPH))
+        gate_BPI, up_BPI = self._widened(self._norms[1](hidden_BPH))
+        return hidden_BPH + self._down(self._activation(gate_BPI) * up_BPI)
 
 
 def _rotated(heads_BPND: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -254,7 +298,9 @@ def _head_norm(attention: Any) -> Callable[[Tensor], Tensor]:
 
 def _is_tall(layer: Any) -> bool:
     """Whether a plain layer on a CPU has so many outputs that its product is faster in parts."""
-    return type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.numel() > 4 * _PART
+    weight = layer.weight
+    is_slow = weight.device.type == "cpu" and weight.dtype in _PRECISE  # units for half precision need no help
+    return type(layer) is nn.Linear and is_slow and weight.numel() > 4 * _PART
 
 
 def _in_parts(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -267,17 +313,34 @@ def _in_parts(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 def _projection(layer: Any) -> Callable[[Tensor], Tensor]:
     """Return a linear layer with its adapters as a function."""
-    plain: nn.Linear = getattr(layer, "base_layer", layer)
-    weight, bias, adapters = plain.weight, plain.bias, adapters_of(layer)
-    if adapters and weight.dtype in _PRECISE:
-        merged = weight + sum(adapter.scale * (adapter.up @ adapter.down).to(weight.dtype) for adapter in adapters)
-        return lambda x: F.linear(x, merged, bias)
+    apply = _projections([layer])
+    return lambda x: apply(x)[0]
 
-    def apply(x: Tensor) -> Tensor:
-        result = F.linear(x, weight, bias)
-        for adapter in adapters:
-            low = F.linear(x.to(adapter.down.dtype), adapter.down)
-            result = torch.add(result, F.linear(low, adapter.up), alpha=adapter.scale)
-        return result.to(x.dtype)
+
+def _projections(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
+    """Return linear layers that read the same, with their adapters, as one function."""
+    plain: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
+    adapters = [adapters_of(layer) for layer in layers]
+    dtype = plain[0].weight.dtype
+    if dtype in _PRECISE:
+        whole = [
+            (sum((each.scale * (each.up @ each.down).to(dtype) for each in own), layer.weight), layer.bias)
+            for layer, own in zip(plain, adapters, strict=True)
+        ]
+        return lambda x: [F.linear(x, *each) for each in whole]
+    flat = [each for own in adapters for each in own]
+    if not flat:
+        return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in plain]
+    down_RH = torch.cat([each.down for each in flat]).to(dtype)
+    ups = [[(each.scale * each.up).to(dtype).T for each in own] for own in adapters]
+    ranks = [len(each.down) for each in flat]
+
+    def apply(x: Tensor) -> list[Tensor]:
+        results = [F.linear(x, layer.weight, layer.bias) for layer in plain]
+        lows = iter(torch.split(F.linear(x.flatten(0, -2), down_RH), ranks, dim=-1))
+        for result, own in zip(results, ups, strict=True):
+            for up_RO in own:
+                result.view(-1, result.shape[-1]).addmm_(next(lows), up_RO)
+        return results
 
     return apply

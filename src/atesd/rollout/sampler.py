@@ -65,6 +65,10 @@ class EngineMethod(Method):
     """Whether `sample` takes `part`, the places of the prompts to complete as they would be among all: so that each of
     several processes samples its own."""
 
+    guesses: ClassVar[bool] = False
+    """Whether `sample` takes `references`, the ids of what each completion might be; they may save time, and change no
+    sample."""
+
     meets: ClassVar[bool] = False
     """Whether `build` takes `team`: the processes of the run, where these are several."""
 

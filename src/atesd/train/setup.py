@@ -363,6 +363,7 @@ def sampling_side(
         environment=config.env.build(facts),
         student_messages=lambda problem: student_messages(problem, config.prompt),
         reward=build_reward(config.reward, task.default_reward, facts),
+        guesses=engine.guesses,
     )
     if driver.environment.limit > 1:
         driver = replace(driver, room=context_length(model))

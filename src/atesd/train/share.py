@@ -36,6 +36,7 @@ class PartialSampler(Protocol):
         *,
         seed: int,
         part: Sequence[int] | None = None,
+        **more: Any,
     ) -> list[Turn]:
         """Sample one completion for each prompt of the part."""
         ...
@@ -54,7 +55,9 @@ class SharedDriver(Driver):
         """Return one graded group a problem."""
         attempts, own = self._dealt(problems, sampling, seed)
         sampler = cast("PartialSampler", self.sampler)
-        turns = sampler.sample([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
+        turns = sampler.sample(
+            [attempt.prompt for attempt in attempts], sampling, seed=seed, part=own, **self._known(attempts)
+        )
         return self._gathered(problems, [attempts[place] for place in own], turns)
 
     def ahead(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> Underway:

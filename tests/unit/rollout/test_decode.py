@@ -166,7 +166,7 @@ def test_a_walk_that_trusts_too_few_candidates_is_taken_again(
     often = own(model, sampling)
     calls = []
     read = Decoder.read
-    monkeypatch.setattr(Decoder, "read", lambda self, *given: calls.append(1) or read(self, *given))
+    monkeypatch.setattr(Decoder, "read", lambda self, *given, **more: calls.append(1) or read(self, *given, **more))
     monkeypatch.setitem(decode._LOOK_EVERY, "cpu", 5)
     seldom = own(model, sampling)
     assert [turn.completion_ids for turn in seldom] == [turn.completion_ids for turn in often]

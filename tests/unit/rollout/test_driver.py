@@ -12,7 +12,7 @@ import torch
 from atesd.losses.policy import group_advantages
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
-from atesd.types import Group, Message, Problem, StopReason, UserError
+from atesd.types import ExpertTurn, Group, Message, Problem, StopReason, UserError
 
 from support.rollouts import fake_driver
 
@@ -256,3 +256,30 @@ def test_the_final_reply_is_graded_where_the_environment_does_not_grade() -> Non
     driver, _ = fake_driver(count_down, reward, Countdown(grades=False))
     assert rewards(driver.rollout(PROBLEMS, sampling(), seed=0)) == [[0.25], [0.25]]
     assert seen == [["0", "0"]]
+
+
+def test_a_sampler_that_guesses_is_told_the_solution_of_each_attempt() -> None:
+    """Closed by the end token, for every attempt; nothing where it cannot be read as text."""
+    driver, sampler = fake_driver(lambda prompt, place: "x", exact)
+    told: list[Any] = []
+    sample, solution_ids = sampler.sample, driver.renderer.solution_ids
+
+    def guessing(prompts: Any, sampling: Any, *, seed: int, references: Any) -> Any:
+        told.append([list(each) for each in references])
+        return sample(prompts, sampling, seed=seed)
+
+    def readable(text: str) -> list[int]:
+        if text == "say 2":
+            raise UserError("no")
+        return solution_ids(text)
+
+    sampler.sample = guessing  # type: ignore[method-assign,assignment]
+    driver.renderer.solution_ids = readable  # type: ignore[method-assign,assignment]
+    expert = Problem("c", "three", "", answer="1", expert=(ExpertTurn("first", ""), ExpertTurn("second", "")))
+    replace(driver, guesses=True).rollout([*PROBLEMS, expert], sampling(2), seed=5)
+    end = driver.renderer.eos_ids[0]
+    one, first, second = ([*driver.renderer.text_ids(text), end] for text in ("say 1", "first", "second"))
+    assert told == [[one, one, [], [], first + second, first + second]]
+    del sampler.sample  # type: ignore[method-assign]
+    assert not driver.guesses
+    driver.rollout(PROBLEMS, sampling(), seed=5)

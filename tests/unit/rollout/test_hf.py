@@ -218,7 +218,9 @@ def test_a_small_token_budget_cuts_the_request_but_not_the_order(path: str, monk
         monkeypatch.setattr(
             Decoder,
             "read",
-            lambda self, asked, room: calls.append((len(asked), max(map(len, asked)))) or read(self, asked, room),
+            lambda self, asked, *more, **rest: (
+                calls.append((len(asked), max(map(len, asked)))) or read(self, asked, *more, **rest)
+            ),
         )
     cut = sampler_of(model).sample(PROMPTS, GREEDY.model_copy(update={"batch_tokens": 23}), seed=0)
     # Longest first: 7 + 16 = 23, then 5 + 16 = 21, 3 + 16 = 19, 2 + 16 = 18 and 1 + 16 = 17, alone each.
