@@ -27,8 +27,8 @@ _FREE = 64
 """Positions of a pass whose arithmetic takes as long as reading the weights does."""
 _MEMORY = 0.8
 """How much a look counts at the next one, in the share of right guesses."""
-_LARGEST_LOGITS = 2**27
-"""Most logits of a pass: half a GiB in float32."""
+LARGEST_LOGITS = 2**25
+"""Most logits of a pass that guesses: some half a GiB with what is made of them."""
 
 
 class Guesses:
@@ -94,7 +94,7 @@ class Pace:
 
     def __init__(self, most: int, vocabulary: int) -> None:
         self._most = most
-        self._positions = _LARGEST_LOGITS // vocabulary
+        self._positions = LARGEST_LOGITS // vocabulary
         self._right, self._asked = 0.5, 1.0
 
     def hear(self, right: int, asked: int) -> None:

@@ -189,7 +189,8 @@ class Credit:
             with torch.no_grad():
                 for weight, part, count in zip(weights, gradient, self._counts(weights), strict=True):
                     move = self._adam(weight, clip * part, count + 1)
-                    weight.mul_(1 - rate * decay).sub_(rate * move)
+                    exact = self._state(weight).get("master", weight)  # of weights that are kept rounded
+                    weight.copy_(exact * (1 - rate * decay) - rate * move)
             yield
         finally:
             with torch.no_grad():
@@ -199,8 +200,9 @@ class Credit:
     def _adam(self, weight: nn.Parameter, gradient: Tensor, count: float) -> Tensor:
         """Return Adam's direction for the `count`-th gradient of a weight, from the moments so far."""
         state, (first, second) = self._state(weight), self._optim.betas
-        mean = (state["exp_avg"] if state else torch.zeros_like(weight)).lerp(gradient, 1 - first)
-        square = (state["exp_avg_sq"] if state else torch.zeros_like(weight)) * second
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        mean = (state["exp_avg"] if state else torch.zeros_like(gradient)).lerp(gradient, 1 - first)
+        square = (state["exp_avg_sq"] if state else torch.zeros_like(gradient)) * second
         square = square.addcmul(gradient, gradient, value=1 - second)
         scale = (square / (1 - second**count)).sqrt() + self._optim.eps
         return cast("Tensor", mean / (1 - first**count) / scale)

@@ -56,12 +56,12 @@ def decide_dtype(config: RunConfig, say: Callable[[str], object] | None = None) 
 
 
 def choose_dtype(config: ModelConfig) -> tuple[str, str]:
-    """Return the faster precision, and why; float32 where all weights are trained, or nothing is known of the device.
+    """Return the faster precision, and why; float32 where nothing is known of the device, or weights are sharded whole.
 
     A GPU that only emulates bfloat16 does not count as one that computes in it.
     """
-    if config.lora is None:
-        return "float32", "all weights are trained, and bfloat16 would round small updates away"
+    if config.lora is None and config.shard:
+        return "float32", "all weights are trained and sharded, for which bfloat16 is refused"
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the GPU computes in it"

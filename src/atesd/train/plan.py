@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from atesd.config import RunConfig
 from atesd.losses.tiles import WIDENED
 from atesd.recipe import with_overrides
+from atesd.rollout.guess import LARGEST_LOGITS
 from atesd.sections import ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer
 from atesd.train.hub import base_of_adapter, first_line, locate
@@ -125,7 +126,7 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
     budget = max(1, config.step.token_budget // max(student, 1))  # the update is cut by what the student reads
     rows = min(budget, -(-sequences // config.step.updates_per_batch))
     always = {"libraries": device.context, "weights": shape.weights, **_copies(config, shape)}
-    always["optimizer"] = 2 * shape.trained_bytes
+    always["optimizer"] = shape.optimizer_bytes
     phases = {
         "sampling": _sampling(config, shape, lengths.prompt, sequences, config.rollout.max_new_tokens),
         "update": _update(config, shape, model, device, rows, student, teacher if views else 0, views),
@@ -182,6 +183,9 @@ class _Shape:
         own = [weight for weight in weights.values() if weight.requires_grad]
         self.trained = sum(weight.numel() for weight in own)
         self.trained_bytes = float(sum(weight.nbytes for weight in own))
+        self.gradient_bytes = 4.0 * self.trained
+        masters = sum(weight.numel() for weight in own if weight.element_size() < 4)
+        self.optimizer_bytes = 8.0 * self.trained + 4.0 * masters
         self.element = cast("Tensor", head.weight).element_size()
         self.trains_head = bool(cast("Tensor", head.weight).requires_grad)
         linear = [each for each in decoder(model).modules() if isinstance(each, nn.Linear)]
@@ -205,14 +209,16 @@ def _copies(config: RunConfig, shape: _Shape) -> dict[str, float]:
     adapters = config.model.lora is not None
     teacher = own == "ema" or (own == "frozen" and not adapters)
     base = own != "frozen" and config.needs_base and not adapters
-    return {"teacher copies": (teacher + base) * shape.trained_bytes}
+    average = shape.gradient_bytes if own == "ema" else shape.trained_bytes  # averages are in float32
+    return {"teacher copies": teacher * average + base * shape.trained_bytes}
 
 
 def _sampling(config: RunConfig, shape: _Shape, prompt: int, sequences: int, completion: int) -> dict[str, float]:
     """Return what one engine call holds: cache of all rows at full length, logits of a token, a pass over prompts."""
     rows = min(sequences, max(1, config.rollout.batch_tokens // (prompt + completion)))
     cache = rows * (prompt + completion) * shape.layers * 2 * shape.key_heads * shape.head_size * shape.element
-    logits = rows * shape.vocabulary * (shape.element + 4 * 4)
+    guessed = min(rows * (1 + getattr(config.rollout.engine, "guess", 0)), LARGEST_LOGITS // shape.vocabulary)
+    logits = max(rows, guessed) * shape.vocabulary * (shape.element + 4 * 4)
     reading = rows * prompt * (3 * shape.width + 4 * shape.hidden) * shape.element
     return {"key-value cache": float(cache), "logits": float(logits), "reading prompts": float(reading)}
 
@@ -246,12 +252,15 @@ def _update(
     position = (2 * shape.width + 4 * shape.hidden) * shape.element
     taught = min(rows * teacher, max(config.step.token_budget, teacher))  # a pass of its own budget
     several = rows * config.step.updates_per_batch < config.step.problems * config.rollout.group_size
-    gradients = {"gradients": shape.trained_bytes * several}
+    gradients = {"gradients": shape.gradient_bytes * several}
     moments = (
         {**gradients, "teacher's pass": float(position * taught) + scored},
         {**gradients, "activations": kept + scored, "tiles of logits": tiles + sums},
         {**gradients, "activations": kept + scored, "one layer": layer + position * rows * student},
-        {"gradients": shape.trained_bytes, "AdamW": shape.trained_bytes * device.is_gpu},  # a temporary list of tensors
+        {
+            "gradients": shape.gradient_bytes,
+            "AdamW": shape.gradient_bytes * device.is_gpu,
+        },  # a temporary list of tensors
     )
     return max(moments, key=lambda moment: sum(moment.values()))
 

@@ -25,7 +25,8 @@ from atesd.types import UserError
 class Teacher:
     """Puts the teacher's weights in place and keeps them up to date.
 
-    EMA: theta_T <- d theta_T + (1 - d) theta_S after every optimizer step, from the student on (2601.18734, code).
+    EMA: theta_T <- d theta_T + (1 - d) theta_S after every optimizer step, from the student on (2601.18734, code). Of
+    weights in half precision the average is kept in float32, and rounded where it scores.
     """
 
     def __init__(self, config: TeacherConfig, model: nn.Module) -> None:
@@ -35,7 +36,7 @@ class Teacher:
         self._adapter_off = config.weights == "frozen" and hasattr(model, "peft_config")
         self._weights: dict[str, Tensor] = {}
         if config.weights != "live" and not self._adapter_off:
-            self._weights = {name: weight.detach().clone() for name, weight in _trainable(model)}
+            self._weights = {name: self._copy(weight.detach()) for name, weight in _trainable(model)}
         self._shares = {name: weight for name, weight in _trainable(model) if local(weight) is not weight}
         """The student's weights where they are sharded, which the model does not show while they are whole."""
         self._held: dict[str, Tensor] = {}
@@ -67,7 +68,8 @@ class Teacher:
             return
         with torch.no_grad():
             for name, weight in self._shares.items() or _trainable(self._model):
-                local(self._weights[name]).lerp_(local(weight.detach()), 1 - self._decay)
+                average = local(self._weights[name])
+                average.lerp_(local(weight.detach()).to(average.dtype), 1 - self._decay)
 
     def gather(self) -> None:
         """Put shares together, until `release`."""
@@ -92,7 +94,12 @@ class Teacher:
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in _trainable(self._model):
             if name in weights:
-                weight.data = weights[name]
+                weight.data = weights[name].to(weight.dtype)
+
+    def _copy(self, weight: Tensor) -> Tensor:
+        """Return where a teacher's weight begins."""
+        is_averaged = self._kind == "ema" and weight.dtype in (torch.bfloat16, torch.float16)
+        return weight.float() if is_averaged else weight.clone()
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class World:
         moved = [weight for weight, *held in zip(weights, *have_one, strict=True) if any(held)]
         for weight in moved:
             if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         self.sum([weight.grad for weight in moved if weight.grad is not None])
 
     def sum(self, tensors: Sequence[Tensor]) -> None:

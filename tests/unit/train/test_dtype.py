@@ -53,10 +53,15 @@ def test_bfloat16_is_taken_where_it_is_much_faster(value: float, dtype: str, spe
     assert f"in bfloat16 is {value:.2g} times as fast as in float32" in why
 
 
-def test_all_weights_are_trained_in_float32_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_weights_train_in_what_is_faster_unless_they_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "has_accelerator", lambda: False)
+    monkeypatch.setattr(models, "bfloat16_speed", lambda: 2.0)
+    assert choose_dtype(ModelConfig(dtype="auto"))[0] == "bfloat16"
+    assert choose_dtype(ModelConfig(dtype="auto", shard=True, lora=LoraConfig()))[0] == "bfloat16"
     monkeypatch.setattr(models, "bfloat16_speed", lambda: pytest.fail("measured for nothing"))
-    chosen, why = choose_dtype(ModelConfig(dtype="auto"))
-    assert (chosen, why.startswith("all weights are trained")) == ("float32", True)
+    chosen, why = choose_dtype(ModelConfig(dtype="auto", shard=True))
+    assert (chosen, why.startswith("all weights are trained and sharded")) == ("float32", True)
 
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -118,11 +123,6 @@ def test_the_threads_of_the_recipe_are_measured(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(models, "bfloat16_speed", lambda: order.append("measured") or 1.0)
     decide_dtype(build_config(SMALL | {"threads": 3}))
     assert order == [3, "measured"]
-
-
-def test_bfloat16_for_all_weights_stays_refused() -> None:
-    with pytest.raises(UserError, match="training all weights in bfloat16 rounds small updates away"):
-        build_config({"model": {"dtype": "bfloat16"}})
 
 
 def test_a_model_is_loaded_in_a_precision_that_was_decided() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from atesd.sections import OptimConfig
-from atesd.train.optim import build_optimizer, learning_rate_factor
+from atesd.train.optim import MasterAdamW, build_optimizer, learning_rate_factor
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -75,3 +75,94 @@ def test_every_weight_that_trains_and_no_other_is_moved() -> None:
     assert {id(weight) for weight in moved} == {id(weight) for weight in trained}
     assert len(moved) == 4
     assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.5, 0.25)}
+
+
+def halved(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=torch.bfloat16))
+
+
+def moved(weight: nn.Parameter, gradients: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_weights_in_half_precision_are_their_float32_masters_rounded() -> None:
+    """Thirty steps of AdamW in float32, of which each alone would be lost in bfloat16."""
+    config = OptimConfig(lr=1e-4, weight_decay=0.1)
+    half, plain = halved(1.0, -2.0, 0.5), nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+    model, reference = nn.Module(), nn.Module()
+    model.weight, reference.weight = half, plain
+    ours, theirs = build_optimizer(config, model), build_optimizer(config, reference)
+    assert isinstance(ours, MasterAdamW)
+    assert type(theirs) is torch.optim.AdamW
+    gradients = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) + 1
+    for count, gradient in enumerate(gradients, 1):
+        moved(half, gradient[None], ours)
+        moved(plain, gradient[None], theirs)
+        assert torch.equal(ours.state[half]["master"], plain.detach())
+        assert torch.equal(half.detach(), plain.detach().bfloat16())
+        assert int(ours.state[half]["step"]) == count
+    for slot in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(ours.state[half][slot], theirs.state[plain][slot])
+    assert half.tolist()[2] != 0.5
+    lost = halved(0.5)
+    moved(lost, gradients[:, 2:].bfloat16(), torch.optim.AdamW([lost], lr=1e-4, weight_decay=0.1))
+    assert lost.tolist() == [0.5], "without a master every step is lost"
+
+
+def test_gradients_of_weights_in_half_precision_add_up_in_float32() -> None:
+    """256 times 1 is 256 in bfloat16, and 257 is no number of it."""
+    weight = halved(1.0)
+    MasterAdamW([weight], lr=0.1)
+    for _ in range(257):
+        (weight * 1.0).sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad.dtype, float(weight.grad)) == (torch.float32, 257.0)
+
+
+def test_masters_go_on_from_a_saved_state() -> None:
+    gradients = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+    whole, cut = halved(1.0, 3.0), halved(1.0, 3.0)
+    uncut, before = MasterAdamW([whole], lr=1e-4), MasterAdamW([cut], lr=1e-4)
+    moved(whole, gradients, uncut)
+    moved(cut, gradients[:3], before)
+    saved = before.state_dict()
+    again = nn.Parameter(cut.detach().clone())
+    after = MasterAdamW([again], lr=1e-4)
+    after.load_state_dict({"state": saved["state"], "param_groups": after.state_dict()["param_groups"]})
+    assert {value.dtype for value in after.state[again].values()} == {torch.float32}
+    moved(again, gradients[3:], after)
+    assert torch.equal(after.state[again]["master"], uncut.state[whole]["master"])
+    assert torch.equal(again, whole)
+    assert not torch.equal(before.state[cut]["master"], after.state[again]["master"]), "the saved one is left alone"
+
+
+def test_what_others_write_into_a_weight_counts() -> None:
+    """Only where it is no longer the master, rounded."""
+    weight, nothing = halved(1.0, 1.0), torch.zeros(1, 2)
+    optimizer = MasterAdamW([weight], lr=1e-4, weight_decay=0.0)
+    moved(weight, torch.ones(1, 2), optimizer)
+    master = optimizer.state[weight]["master"].clone()
+    assert float(weight[0].detach()) == 1.0 != float(master[0])
+    with torch.no_grad():
+        weight[1] = 2.0
+    optimizer.state[weight]["exp_avg"].zero_()
+    moved(weight, nothing, optimizer)
+    assert optimizer.state[weight]["master"].tolist() == [float(master[0]), 2.0]
+    assert weight.tolist() == [1.0, 2.0]
+
+
+def test_weights_in_float32_beside_them_move_as_ever() -> None:
+    half, plain, still = halved(1.0), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    alone = nn.Parameter(torch.ones(2))
+    both, adamw = MasterAdamW([half, plain, still], lr=1e-2), torch.optim.AdamW([alone], lr=1e-2)
+    for factor in (1.0, -3.0):
+        half.grad, plain.grad, alone.grad = torch.ones(1), torch.full((2,), factor), torch.full((2,), factor)
+        both.step()
+        adamw.step()
+    assert torch.equal(plain, alone)
+    assert set(both.state[plain]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert still.tolist() == [1.0]
+    assert still not in both.state

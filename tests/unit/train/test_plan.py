@@ -52,6 +52,14 @@ def test_weights_copies_and_optimizer_by_hand(tmp_path: Path) -> None:
     assert plan.always == {"libraries": 7.0, "weights": 4 * 9796, "teacher copies": 4 * 9796, "optimizer": 8 * 9796}
     live = make_plan(recipe(tmp_path, teacher={"weights": "live"}), ROOM, Lengths(10, 20))
     assert live.always["teacher copies"] == 0
+    # In bfloat16 the optimizer holds masters beside its two averages, all in float32, as is the teacher's average.
+    half = recipe(tmp_path, model={"dtype": "bfloat16"}, teacher={"weights": "ema"})
+    assert make_plan(half, ROOM, Lengths(10, 20)).always == {
+        "libraries": 7.0,
+        "weights": 2 * 9796,
+        "teacher copies": 4 * 9796,
+        "optimizer": 12 * 9796,
+    }
     # Adapters of rank 2 on seven projections: 2 (in + out) each, in float32; the base in bfloat16; no copy.
     adapters = 3 * 2 * (2 * 16 + 2 * 12 + 3 * 24)
     lora = recipe(tmp_path, model={"lora": {"r": 2}, "dtype": "bfloat16"})
@@ -66,16 +74,22 @@ def test_weights_copies_and_optimizer_by_hand(tmp_path: Path) -> None:
     assert shrunk == pytest.approx(2 * 9796 + 4 * 768 - 3 * LINEAR * (2 - 0.516))
 
 
-def test_cache_and_logits_of_sampling_by_hand(tmp_path: Path) -> None:
+def test_cache_and_logits_of_sampling_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(
         write_config(tmp_path),
         step={"problems": 6},
-        rollout={"max_new_tokens": 30, "group_size": 2, "batch_tokens": 200},
+        rollout={"max_new_tokens": 30, "group_size": 2, "batch_tokens": 200, "engine": {"kind": "hf", "guess": 0}},
     )
     # 200 // (10 + 30) = 5 of the 12 rows at a time; cache: 40 positions x 3 layers x (key + value) x 2 heads x 2 x 4 B.
     sampling = make_plan(config, ROOM, Lengths(10, 20)).phases["sampling"]
     assert sampling["key-value cache"] == 5 * 40 * 3 * 2 * 2 * 2 * 4
     assert sampling["logits"] == 5 * 1000 * (4 + 16)
+    guessing = with_overrides(config, ["rollout.engine.guess=8"])
+    assert make_plan(guessing, ROOM, Lengths(10, 20)).phases["sampling"]["logits"] == 5 * 9 * 1000 * (4 + 16)
+    monkeypatch.setattr("atesd.train.plan.LARGEST_LOGITS", 7_500)
+    assert make_plan(guessing, ROOM, Lengths(10, 20)).phases["sampling"]["logits"] == 7 * 1000 * (4 + 16)
+    monkeypatch.setattr("atesd.train.plan.LARGEST_LOGITS", 500)
+    assert make_plan(guessing, ROOM, Lengths(10, 20)).phases["sampling"]["logits"] == 5 * 1000 * (4 + 16)
     # One pass over 5 prompts of 10: three rows of the widest layer, 16, and four of H = 8 a position.
     assert sampling["reading prompts"] == 5 * 10 * (3 * 16 + 4 * 8) * 4
     whole = make_plan(config, ROOM, Lengths(10, 20))
@@ -127,6 +141,7 @@ def test_activations_grow_with_rows_and_layers_and_eager_keeps_its_matrices(tmp_
 
 CASES: dict[str, dict[str, Any]] = {
     "all weights": {},
+    "all weights in bfloat16": {"model": {"dtype": "bfloat16"}},
     "adapters in bfloat16, checkpointing": {
         "model": {"lora": {}, "dtype": "bfloat16", "gradient_checkpointing": True},
     },
@@ -142,7 +157,7 @@ def test_the_peak_of_a_real_update_is_within_a_fifth(name: str, tmp_path: Path) 
 
 
 def test_the_peak_of_real_sampling_is_within_a_third(tmp_path: Path) -> None:
-    config = small_config(tmp_path / "model", step={"problems": 8})
+    config = small_config(tmp_path / "model", step={"problems": 8}, rollout={"engine": {"kind": "hf", "guess": 0}})
     assert planned(config, "sampling") == pytest.approx(measured_sampling(config), rel=0.33)
 
 

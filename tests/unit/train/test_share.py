@@ -137,6 +137,11 @@ class Agreeing(World):
         ({"task": {"kind": "doors"}, "env": {"kind": "doors"}}, "env.kind"),
         ({"model": {"lora": {}, "quantization": "4bit"}}, "model.quantization"),
         (
+            {"model": {"dtype": "bfloat16", "shard": True}},
+            'model.dtype = "bfloat16" of all weights with model.shard cannot be used with 2 processes yet: set '
+            'model.dtype = "float32"',
+        ),
+        (
             {"model": {"lora": {}, "shard": True}, "rollout": {"engine": {"kind": "vllm"}}},
             'rollout.engine.kind = "vllm" with model.shard',
         ),

@@ -26,6 +26,11 @@ def exchanges(rank: int) -> dict[str, Any]:
     weights[0].grad = torch.tensor([1.0, 10.0]) * (rank + 1)
     if rank == 1:  # the second weight has a gradient in one process, the third in none
         weights[1].grad = torch.tensor([1.0, 2.0, 3.0])
+    rounded = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))  # whose gradient is kept in float32
+    rounded.grad_dtype = torch.float32
+    weights.append(rounded)
+    if rank == 2:
+        rounded.grad = torch.tensor([1 + 2**-20])
     world.sum_gradients(weights)
     halves = torch.full((5,), 0.1, dtype=torch.bfloat16)
     module._BUCKET = 4
@@ -65,7 +70,7 @@ def test_three_processes_exchange_what_one_alone_has(tmp_path: Path) -> None:
         "total": {"all": 3.0, "own 0": 2.0, "own 1": 2.0, "own 2": 2.0},
         "agreed": {"mine": 0},
         "any": (True, False),
-        "gradients": [[6.0, 60.0], [1.0, 2.0, 3.0], None],
+        "gradients": [[6.0, 60.0], [1.0, 2.0, 3.0], None, [1 + 2**-20]],
         # Three times bfloat16's .1, .10009765625, added up in float32 and rounded once.
         "halves": [torch.tensor(3 * 0.10009765625).bfloat16().item()] * 5,
         "parts": [[3.0] * 3, [[3.0, 3.0], [3.0, 3.0]], [3.0]],
