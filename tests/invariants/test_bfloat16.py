@@ -64,8 +64,15 @@ def test_all_weights_train_in_bfloat16_over_float32_masters(teacher: dict[str, A
     Trainer.start(config, tmp_path / "whole").train()
     trainer = Trainer.start(config, tmp_path / "cut")
     trainer._begin()
-    before = {name: weight.detach().clone() for name, weight in trainer.parts.model.named_parameters()}
+    model = trainer.parts.model
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     trainer._one_step()
+    own = trainer.parts.teacher
+    with own.in_place():
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        for name, weight in model.named_parameters():
+            average = own.tensors().get(name)
+            assert torch.equal(weight, before[name] if average is None else average.bfloat16())
     trainer.run.unlock()
     Trainer.resume(tmp_path / "cut").train()
     (rows, tensors), (again, others) = ended(tmp_path / "whole"), ended(tmp_path / "cut")
@@ -102,6 +109,29 @@ def test_bfloat16_learns_what_float32_does(tmp_path: Path) -> None:
     ours = torch.cat([masters[f"optimizer/{name}/exp_avg"].flatten() for name in names])
     theirs = torch.cat([plain[f"optimizer/{name}/exp_avg"].flatten() for name in names])
     assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.98
+
+
+def test_a_virtual_step_on_weights_in_bfloat16_is_the_optimizers_next(tmp_path: Path) -> None:
+    """It begins at the masters, which are not the weights, and is put back."""
+    trainer = Trainer.start(build_config(WHOLE | {"optim": {"lr": 1e-3, "weight_decay": 0.1}}), tmp_path / "run")
+    trainer.train()
+    credit, optimizer = trainer.parts.credit, trainer.parts.optimizer
+    weights = [weight for weight in trainer.parts.model.parameters() if weight.requires_grad]
+    draws = torch.Generator().manual_seed(0)
+    gradient = [1e-4 * torch.randn(weight.shape, generator=draws) for weight in weights]
+    before = [weight.detach().clone() for weight in weights]
+    with credit._stepped(weights, gradient):
+        stepped = [weight.detach().clone() for weight in weights]
+    assert all(torch.equal(weight, was) for weight, was in zip(weights, before, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = credit._rate
+    for weight, part in zip(weights, gradient, strict=True):
+        weight.grad = credit._clip(gradient) * part
+    optimizer.step()
+    same = torch.cat([(weight == found).flatten() for weight, found in zip(weights, stepped, strict=True)])
+    moved = torch.cat([(weight != was).flatten() for weight, was in zip(weights, before, strict=True)])
+    assert float(moved.float().mean()) > 0.05
+    assert float(same.float().mean()) > 0.9999, "a rounding to either side may differ"
 
 
 @pytest.mark.parametrize("kind", ["influence", "paired"])

@@ -208,14 +208,15 @@ def test_teachers_and_unsteered_blocks_are_not_steered_and_blocks_may_be_nested(
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_samples_are_steered_as_they_are_scored(layer: int, lora: bool, generate: bool) -> None:
-    """Prompts of several lengths, some of them equal; rows that end early leave the batch."""
+    """Prompts of several lengths, some of them equal; rows that end early leave the batch. Nothing is guessed."""
     model: Any = tiny_model()
     if lora:
         model = add_lora(model, LoraConfig(r=2), 0)
     steered_model(layer, model=model)
-    sampler = HFSampler(model, eos_ids=[EOS, 7, 9], pad_id=PAD, decode=str, always_generate=generate)
+    sampler = HFSampler(model, eos_ids=[EOS, 7, 9], pad_id=PAD, decode=str, always_generate=generate, guess=4)
     prompts = [(3, 4, 5, 6), (8,), (3, 4, 5, 6), (11, 12), (8,), (2, 13, 14)]
-    turns = sampler.sample(prompts, SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=11), seed=4)
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=11)
+    turns = sampler.sample(prompts, sampling, seed=4, references=prompts)
     lengths = [len(turn.completion_ids) for turn in turns]
     assert min(lengths) < max(lengths)
     scorer = scorer_of(model)

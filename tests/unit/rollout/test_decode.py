@@ -193,6 +193,12 @@ def test_a_head_in_parts_gives_the_logits_of_the_whole(has_bias: bool, monkeypat
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
+def test_a_head_in_half_precision_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "_PART", 10)
+    assert llama._is_tall(tiny_model().lm_head)
+    assert not llama._is_tall(tiny_model().to(torch.bfloat16).lm_head)
+
+
 def test_equal_prompts_are_read_once() -> None:
     decoder, seen = Decoder(family_model("qwen3")), []
     run = decoder._pass

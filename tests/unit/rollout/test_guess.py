@@ -255,3 +255,19 @@ def test_a_recipes_rollouts_take_fewer_passes(most: int, monkeypatch: pytest.Mon
         assert len(passes) < 0.7 * longest
     else:
         assert len(passes) == longest - 1 + compared
+
+
+def test_useless_references_are_soon_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first six tokens are right, and then nothing is."""
+    model, tried = tiny_model(), []
+    sampler = HFSampler(model, eos_ids=(), pad_id=PAD, decode=str, guess=8)
+    try_on = Decoder.try_on
+    monkeypatch.setattr(
+        Decoder, "try_on", lambda self, ids, *rest: tried.append(ids.shape[1]) or try_on(self, ids, *rest)
+    )
+    expected = sampler.sample(PROMPTS, OPEN, seed=0)
+    assert not tried
+    references = [[*turn.completion_ids[:6], *[PAD] * 30] for turn in expected]
+    assert_same(sampler.sample(PROMPTS, OPEN, seed=0, references=references), expected)
+    assert tried[0] > 2
+    assert tried[-1] == 1
