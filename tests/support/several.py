@@ -64,6 +64,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "loss": {"divergence": {"kind": "sampled"}},
         "probe": {"log_every": 1},
     },
+    # Several turns, some more than others; an expert's hint; measurements that replay experts.
+    "agents": {
+        "model": {"path": "pico-doors"},
+        "task": {"kind": "doors", "train_size": 8, "probe_size": 2, "eval_size": 3},
+        "env": {"kind": "doors", "invalid_penalty": 0.1},
+        "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n{answer}"},
+        "reveal": {"kind": "turns"},
+        "routing": {"kind": "both"},
+        "gate": {"kind": "sdar"},
+        "exposure": {"kind": "beta", "hold": 1, "look_ahead": 1, "decisions_per_update": 1},
+        "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 3, "group_size": 2},
+        "step": {"num_steps": STEPS, "problems": 3},
+        "curriculum": {"kind": "reverse_ppl"},
+        "probe": {"log_every": 1},
+    },
 }
 
 
