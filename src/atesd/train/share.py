@@ -218,18 +218,17 @@ def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
     """Return what may stand in a recipe, whether it does, and what to do."""
     section: Any = config
     return [
-        (config.codes is not None, "[codes]", "remove it"),
-        (config.reveal.masks, f'reveal.kind = "{config.reveal.kind}"', 'set reveal = {kind = "segments"}'),
+        (config.codes is not None and config.model.shard, "[codes] with model.shard", "remove one of both"),
+        (
+            config.reveal.masks and config.model.shard,
+            f'reveal.kind = "{config.reveal.kind}" with model.shard',
+            'set reveal = {kind = "segments"}, or remove model.shard',
+        ),
         (config.gradient.watches, f'gradient.kind = "{config.gradient.kind}"', 'set gradient = {kind = "none"}'),
         (
             not config.rollout.engine.samples_parts,
             f'rollout.engine.kind = "{section.rollout.engine.kind}"',
             'set rollout.engine = {kind = "hf"}',
-        ),
-        (
-            config.model.shard and section.rollout.engine.kind != "hf",
-            f'rollout.engine.kind = "{section.rollout.engine.kind}" with model.shard',
-            'remove model.shard, or set rollout.engine = {kind = "hf"}',
         ),
         (config.model.quantization is not None, "model.quantization", "remove it"),
         (
