@@ -55,7 +55,7 @@ class SharedDriver(Driver):
     world: World = field(default_factory=World)
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
-        """Return one graded group a problem. UserError where the environment fails in every attempt of all processes."""
+        """Return one graded group a problem. UserError where the environment fails in all attempts of all processes."""
         sampler = cast("PartialSampler", self.sampler)
         longest = sampling.max_new_tokens
         mine = self._dealt(problems, sampling, seed, longest)

@@ -165,6 +165,30 @@ def test_rows_of_small_activations_get_no_gradient_and_all_else_what_it_had() ->
         assert torch.equal(weight.grad, full), name
 
 
+def test_sums_of_several_processes_choose_what_those_of_one_would() -> None:
+    """One saw the first batch, one the second, and one none."""
+    batches = [[1, 2, 3, 4, 5], [6, 7]], [[8, 9, 10]]
+    model = qwen()
+    whole, *parts = (built(model, ratio=0.5) for _ in range(4))
+    backward(whole, model, *batches)
+    for rule, batch in zip(parts, batches, strict=False):
+        backward(rule, model, batch)
+    sums = [torch.stack(each).sum(0) for each in zip(*(rule.watched() for rule in parts), strict=True)]
+    assert len(sums) == 4, "queries and keys of two layers"
+    for rule in parts:
+        for mine, total in zip(rule.watched(), sums, strict=True):
+            mine.copy_(total)
+    for rule in (whole, *parts):
+        rule.apply(model)
+    shares = [rule.metrics()["gradient/salient_share"] for rule in (whole, *parts)]
+    assert shares == pytest.approx(shares[:1] * 4)
+    for rule in parts:
+        for each, expected in zip(rule._projections, whole._projections, strict=True):
+            assert each.kept_R is not None
+            assert each.kept_R.tolist() == expected.kept_R.tolist()  # type: ignore[union-attr]
+    assert built(model, score="random").watched() == []
+
+
 def test_only_the_named_layers_are_masked() -> None:
     model = qwen()
     rule = built(model, ratio=0.2, layers=(1,))
