@@ -108,6 +108,27 @@ def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> N
     assert_as_one(whole, alone)
 
 
+@pytest.mark.parametrize("name", ["agents", "retention", "codes"])
+def test_what_is_shared_out_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Stopped after its first step: played episodes, gates and codes."""
+    recipe = RECIPES[name]
+    steps = {"step": recipe["step"] | {"num_steps": 2}, "eval": {"every": 2, "k": 1}}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+
+    def cut(rank: int) -> int:
+        begin(whole, TREE | recipe | steps).train()
+        trainer = begin(run, TREE | recipe | steps)
+        trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 1)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        again = Trainer.resume(run)
+        again.train()
+        return again.step
+
+    assert together(tmp_path / "left", 2, cut) == [2, 2]
+    assert outcome(run) == outcome(whole)
+
+
 def test_a_signal_that_a_launcher_hands_on_at_once_is_one(tmp_path: Path) -> None:
     def stopped(rank: int) -> Any:
         trainer = begin(tmp_path / "run", TREE)
@@ -193,9 +214,9 @@ def test_other_recipes_and_what_is_not_shared_yet_are_refused(tmp_path: Path) ->
         lines = []
         for change in (
             {"seed": rank},
-            {"gradient": {"kind": "longact"}},
-            {"reveal": {"kind": "retention"}},
-            {"codes": {}},
+            {"gradient": {"kind": "longact"}, "model": {"shard": True}},
+            {"reveal": {"kind": "retention"}, "model": {"shard": True}},
+            {"codes": {}, "model": {"shard": True}},
         ):
             with pytest.raises((UserError, Elsewhere)) as error, World.join().sound():
                 begin(tmp_path / "run", TREE | change)

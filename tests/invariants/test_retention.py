@@ -36,6 +36,7 @@ from atesd.types import NonFiniteError
 from support.architectures import family
 from support.models import PAD, tiny_model
 from support.plain_models import final_states
+from support.threads import ThreadWorld, in_threads
 
 SECTION = Retention(hidden=6, bias=1.0, learning_rate=0.05, ntp=0.5, cap=2.0)
 ROWS = [
@@ -128,6 +129,33 @@ def test_loss_and_gradient_of_the_gates_are_the_formulas(
     assert {key: logged[f"retention/{key}"] for key in numbers} == pytest.approx(numbers, rel=1e-4)
     for found, expected in zip(moved, gradient, strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_processes_move_the_same_gates_as_one(size: int) -> None:
+    """Two passages of three are one process's; of five processes two read none."""
+    alone, *made = (learning(tiny_model(), budget=14) for _ in range(1 + size))
+    read: list[list[int]] = [[] for _ in made]
+
+    def moved(world: ThreadWorld) -> list[float | None]:
+        mine = made[world.rank]
+        mine._scorer.world = world
+        original = mine._scorer.hidden
+        mine._scorer.hidden = lambda passages: read[world.rank].append(len(passages)) or original(passages)  # type: ignore[method-assign, func-returns-value]
+        return [mine.update() for _ in range(2)]
+
+    expected = [alone.update() for _ in range(2)]
+    found = in_threads(size, moved)
+    for losses, mine in zip(found, made, strict=True):
+        assert losses == found[0]
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert mine._masker.metrics() == made[0]._masker.metrics()
+        assert mine._masker.metrics() == pytest.approx(alone._masker.metrics(), rel=1e-5)
+        assert mine._masker.state_dict() == made[0]._masker.state_dict()
+        for weight, other in zip(mine._gates.weights, alone._gates.weights, strict=True):
+            torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
+    shares = [2, 1] if size == 2 else [1, 1, 1, 0, 0]
+    assert [sum(each) for each in read] == [4 * share for share in shares], "two passes in each of two updates"
 
 
 def test_only_the_gates_move_and_nothing_is_left_on_the_model() -> None:

@@ -46,9 +46,11 @@ def assert_as_one(one: Path, several: Path) -> None:
         torch.testing.assert_close(found, theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ahead", "servers"), [(0, 1), (1, 2)])
-def test_two_processes_train_as_one(ahead: int, servers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ahead", "servers", "shard"), [(0, 1, False), (1, 2, False), (1, 1, True)])
+def test_two_processes_train_as_one(ahead: int, servers: int, shard: bool, tmp_path: Path) -> None:
+    """Of sharded weights the whole adapter is handed over."""
     one, two, tree = tmp_path / "one", tmp_path / "two", tree_of(ahead)
+    tree = tree | {"model": tree["model"] | {"shard": shard}}
     with FakeVllm() as fake, FakeVllm() as other:
         urls = (fake.url, other.url)[:servers]
         result = together(tmp_path / "left", 2, lambda rank: started(fake, two, tree, url=urls).train()["step"])

@@ -90,7 +90,7 @@ def test_a_run_of_two_is_shown_and_warned_of_once(tmp_path: Path, recipe: Path) 
         (["train", "RECIPE", "--nonsense"], "No such option"),
         (["compare", "RECIPE"], "2 processes were launched, which only `atesd train` uses: start atesd compare"),
         (["train", "ring-atesd", "--out", "RUN"], "a flow trains in one process, 2 were started"),
-        (["train", "RECIPE", "gradient={kind='longact'}", "--out", "RUN"], "cannot be used with 2 processes yet"),
+        (["train", "RECIPE", "codes={}", "model.shard=true", "--out", "RUN"], "cannot be used with 2 processes yet"),
     ],
 )
 def test_a_mistake_is_one_line_of_all_processes(arguments: list[str], line: str, tmp_path: Path, recipe: Path) -> None:

@@ -70,10 +70,18 @@ class FakeSampler:
     seeds: list[int] = field(default_factory=list)
     version: int = 0
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seed: int) -> list[Turn]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        part: Sequence[int] | None = None,
+    ) -> list[Turn]:
         self.requests.append(len(prompts))
         self.seeds.append(seed)
-        return [self._turn(prompt, place, sampling.max_new_tokens) for place, prompt in enumerate(prompts)]
+        wanted = range(len(prompts)) if part is None else part
+        return [self._turn(prompts[place], place, sampling.max_new_tokens) for place in wanted]
 
     def sync(self, weights: Weights) -> None:
         self.version = weights.version

@@ -64,6 +64,39 @@ RECIPES: dict[str, dict[str, Any]] = {
         "loss": {"divergence": {"kind": "sampled"}},
         "probe": {"log_every": 1},
     },
+    # Several turns, some more than others; an expert's hint; measurements that replay experts.
+    "agents": {
+        "model": {"path": "pico-doors"},
+        "task": {"kind": "doors", "train_size": 8, "probe_size": 2, "eval_size": 3},
+        "env": {"kind": "doors", "invalid_penalty": 0.1},
+        "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n{answer}"},
+        "reveal": {"kind": "turns"},
+        "routing": {"kind": "both"},
+        "gate": {"kind": "sdar"},
+        "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 3, "group_size": 2},
+        "step": {"num_steps": STEPS, "problems": 3},
+        "curriculum": {"kind": "reverse_ppl"},
+        "probe": {"log_every": 1},
+    },
+    # Gates learn on three rows, an odd number of which the second process has one.
+    "retention": {
+        "reveal": {"kind": "retention", "hidden": 8, "bias": 2.0, "learning_rate": 1e-3, "warmup": 1},
+        "rollout": TREE["rollout"] | {"max_new_tokens": 16, "group_size": 1},
+        "step": {"num_steps": 2, "problems": 3, "token_budget": 100},
+        "eval": {"every": 2, "k": 1},
+    },
+    "codes": {
+        "codes": {"count": 3, "chunk": 3, "draws": 3, "layer": 1},
+        "rollout": TREE["rollout"] | {"max_new_tokens": 12, "group_size": 1},
+        "step": {"num_steps": STEPS, "problems": 3, "token_budget": 100},
+        "eval": {"every": STEPS, "k": 1},
+    },
+    "longact": {
+        "gradient": {"kind": "longact", "ratio": 0.5},
+        "rollout": TREE["rollout"] | {"max_new_tokens": 12, "group_size": 1},
+        "step": {"num_steps": 2, "problems": 1},
+        "eval": {"every": 2, "k": 1},
+    },
 }
 
 

@@ -93,7 +93,7 @@ def make_stepper(
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
         gap_rule=gap_rule,
-        codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
+        codes=CodeTraining(config.codes, codes, scorer, config.seed, world) if config.codes and codes else None,
         world=world,
         shards=shards,
     )

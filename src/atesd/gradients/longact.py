@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -48,6 +48,8 @@ class LongAct(GradientMethod):
     copy of both projections."""
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Numbers of the decoder layers whose projections are masked, from 0; unset, all."""
+
+    watches: ClassVar[bool] = False  # but for what `watched` returns
 
     def describe(self) -> str:
         """Name share and choice."""
@@ -133,6 +135,16 @@ class LongActRule(Stateless):
             projection.sums_HD = sums_HD if projection.sums_HD is None else projection.sums_HD + sums_HD
 
         return hook
+
+    def watched(self) -> list[Tensor]:
+        """Return the sums over sequences, zeros where this process saw none."""
+        if self._config.score != "activation":
+            return []
+        for each in self._projections:
+            if each.sums_HD is None:
+                weight = each.weights[0]
+                each.sums_HD = torch.zeros(len(weight) // each.head_size, each.head_size, device=weight.device)
+        return [each.sums_HD for each in self._projections if each.sums_HD is not None]
 
     def apply(self, model: nn.Module) -> None:  # noqa: ARG002
         """Zero the gradients of the rows that are not kept."""

@@ -2,7 +2,9 @@
 
 Before the first step `prepare` sees the model. The update calls, in this order: `attached` around the student's forward
 and backward passes, `apply` once all gradients are there, then clipping, the optimizer's step, and `mend`. A rule that
-watches forward passes is told by `announce` what of each is padding.
+watches forward passes is told by `announce` what of each is padding. Where it has `watched`, it returns there the sums
+that it made of its passes, as many and as large in every process: they are added up in place over all processes, before
+`apply`.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class GradientMethod(Method):
     declares: ClassVar[tuple[str, ...]] = ("describe", "build")
 
     watches: ClassVar[bool] = True
-    """Whether the rule looks into forward passes, of which each of several processes sees its own alone."""
+    """Whether the rule looks into forward passes, of which each of several processes sees its own alone, and has no
+    `watched` that returns what it made of them."""
 
 
 class AllGradients(Stateless, GradientMethod):

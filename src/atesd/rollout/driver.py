@@ -145,17 +145,20 @@ class Driver:
                 stacklevel=2,
             )
 
-    def _opened(self, asked: Sequence[Problem], seed: int, longest: int) -> list[Attempt]:
+    def _opened(
+        self, asked: Sequence[Problem], seed: int, longest: int, places: Sequence[int] | None = None
+    ) -> list[Attempt]:
         """Open an episode for each problem and render what its student reads first.
 
-        An environment fails that says more than fits the context before a reply of the longest kind.
+        An episode's seed is that of its place among all that are opened; `places` names those of a part of them. An
+        environment fails that says more than fits the context before a reply of the longest kind.
         """
         prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
         rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
         ids = self.renderer.teacher_ids if self.of_teacher else self.renderer.student_ids
         episodes = (
             self.environment.episode(problem, derive_seed(seed, "episode", place))
-            for place, problem in enumerate(asked)
+            for place, problem in zip(range(len(asked)) if places is None else places, asked, strict=True)
         )
         known = {problem: self._reference_ids(problem) if self.guesses else () for problem in prompts}
         attempts = [Attempt(episode) for episode in episodes]
@@ -177,9 +180,11 @@ class Driver:
                 attempt.opening, attempt.prompt = "", self.renderer.student_ids(prompts[problem])
         return attempts
 
-    def _known(self, attempts: Sequence[Attempt]) -> dict[str, list[Sequence[int]]]:
-        """Return what a sampler that guesses is told."""
-        return {"references": [attempt.reference for attempt in attempts]} if self.guesses else {}
+    def _known(self, attempts: Sequence[Attempt | None]) -> dict[str, list[Sequence[int]]]:
+        """Return what a sampler that guesses is told; nothing of attempts that another process plays."""
+        if not self.guesses:
+            return {}
+        return {"references": [() if attempt is None else attempt.reference for attempt in attempts]}
 
     def _reference_ids(self, problem: Problem) -> Sequence[int]:
         """Return the solution's ids, or those of an expert's replies; nothing where they cannot be read as text."""
@@ -205,21 +210,22 @@ class Driver:
         rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
         closed = [attempt.close() for attempt in attempts]
         rewards = [None if each.ended.failed else given for each, given in zip(closed, rewards, strict=False)]
-        self._report_failures(attempts)
+        self._report_failures([(attempt.ended, attempt.why) for attempt in attempts])
         parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
         if not self.environment.grades:
             return self.grade(groups)
         return _penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
 
-    def _report_failures(self, attempts: Sequence[Attempt]) -> None:
-        """Say once that the environment fails. UserError where it does in every attempt."""
-        failed = [attempt for attempt in attempts if attempt.ended is not None and attempt.ended.failed]
+    def _report_failures(self, ends: Sequence[tuple[Ending | None, str]]) -> None:
+        """Say once that the environment fails: how each attempt ended, and why. UserError where it does in all."""
+        failed = [(ended, why) for ended, why in ends if ended is not None and ended.failed]
         if not failed:
             return
-        what = f"the environment failed in {len(failed)} of {len(attempts)} attempts; in the first {failed[0].why}"
-        if len(failed) == len(attempts):
-            slow = failed[0].ended is Ending.HANG
+        first, why = failed[0]
+        what = f"the environment failed in {len(failed)} of {len(ends)} attempts; in the first {why}"
+        if len(failed) == len(ends):
+            slow = first is Ending.HANG
             raise UserError(f"{what}: mend it{', or give it more time with env.timeout_s' if slow else ''}")
         if "failed" not in self.warned:
             self.warned.append("failed")

@@ -116,6 +116,8 @@ class HFSampler:
         longest = max(len(prompt) for prompt in prompts)
         self._check_context(longest, sampling.max_new_tokens)
         wanted = range(len(prompts)) if part is None else part
+        if not wanted:
+            return []
         turns: dict[int, Turn] = {}
         with _evaluating(self._model), self._path(prompts[0], longest, sampling, seed) as complete:
             for chunk in _chunks([len(prompt) for prompt in prompts], sampling):

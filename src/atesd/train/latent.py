@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from atesd.losses.target import Target
 from atesd.seeds import derive_seed
 from atesd.train.batch import Passage
 from atesd.train.scorer import Scorer
+from atesd.train.world import World
 from atesd.transfer import numbers_of, sent
 
 
@@ -49,11 +51,14 @@ class Choice:
 class CodeTraining:
     """Searches code sequences micro-batch by micro-batch, and trains the router on an update's choices."""
 
-    def __init__(self, config: CodesConfig, codes: Codes, scorer: Scorer, seed: int) -> None:
+    def __init__(
+        self, config: CodesConfig, codes: Codes, scorer: Scorer, seed: int, world: World | None = None
+    ) -> None:
         self._config = config
         self._codes = codes
         self._scorer = scorer
         self._seed = seed
+        self._world = world or World()
         self._read: list[Tensor] = []  # what the router read of each completion of the update, [M, H]
         self._chosen: list[Tensor] = []  # and its chosen sequence, [M]
         self._tokens = 0
@@ -100,7 +105,11 @@ class CodeTraining:
         self._add("gain", (plain.stats.divergence - steered.stats.divergence).double().sum())
 
     def learn(self, backward: Callable[[Tensor], object]) -> tuple[float, dict[str, float]]:
-        """Take the gradient of the router's own loss on the update's choices; return the loss, and what is logged."""
+        """Take the gradient of the router's own loss on the update's choices; return the loss, and what is logged.
+
+        The choices are those of all processes, which add up their gradients afterwards: each takes its part of it.
+        """
+        self._meet()
         if not self._read:
             return 0.0, {}
         read_MH, chosen_M = torch.cat(self._read), torch.cat(self._chosen)
@@ -108,11 +117,28 @@ class CodeTraining:
         loss = router_loss(
             logits_MC, chosen_M, self._tokens, router_coef=self._config.router_coef, prior_coef=self._config.prior_coef
         )
-        backward(loss)
+        backward(loss / self._world.size)
         found = self._described(logits_MC.detach().double(), read_MH, chosen_M) | {"loss": loss.detach().double()}
         metrics = dict(zip(found, numbers_of(list(found.values())), strict=True))  # read together: the CPU waits once
         self._read, self._chosen, self._tokens, self._sums = [], [], 0, {}
         return metrics.pop("loss"), metrics
+
+    def _meet(self) -> None:
+        """Take over what all processes read, chose and added up."""
+        if self._world.size == 1:
+            return
+        device = self._scorer.device
+        mine = [[each.cpu() for each in hand] for hand in (self._read, self._chosen)]
+        sums = {name: float(amount) for name, amount in self._sums.items()}
+        known: list[Any] = self._world.collect((*mine, self._tokens, sums))
+        self._read = [sent(each, device) for read, *_ in known for each in read]
+        self._chosen = [sent(each, device) for _, chosen, *_ in known for each in chosen]
+        self._tokens = sum(tokens for *_, tokens, _ in known)
+        names = dict.fromkeys(name for *_, each in known for name in each)
+        self._sums = {
+            name: torch.tensor(sum(each.get(name, 0.0) for *_, each in known), dtype=torch.float64, device=device)
+            for name in names
+        }
 
     def _drawn(self, read_MH: Tensor, index: int, update: int) -> Tensor:
         """Return N independent sequences, [N, M]."""

@@ -6,6 +6,8 @@ on the N completion tokens of the step's distilled groups, at most `probe.credit
 weights in place, at temperature 1, each row at its own ratio; the excess is `capacity_excess`'s at M = ceil(ratio *
 |hint|). Only gates move. Make Each Token Count 2605.09649 and 2512.03324, whose next-token loss is on a corpus. Ours:
 1. the completions are the student's own, and so is the next-token loss; 2. one update a step, after the student's.
+
+Several processes share out the rows, and add up gradients and losses: all move the same gates.
 """
 
 from __future__ import annotations
@@ -60,13 +62,14 @@ class Learning:
         passages = self._passages()
         if not passages:
             return None
-        gates = self._gates
+        gates, world = self._gates, self._scorer.world
+        own = world.share(passages)
         self._scorer.model.eval()
         totals = [torch.zeros_like(weight) for weight in gates.weights]
         parts = torch.zeros(4, dtype=torch.float64, device=self._scorer.device)
         with self._teachers.own.in_place():
-            for members in self._scorer.batches(passages):
-                chosen = [passages[member] for member in members]
+            for members in self._scorer.batches(own):
+                chosen = [own[member] for member in members]
                 plain = [passage._replace(veil=None) for passage in chosen]
                 full = self._scorer.hidden(plain).detached()
                 with self._recording(), self._veils.remembering() as remembered:
@@ -75,7 +78,8 @@ class Learning:
                     for total, part in zip(totals, torch.autograd.grad(loss, gates.weights), strict=True):
                         total.add_(part)
                 parts += torch.stack(found).detach().double()
-        kl, ntp, cap, beta = parts.tolist()
+        world.sum(totals)
+        kl, ntp, cap, beta = (sum(each) for each in zip(*world.collect(parts.tolist()), strict=True))
         whole = kl + gates.ntp * ntp + gates.cap * cap
         if not math.isfinite(whole) or not bool(torch.stack([total.isfinite().all() for total in totals]).all()):
             raise NonFiniteError(

@@ -215,7 +215,7 @@ def assemble(config: RunConfig) -> Parts:
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
         gap_rule=GapRule(config.rollout.gap_warning, config.rollout.gap_limit),
-        codes=CodeTraining(config.codes, codes, scorer, config.seed) if config.codes and codes else None,
+        codes=CodeTraining(config.codes, codes, scorer, config.seed, world) if config.codes and codes else None,
     )
     probe = Probe(
         sets["probe"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, Protocol, cast
 
 from atesd.config import RunConfig
@@ -12,8 +13,9 @@ from atesd.gradients.rule import AllGradients
 from atesd.rollout.attempt import Attempt
 from atesd.rollout.driver import Driver, Underway
 from atesd.rollout.sampler import AheadSampler, SamplingConfig
+from atesd.seeds import derive_seed
 from atesd.train.world import World
-from atesd.types import Group, Policy, Problem, Turn, UserError
+from atesd.types import Ending, Group, Policy, Problem, Turn, UserError
 
 _IGNORED = (
     ("FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params", ""),
@@ -44,52 +46,95 @@ class PartialSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SharedDriver(Driver):
-    """A driver whose process samples and grades the groups of some problems; all processes get all groups.
+    """A driver whose process plays, samples and grades the groups of some problems; all processes get all groups.
 
-    A group is never split, and has the completions that one process alone would have sampled, but for rounding.
+    A group is never split, and has the episodes and completions that one process alone would have, but for rounding:
+    seeds and draws are those of an attempt's place among all attempts. Before every turn all processes tell each other
+    which attempts go on, and what they read; one whose attempts are over takes part as well.
     """
 
     world: World = field(default_factory=World)
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
-        """Return one graded group a problem."""
-        attempts, own = self._dealt(problems, sampling, seed)
+        """Return one graded group a problem. UserError where the environment fails in all attempts of all processes."""
         sampler = cast("PartialSampler", self.sampler)
-        turns = sampler.sample(
-            [attempt.prompt for attempt in attempts], sampling, seed=seed, part=own, **self._known(attempts)
-        )
-        return self._gathered(problems, [attempts[place] for place in own], turns)
+        longest = sampling.max_new_tokens
+        mine = self._dealt(problems, sampling, seed, longest)
+        active, turn = mine, 0
+        while prompts := self._read(active):
+            turns = sampler.sample(
+                list(prompts.values()),
+                sampling,
+                seed=derive_seed(seed, "turn", turn) if turn else seed,
+                part=[number for number, place in enumerate(prompts) if place in active],
+                **self._known([active.get(place) for place in prompts]),
+            )
+            active, turn = self._heard(active, turns, longest), turn + 1
+        return self._gathered(problems, list(mine.values()))
 
     def ahead(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> Underway:
         """Ask for the groups that `rollout` would return now, without waiting; all processes must wait for them."""
-        attempts, own = self._dealt(problems, sampling, seed)
+        mine = self._dealt(problems, sampling, seed, 0)
+        prompts = self._read(mine)
         sampler = cast("AheadSampler", self.sampler)
-        submitted = sampler.submit([attempt.prompt for attempt in attempts], sampling, seed=seed, part=own)
-        mine = [attempts[place] for place in own]
-        return Underway(lambda: self._gathered(problems, mine, submitted.result()), submitted.drop, submitted.seconds)
+        part = [number for number, place in enumerate(prompts) if place in mine]
+        submitted = sampler.submit(list(prompts.values()), sampling, seed=seed, part=part)
+
+        def groups() -> list[Group]:
+            assert not self._heard(mine, submitted.result(), 0), "environments of several turns are refused"
+            return self._gathered(problems, list(mine.values()))
+
+        return Underway(groups, submitted.drop, submitted.seconds)
+
+    def replay(self, problems: Sequence[Problem]) -> list[Group]:
+        """Play the expert's replies: every process plays all that it is asked for, by itself."""
+        return self._by_itself.replay(problems)
+
+    def reference(self, problems: Sequence[Problem], limit: int) -> list[Group]:
+        """Return the reference solutions in place of samples: every process grades all of them."""
+        return self._by_itself.reference(problems, limit)
+
+    @property
+    def _by_itself(self) -> Driver:
+        return Driver(**{each.name: getattr(self, each.name) for each in fields(Driver)})
 
     def _dealt(
-        self, problems: Sequence[Problem], sampling: SamplingConfig, seed: int
-    ) -> tuple[list[Attempt], list[int]]:
-        """Return all attempts, and the places of those at this process's problems."""
+        self, problems: Sequence[Problem], sampling: SamplingConfig, seed: int, longest: int
+    ) -> dict[int, Attempt]:
+        """Open the attempts at this process's problems, by their place among all attempts."""
         size = sampling.group_size
-        asked = [problem for problem in problems for _ in range(size)]
-        attempts = self._opened(asked, seed, sampling.max_new_tokens)
         part = self.world.share(range(len(problems)))
-        return attempts, [place * size + number for place in part for number in range(size)]
+        places = [place * size + number for place in part for number in range(size)]
+        asked = [problems[place // size] for place in places]
+        return dict(zip(places, self._opened(asked, seed, longest, places), strict=True))
 
-    def _gathered(self, problems: Sequence[Problem], mine: Sequence[Attempt], turns: Sequence[Turn]) -> list[Group]:
-        """Grade this process's attempts, and return the groups of all."""
-        for attempt, turn in zip(mine, turns, strict=True):
+    def _read(self, active: Mapping[int, Attempt]) -> dict[int, list[int]]:
+        """Return what is read next in every attempt that goes on in any process, in the order of their places."""
+        known = self.world.collect({place: attempt.prompt for place, attempt in active.items()})
+        return dict(sorted((place, prompt) for hand in known for place, prompt in hand.items()))
+
+    def _heard(self, active: Mapping[int, Attempt], turns: Sequence[Turn], longest: int) -> dict[int, Attempt]:
+        """Take in the turns of this process's attempts, and return those that go on."""
+        for attempt, turn in zip(active.values(), turns, strict=True):
             attempt.begin(turn)
-            if self._goes_on(attempt, turn, 0):
-                raise AssertionError("environments of several turns are refused")
-        part = self.world.share(range(len(problems)))
-        graded = self._grouped([problems[place] for place in part], mine)
-        known = self.world.gather([group.trajectories for group in graded])
-        groups = [Group(problem, each) for problem, each in zip(problems, known, strict=True)]
+        return {
+            place: attempt
+            for (place, attempt), turn in zip(active.items(), turns, strict=True)
+            if self._goes_on(attempt, turn, longest)
+        }
+
+    def _gathered(self, problems: Sequence[Problem], mine: Sequence[Attempt]) -> list[Group]:
+        """Grade this process's attempts, and return the groups of all."""
+        graded = self._grouped(self.world.share(problems), mine)
+        ends = iter([(attempt.ended, attempt.why) for attempt in mine])
+        known = self.world.gather([(each.trajectories, list(islice(ends, len(each.trajectories)))) for each in graded])
+        groups = [Group(problem, each) for problem, (each, _) in zip(problems, known, strict=True)]
+        Driver._report_failures(self, [end for _, found in known for end in found])
         Driver.tell_ungradable(self, [each.reward for group in groups for each in group.trajectories])
         return groups
+
+    def _report_failures(self, ends: Sequence[tuple[Ending | None, str]]) -> None:
+        """Leave it until all attempts are known."""
 
     def tell_ungradable(self, rewards: Sequence[float | None]) -> None:
         """Leave it until all rewards are there."""
@@ -175,23 +220,17 @@ def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
     """Return what may stand in a recipe, whether it does, and what to do."""
     section: Any = config
     return [
-        (config.codes is not None, "[codes]", "remove it"),
-        (config.reveal.masks, f'reveal.kind = "{config.reveal.kind}"', 'set reveal = {kind = "segments"}'),
+        (config.codes is not None and config.model.shard, "[codes] with model.shard", "remove one of both"),
         (
-            config.env.limit > 1 or config.env.grades,
-            f'env.kind = "{section.env.kind}"',
-            "take a task without an environment",
+            config.reveal.masks and config.model.shard,
+            f'reveal.kind = "{config.reveal.kind}" with model.shard',
+            'set reveal = {kind = "segments"}, or remove model.shard',
         ),
         (config.gradient.watches, f'gradient.kind = "{config.gradient.kind}"', 'set gradient = {kind = "none"}'),
         (
             not config.rollout.engine.samples_parts,
             f'rollout.engine.kind = "{section.rollout.engine.kind}"',
             'set rollout.engine = {kind = "hf"}',
-        ),
-        (
-            config.model.shard and section.rollout.engine.kind != "hf",
-            f'rollout.engine.kind = "{section.rollout.engine.kind}" with model.shard',
-            'remove model.shard, or set rollout.engine = {kind = "hf"}',
         ),
         (config.model.quantization is not None, "model.quantization", "remove it"),
         (

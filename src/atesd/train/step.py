@@ -350,6 +350,7 @@ class Stepper:
         total = sum(losses.values())
         model = self._scorer.model
         self._shards.add_up(model)
+        self._world.sum(getattr(self._rule, "watched", list)())
         self._rule.apply(model)
         norm = self._shards.clip(self._accelerator, model, self._max_grad_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from atesd.gradients.rule import announce
 from atesd.train.model import add_lora
 from atesd.types import UserError
 
+from support.models import ragged_rows, tiny_model
 from support.recording import Update, record
+from support.steppers import make_stepper
+from support.threads import ThreadWorld, in_threads
 from support.wired import recipe
 
 SMALL: dict[str, Any] = {
@@ -163,6 +167,50 @@ def test_rows_of_small_activations_get_no_gradient_and_all_else_what_it_had() ->
             assert (full.abs().sum(1) > 0).all(), "without the mask every row would learn"
             full = torch.where(torch.tensor(rows)[:, None], full, 0.0)
         assert torch.equal(weight.grad, full), name
+
+
+def test_sums_of_several_processes_choose_what_those_of_one_would() -> None:
+    """One saw the first batch, one the second, and one none."""
+    batches = [[1, 2, 3, 4, 5], [6, 7]], [[8, 9, 10]]
+    model = qwen()
+    whole, *parts = (built(model, ratio=0.5) for _ in range(4))
+    backward(whole, model, *batches)
+    for rule, batch in zip(parts, batches, strict=False):
+        backward(rule, model, batch)
+    sums = [torch.stack(each).sum(0) for each in zip(*(rule.watched() for rule in parts), strict=True)]
+    assert len(sums) == 4, "queries and keys of two layers"
+    for rule in parts:
+        for mine, total in zip(rule.watched(), sums, strict=True):
+            mine.copy_(total)
+    for rule in (whole, *parts):
+        rule.apply(model)
+    shares = [rule.metrics()["gradient/salient_share"] for rule in (whole, *parts)]
+    assert shares == pytest.approx(shares[:1] * 4)
+    for rule in parts:
+        for each, expected in zip(rule._projections, whole._projections, strict=True):
+            assert each.kept_R is not None
+            assert each.kept_R.tolist() == expected.kept_R.tolist()  # type: ignore[union-attr]
+    assert built(model, score="random").watched() == []
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_mask_what_one_masks(size: int) -> None:
+    """Of three rows four processes leave one with none."""
+    section, turnstile = {"gradient": {"kind": "longact", "ratio": 0.5}}, threading.Lock()
+    stepper, _ = make_stepper(tiny_model(), **section)
+    stepper.optimize(ragged_rows(3))
+    alone: Any = stepper._rule
+
+    def updated(world: ThreadWorld) -> Any:
+        with turnstile:  # models are made from the random state of all threads
+            stepper, _ = make_stepper(tiny_model(), world=world, **section)
+        stepper.optimize(ragged_rows(3))
+        return stepper._rule
+
+    for rule in in_threads(size, updated):
+        assert rule.metrics() == pytest.approx(alone._latest, rel=1e-5)
+        for each, other in zip(rule._projections, alone._projections, strict=True):
+            assert each.kept_R.tolist() == other.kept_R.tolist()
 
 
 def test_only_the_named_layers_are_masked() -> None:

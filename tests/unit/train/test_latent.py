@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from atesd.train.latent import divergence, router_loss, zipf
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
+from support.threads import ThreadWorld, in_threads
 
 COUNT, CHUNK = 5, 3
 UPDATE = 0
@@ -239,6 +241,27 @@ def test_an_update_has_the_gradient_of_all_three_losses_however_it_is_cut(draws:
     assert outcome.metrics["codes/gain"] == pytest.approx((plain - steered).item(), rel=1e-5)
     for name, expected in zip(names, total, strict=True):
         torch.testing.assert_close(rule.gradients[name], expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_processes_make_the_update_of_one(size: int) -> None:
+    """Of six rows seven processes leave one with none. Gradients are added up in float32."""
+    stepper, _, _, rule = stepper_of(step={"token_budget": 30})
+    expected = stepper.optimize(ragged_rows(6)).metrics
+    turnstile = threading.Lock()  # models are made from the random state of all threads
+
+    def updated(world: ThreadWorld) -> Any:
+        with turnstile:
+            stepper, _, _, rule = stepper_of(step={"token_budget": 30}, world=world)
+        return stepper.optimize(ragged_rows(6)).metrics, rule.gradients
+
+    found = in_threads(size, updated)
+    for metrics, gradients in found:
+        assert metrics == found[0][0]
+        assert metrics | {"optim/micro_batches": 0} == pytest.approx(expected | {"optim/micro_batches": 0}, rel=1e-5)
+        for name, gradient in rule.gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert {"codes/searched", "codes/gain"} < {*expected}
 
 
 def test_the_routers_share_of_the_gradient_is_in_the_router_alone() -> None:

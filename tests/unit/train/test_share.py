@@ -1,10 +1,8 @@
-"""Groups are shared out whole, and are those that one process alone would have."""
+"""What several processes refuse, and what a launcher says that the recipe then holds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from atesd.recipe import build_config
-from atesd.rollout.driver import Driver
-from atesd.rollout.sampler import SamplingConfig
-from atesd.train.model import load
-from atesd.train.setup import sampling_side
-from atesd.train.share import decide_shard, refuse_uncredited, refuse_unshared, shared
+from atesd.train.share import decide_shard, refuse_uncredited, refuse_unshared
 from atesd.train.world import World
 from atesd.types import Measurement, Stateless, UserError
 
@@ -37,90 +31,6 @@ class Asking(Stateless):
         return [self._measurement]
 
 
-class Deaf(World):
-    """A world whose other processes are not there: instead of their attempts there are none."""
-
-    def gather(self, items: Sequence[Any]) -> list[Any]:
-        assert self.size == 2
-        left = iter(items)
-        return [next(left) if place % 2 == self.rank else () for place in range(self.problems)]
-
-    problems = 5
-
-
-@pytest.fixture(scope="module")
-def side() -> tuple[Driver, list[Any]]:
-    config = build_config(PICO)
-    model, tokenizer = load(config.model, 0, None)
-    driver, _, task = sampling_side(config, model, tokenizer)
-    return driver, list(task.train())
-
-
-# In one call, in several, and in calls that hold less than a group.
-@pytest.mark.parametrize("batch_tokens", [262_144, 300, 60])
-@pytest.mark.parametrize("decode", ["auto", "generate"])
-def test_processes_sample_and_grade_whole_groups_as_one_does(
-    batch_tokens: int, decode: str, side: tuple[Driver, list[Any]]
-) -> None:
-    driver, problems = side
-    engine = build_config(PICO | {"rollout": {"engine": {"kind": "hf", "decode": decode}}}).rollout.engine
-    sampler = engine.build(driver.sampler._whole, driver.renderer)  # type: ignore[attr-defined]
-    graded: list[list[str]] = []
-
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        graded.append(prompts)
-        return [float(len(completion)) for completion in completions]
-
-    whole = Driver(sampler, driver.renderer, driver.environment, driver.student_messages, reward)
-    sampling = SamplingConfig(temperature=1.0, max_new_tokens=12, group_size=3, batch_tokens=batch_tokens)
-    expected = whole.rollout(problems, sampling, seed=7)
-    del graded[:]
-    for rank in range(2):
-        groups = shared(whole, Deaf(rank, 2)).rollout(problems, sampling, seed=7)
-        assert [group.problem for group in groups] == problems
-        part = groups[rank::2]
-        assert not any(group.trajectories for group in groups[1 - rank :: 2])
-        assert [[attempt.final.completion_ids for attempt in group.trajectories] for group in part] == [
-            [attempt.final.completion_ids for attempt in group.trajectories] for group in expected[rank::2]
-        ]
-        assert [group.rewards for group in part] == [group.rewards for group in expected[rank::2]]
-    assert graded == [[each.problem for each in problems[rank::2] for _ in range(3)] for rank in range(2)]
-
-
-def test_a_process_without_a_problem_samples_nothing(side: tuple[Driver, list[Any]]) -> None:
-    driver, problems = side
-    sampling = SamplingConfig(max_new_tokens=4)
-    world = Deaf(1, 2)
-    world.problems = 1
-    (group,) = shared(driver, world).rollout(problems[:1], sampling, seed=0)
-    assert group.trajectories == ()
-
-
-def test_one_process_keeps_its_driver(side: tuple[Driver, list[Any]]) -> None:
-    assert shared(side[0], World()) is side[0]
-
-
-def test_what_cannot_be_graded_is_told_of_the_whole_round(side: tuple[Driver, list[Any]]) -> None:
-    driver, problems = side
-
-    class Two(World):
-        def gather(self, items: Sequence[Any]) -> list[Any]:
-            return [*items, *others]
-
-    sampling = SamplingConfig(max_new_tokens=4)
-    others = [group.trajectories for group in driver.rollout(problems[1::2], sampling, seed=0)]
-    reader = Driver(driver.sampler, driver.renderer, driver.environment, driver.student_messages, nothing)
-    groups = shared(reader, Two(0, 2)).rollout(problems, sampling, seed=0)  # the other process could grade
-    assert [len(group.rewards) for group in groups] == [0, 0, 0, 1, 1]
-    others = [(replace(attempt, reward=None),) for (attempt,) in others]
-    with pytest.warns(UserWarning, match="no completion could be graded: all 5 rewards"):
-        shared(reader, Two(0, 2)).rollout(problems, sampling, seed=0)
-
-
-def nothing(completions: list[str], **columns: Any) -> list[None]:
-    return [None] * len(completions)
-
-
 class Agreeing(World):
     """A world whose other processes do as this one."""
 
@@ -131,19 +41,14 @@ class Agreeing(World):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gradient": {"kind": "longact"}}, "gradient.kind"),
-        ({"reveal": {"kind": "retention"}}, "reveal.kind"),
-        ({"codes": {}}, "[codes]"),
-        ({"task": {"kind": "doors"}, "env": {"kind": "doors"}}, "env.kind"),
+        ({"gradient": {"kind": "longact"}, "model": {"shard": True}}, "gradient.kind"),
+        ({"reveal": {"kind": "retention"}, "model": {"shard": True}}, "reveal.kind"),
+        ({"codes": {}, "model": {"shard": True}}, "[codes] with model.shard"),
         ({"model": {"lora": {}, "quantization": "4bit"}}, "model.quantization"),
         (
             {"model": {"dtype": "bfloat16", "shard": True}},
             'model.dtype = "bfloat16" of all weights with model.shard cannot be used with 2 processes yet: set '
             'model.dtype = "float32"',
-        ),
-        (
-            {"model": {"lora": {}, "shard": True}, "rollout": {"engine": {"kind": "vllm"}}},
-            'rollout.engine.kind = "vllm" with model.shard',
         ),
     ],
 )
@@ -153,6 +58,27 @@ def test_what_is_not_shared_yet_is_refused_with_the_remedy(change: dict[str, Any
     with pytest.raises(UserError, match=r"cannot be used with 2 processes yet: .*, or start one") as error:
         refuse_unshared(config, Agreeing(0, 2), {})
     assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient": {"kind": "longact"}},
+        {"reveal": {"kind": "retention"}},
+        {"codes": {}},
+        {"task": {"kind": "doors"}, "env": {"kind": "doors"}},
+        {"model": {"lora": {}, "shard": True}, "rollout": {"engine": {"kind": "vllm"}}},
+    ],
+)
+def test_what_is_shared_is_not_refused(change: dict[str, Any]) -> None:
+    refuse_unshared(build_config(PICO | change), Agreeing(0, 2), {})
+
+
+def test_a_rule_that_watches_passes_by_itself_is_refused() -> None:
+    config = build_config(PICO | {"gradient": {"kind": "longact"}})
+    own = type("Watching", (type(config.gradient),), {"watches": True})()
+    with pytest.raises(UserError, match=r"gradient\.kind"):
+        refuse_unshared(config.model_copy(update={"gradient": own}), Agreeing(0, 2), {})
 
 
 def test_an_engine_elsewhere_is_refused() -> None:
