@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
+from atesd.train.model import resolve
 from atesd.train.shard import local
 from atesd.train.world import LostError
 from atesd.types import Elsewhere, UserError
@@ -23,6 +25,7 @@ from support.several import RECIPES, TREE, assert_as_one, begin, followed, outco
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
+PICO = Path(resolve("pico")) / "model.safetensors"
 SHARDED = {"model": {"shard": True}}
 FOUND = {
     # A frozen teacher of all weights, and a measurement of it; some processes have fewer micro-batches than others.
@@ -105,6 +108,58 @@ def test_a_run_goes_on_bit_for_bit_or_with_another_number_and_a_warning(tmp_path
 
     together(tmp_path / "d", 3, go_on)
     assert_as_one(whole, others[3])
+
+
+def test_weights_in_bfloat16_have_shares_in_float32(tmp_path: Path) -> None:
+    """Steps of 1e-5 move the shares, which are the masters, and hardly a weight.
+
+    The run goes on bit for bit with as many processes, and with one, whose optimizer holds the masters; it is that of
+    one process but for bfloat16's rounding.
+    """
+    half = {"model": {"shard": True, "dtype": "bfloat16"}, "optim": {"lr": 1e-5, "eps": 1e-5}}
+    tree = TREE | half | {"teacher": {"weights": "ema", "ema_decay": 0.9}, "step": {"num_steps": 2, "problems": 3}}
+    whole, run, lone = tmp_path / "whole", tmp_path / "run", tmp_path / "lone"
+
+    def trained(rank: int) -> set[torch.dtype]:
+        trainer = begin(whole, tree)
+        trainer.train()
+        model = trainer.parts.model
+        shares = trainer.parts.shards.masters().values()
+        assert len(shares) == len(list(model.parameters()))
+        return {each.dtype for each in (*shares, *trainer.parts.teacher.tensors().values())}
+
+    def killed(rank: int) -> Any:
+        trainer = begin(run, tree)
+        trainer.listener = lambda row: os.kill(os.getpid(), signal.SIGKILL) if row["step"] == 2 else None
+        return trainer.train()
+
+    assert together(tmp_path / "a", 2, trained) == [{torch.float32}] * 2
+    wait(tmp_path / "b", start(tmp_path / "b", 2, killed))
+    shutil.copytree(run, tmp_path / "one")
+    together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+    assert outcome(run) == outcome(whole)
+    with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
+        Trainer.resume(tmp_path / "one").train()
+    begin(lone, tree).train()
+    first = RunDir(whole).metrics()
+    for other in (tmp_path / "one", lone):
+        for row, expected in zip(RunDir(other).metrics(), first, strict=True):
+            for key in ("loss/distil", "optim/grad_norm"):
+                assert row.get(key) == pytest.approx(expected.get(key), rel=0.05)
+    masters = {place: masters_of(place / "checkpoints" / "step_000002") for place in (whole, tmp_path / "one", lone)}
+    began = {name: weight.float() for name, weight in load_file(PICO).items()}
+    saved = load_file(whole / "checkpoints" / "step_000002" / "model.safetensors")
+    assert masters[whole].keys() == saved.keys()
+    for name, master in masters[whole].items():
+        assert torch.equal(saved[name], master.bfloat16()), name
+        moved = [(found[name] - began[name]).abs().max() for found in masters.values()]
+        assert all(1e-6 < float(each) < 3e-5 for each in moved), (name, moved)
+
+
+def masters_of(folder: Path) -> dict[str, torch.Tensor]:
+    parts = [load_file(path) for path in sorted(folder.glob("optimizer*.safetensors"))]
+    names = [key for key in parts[0] if key.endswith("/master")]
+    return {key.removesuffix("/master"): torch.cat([part[key] for part in parts]) for key in names}
 
 
 def test_a_process_that_fails_while_gradients_are_taken_ends_all(tmp_path: Path) -> None:

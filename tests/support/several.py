@@ -104,11 +104,15 @@ def begin(out: Path, tree: dict[str, Any]) -> Trainer:
     return Trainer.start(build_config(tree), out)
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def mark(trainer: Trainer) -> str:
     """A digest of every bit of the weights, and of what the policies remember."""
     digest = hashlib.sha256()
     for name, weight in sorted(trained_tensors(trainer.parts.model).items()):
-        digest.update(name.encode() + weight.clone().numpy().tobytes())  # a view would fix its memory
+        digest.update(name.encode() + bits(weight.clone()))  # a view would fix its memory
     states = {name: policy.state_dict() for name, policy in trainer.parts.policies.items()}
     digest.update(json.dumps(states, sort_keys=True).encode())
     return digest.hexdigest()
@@ -158,4 +162,4 @@ def assert_as_one(one: Path, several: Path) -> None:
 
 def outcome(run: Path) -> Any:
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(run).metrics()]
-    return rows, {name: value.numpy().tobytes() for name, value in weights(run).items()}, texts(run)
+    return rows, {name: bits(value) for name, value in weights(run).items()}, texts(run)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
 from atesd.runlog import dump_json, step_name
 from atesd.seals import MANIFEST, seal_files
+from atesd.train.optim import MASTER
 from atesd.train.shard import Whole, local, piece, shared_as
 from atesd.types import UserError
 
@@ -92,7 +93,8 @@ def save_checkpoint(
     try:
         if shards.is_sharded:
             world.barrier()
-        save_file(_optimizer_tensors(model, optimizer), partial / f"optimizer{shards.mark}.safetensors")
+        masters = {f"{name}/{MASTER}": share.contiguous() for name, share in shards.masters().items()}
+        save_file(_optimizer_tensors(model, optimizer) | masters, partial / f"optimizer{shards.mark}.safetensors")
         if teacher:
             save_file(
                 {name: local(value).contiguous() for name, value in teacher.items()},
@@ -160,8 +162,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def load_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards: Whole | None = None
 ) -> None:
-    """Restore the optimizer's moments, parameter by parameter name, or this process's shares of them."""
-    tensors = _tensors(folder, "optimizer", shards or Whole())
+    """Restore the optimizer's moments, parameter by parameter name, or this process's shares of them, and masters."""
+    shards = shards or Whole()
+    tensors = _tensors(folder, "optimizer", shards)
+    for name, share in shards.masters().items():
+        share.copy_(tensors.pop(f"{name}/{MASTER}"))
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     trained = optimizer.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = {}

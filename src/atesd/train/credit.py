@@ -33,6 +33,7 @@ from atesd.routing.route import Route
 from atesd.sections import OptimConfig
 from atesd.train.batch import Passage, spread
 from atesd.train.directions import Batch, Directions, Gradient
+from atesd.train.optim import MASTER
 from atesd.train.outcomes import Outcomes
 from atesd.train.scorer import Scorer
 from atesd.transfer import numbers_of
@@ -189,7 +190,7 @@ class Credit:
             with torch.no_grad():
                 for weight, part, count in zip(weights, gradient, self._counts(weights), strict=True):
                     move = self._adam(weight, clip * part, count + 1)
-                    exact = self._state(weight).get("master", weight)  # of weights that are kept rounded
+                    exact = self._state(weight).get(MASTER, weight)  # of weights that are kept rounded
                     weight.copy_(exact * (1 - rate * decay) - rate * move)
             yield
         finally:

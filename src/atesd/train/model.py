@@ -49,19 +49,17 @@ def decide_dtype(config: RunConfig, say: Callable[[str], object] | None = None) 
     if config.model.dtype != "auto":
         return config
     set_threads(config.threads)
-    dtype, why = choose_dtype(config.model)
+    dtype, why = choose_dtype()
     if say is not None:
         say(f"model.dtype = {dtype}: {why}")
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
-def choose_dtype(config: ModelConfig) -> tuple[str, str]:
-    """Return the faster precision, and why; float32 where nothing is known of the device, or weights are sharded whole.
+def choose_dtype() -> tuple[str, str]:
+    """Return the faster precision, and why; float32 where nothing is known of the device.
 
     A GPU that only emulates bfloat16 does not count as one that computes in it.
     """
-    if config.lora is None and config.shard:
-        return "float32", "all weights are trained and sharded, for which bfloat16 is refused"
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the GPU computes in it"

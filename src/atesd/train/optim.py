@@ -13,6 +13,8 @@ from torch.optim.adamw import adamw
 from atesd.sections import OptimConfig
 
 _HALF = (torch.bfloat16, torch.float16)
+MASTER = "master"
+"""The slot of a weight's state that holds it in float32."""
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -39,7 +41,7 @@ class MasterAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             moved = [weight for weight in group["params"] if weight.grad is not None]
             states = [self._state_of(weight) for weight in moved]
-            masters = [state.get("master", weight) for weight, state in zip(moved, states, strict=True)]
+            masters = [state.get(MASTER, weight) for weight, state in zip(moved, states, strict=True)]
             beta1, beta2 = group["betas"]
             adamw(
                 masters,
@@ -81,10 +83,10 @@ class MasterAdamW(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(weight, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
             if weight.dtype in _HALF:
-                state["master"] = weight.detach().float()
-        elif "master" in state:
-            is_own = state["master"].to(weight.dtype) == weight
-            state["master"].copy_(torch.where(is_own, state["master"], weight.float()))
+                state[MASTER] = weight.detach().float()
+        elif MASTER in state:
+            is_own = state[MASTER].to(weight.dtype) == weight
+            state[MASTER].copy_(torch.where(is_own, state[MASTER], weight.float()))
         return state
 
 

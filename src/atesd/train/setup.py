@@ -178,7 +178,7 @@ def assemble(config: RunConfig) -> Parts:
         driver = replace(driver, room=driver.room - hints.surplus([*problems, *sets["probe"]]))
 
     wrapped = Student(model, config.loss)
-    shards = Shards(wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
+    shards = _cut(config, wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
     teacher = Teacher(config.teacher, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
     teachers = Teachers(teacher, base, shards)
@@ -270,6 +270,14 @@ def assemble(config: RunConfig) -> Parts:
         shards=shards,
         veils=veils,
     )
+
+
+def _cut(config: RunConfig, root: nn.Module, model: nn.Module, world: World, device: torch.device) -> Shards:
+    """Cut the weights into shares: of weights that all train in bfloat16 they are in float32."""
+    computes_in = next(model.parameters()).dtype
+    if config.model.lora is not None or computes_in == torch.float32:
+        return Shards(root, model, world, device)
+    return Shards(root, model.float(), world, device, computes_in)
 
 
 def _prepared(

@@ -13,6 +13,9 @@ While gradients are taken every process must make equally many passes. One that 
 makes up for it with passes over one token whose loss counts nothing.
 
 Gradients are added up, never averaged, in float32: losses are divided by counts of all processes.
+
+Weights that all train in bfloat16 have shares in float32, the masters that the optimizer moves, and are whole, read and
+derived in bfloat16.
 """
 
 from __future__ import annotations
@@ -47,6 +50,10 @@ class Whole:
     def gather(self) -> None:
         """Make the weights whole."""
 
+    def masters(self) -> dict[str, Tensor]:
+        """Return this process's shares by name, where they are more exact than the whole weights."""
+        return {}
+
     def absorb(self) -> None:
         """Take over what was written into the whole weights."""
 
@@ -69,11 +76,21 @@ class Whole:
 
 
 class Shards(Whole):
-    """The shares of a model's weights. `root` is the module around the model whose forward pass is derived."""
+    """The shares of a model's weights. `root` is the module around the model whose forward pass is derived.
+
+    `computes_in`: the precision of whole weights, where it is not that of the shares.
+    """
 
     is_sharded: ClassVar[bool] = True
 
-    def __init__(self, root: nn.Module, model: nn.Module, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        model: nn.Module,
+        world: World,
+        device: torch.device,
+        computes_in: torch.dtype | None = None,
+    ) -> None:
         super().__init__(world)
         from torch.distributed.device_mesh import init_device_mesh  # seconds, which one process alone need not wait
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -84,13 +101,14 @@ class Shards(Whole):
             )
         layers = _layers(model)
         mesh = init_device_mesh(device.type, (world.size,))
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=computes_in, reduce_dtype=torch.float32)
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._root = cast("Any", root)
         self._layers = layers
         self._model = model
+        self._has_masters = computes_in is not None
         self._is_whole = False
         for part in self._parts:
             part.set_gradient_divide_factor(1.0)
@@ -128,6 +146,10 @@ class Shards(Whole):
             for part in self._parts:
                 part.unshard()
         self._is_whole = True
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return this process's shares by name, where they are more exact than the whole weights."""
+        return {name: local(share) for name, share in self._shares.items()} if self._has_masters else {}
 
     def absorb(self) -> None:
         """Take over what was written into the whole weights."""

@@ -234,11 +234,6 @@ def _unshared(config: RunConfig) -> list[tuple[bool, str, str]]:
         ),
         (config.model.quantization is not None, "model.quantization", "remove it"),
         (
-            config.model.shard and config.model.lora is None and config.model.dtype == "bfloat16",
-            'model.dtype = "bfloat16" of all weights with model.shard',
-            'set model.dtype = "float32", or train adapters with model.lora = {}',
-        ),
-        (
             config.model.shard and type(config.gradient) is not AllGradients,
             f'gradient.kind = "{config.gradient.kind}" with model.shard',
             'set gradient = {kind = "none"}, or remove model.shard',

@@ -74,7 +74,8 @@ class Teacher:
     def gather(self) -> None:
         """Put shares together, until `release`."""
         if self._shares:
-            self._held = {name: gathered(share) for name, share in self._weights.items()}
+            whole = dict(_trainable(self._model))
+            self._held = {name: gathered(share).to(whole[name].dtype) for name, share in self._weights.items()}
 
     def release(self) -> None:
         """Keep this process's share alone."""

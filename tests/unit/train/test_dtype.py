@@ -48,20 +48,18 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_bfloat16_is_taken_where_it_is_much_faster(value: float, dtype: str, speed: Any) -> None:
     speed(value)
-    chosen, why = choose_dtype(ADAPTERS)
+    chosen, why = choose_dtype()
     assert chosen == dtype
     assert f"in bfloat16 is {value:.2g} times as fast as in float32" in why
 
 
-def test_all_weights_train_in_what_is_faster_unless_they_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_weights_and_adapters_train_in_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "has_accelerator", lambda: False)
     monkeypatch.setattr(models, "bfloat16_speed", lambda: 2.0)
-    assert choose_dtype(ModelConfig(dtype="auto"))[0] == "bfloat16"
-    assert choose_dtype(ModelConfig(dtype="auto", shard=True, lora=LoraConfig()))[0] == "bfloat16"
-    monkeypatch.setattr(models, "bfloat16_speed", lambda: pytest.fail("measured for nothing"))
-    chosen, why = choose_dtype(ModelConfig(dtype="auto", shard=True))
-    assert (chosen, why.startswith("all weights are trained and sharded")) == ("float32", True)
+    for model in ({}, {"shard": True}, {"lora": {}}):
+        config = build_config(SMALL | {"model": {"dtype": "auto", **model}})
+        assert decide_dtype(config).model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -74,13 +72,13 @@ def test_a_gpu_says_itself_whether_it_computes_in_bfloat16(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported or including_emulation
     )
     monkeypatch.setattr(models, "bfloat16_speed", lambda: pytest.fail("a CPU's speed says nothing of the GPU"))
-    assert choose_dtype(ADAPTERS)[0] == dtype
+    assert choose_dtype()[0] == dtype
 
 
 def test_another_accelerator_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "has_accelerator", lambda: True)
-    assert choose_dtype(ADAPTERS)[0] == "float32"
+    assert choose_dtype()[0] == "float32"
 
 
 def ticks(*seconds: float) -> Iterator[float]:

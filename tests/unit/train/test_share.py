@@ -45,11 +45,6 @@ class Agreeing(World):
         ({"reveal": {"kind": "retention"}, "model": {"shard": True}}, "reveal.kind"),
         ({"codes": {}, "model": {"shard": True}}, "[codes] with model.shard"),
         ({"model": {"lora": {}, "quantization": "4bit"}}, "model.quantization"),
-        (
-            {"model": {"dtype": "bfloat16", "shard": True}},
-            'model.dtype = "bfloat16" of all weights with model.shard cannot be used with 2 processes yet: set '
-            'model.dtype = "float32"',
-        ),
     ],
 )
 def test_what_is_not_shared_yet_is_refused_with_the_remedy(change: dict[str, Any], words: str) -> None:
