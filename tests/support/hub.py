@@ -112,7 +112,7 @@ class Hub:
             self._server = None
 
 
-class _Refused(Exception):
+class _Refused(Exception):  # noqa: N818 (it is an answer)
     """An answer that is an error."""
 
     def __init__(self, status: int, code: str | None = None, message: str = "") -> None:
@@ -338,7 +338,7 @@ class Session:
         return Done(**self._ask({"arguments": list(arguments), "token": token}))
 
     def load(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """Load as a run does, and return the sum of each weight, an encoding, and lines if there was an error."""
+        """Load as a run does; return the weights' sums, the chat template, and what an adapter names as its base."""
         return self._ask({"model": dict(model)})
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -355,10 +355,5 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         """End the process."""
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        with self._process:  # which keeps nothing that is worth its end
+            self._process.kill()

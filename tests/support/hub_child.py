@@ -39,8 +39,13 @@ def load(model: dict[str, Any]) -> dict[str, Any]:
     from atesd.train.model import load as load_model
 
     loaded, tokenizer = load_model(ModelConfig(**model), 0)
-    sums = {name: float(weight.double().sum()) for name, weight in loaded.named_parameters()}
-    return {"sums": sums, "ids": tokenizer.encode("a b"), "template": str(tokenizer.chat_template)}
+    sums = {name: float(weight.detach().double().sum()) for name, weight in loaded.named_parameters()}
+    adapter = getattr(loaded, "peft_config", {}).get("default")
+    return {
+        "sums": sums,
+        "template": str(tokenizer.chat_template),
+        "base": [adapter.base_model_name_or_path, adapter.revision] if adapter else None,
+    }
 
 
 def serve() -> None:
