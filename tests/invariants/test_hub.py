@@ -204,7 +204,9 @@ def test_a_hub_that_is_gone_is_not_missed_by_what_the_cache_has(place: Place) ->
         place.hub.come()
     place.hub.failing = 500
     try:
+        place.hub.taken()
         assert place.session.load({"path": "org/tiny", "revision": "v1"})["template"] == template("v1")
+        assert set(place.hub.asked) == {"GET /api/models/org/tiny/revision/v1"}, "no file is asked for"
     finally:
         place.hub.failing = None
 
@@ -246,6 +248,7 @@ def test_a_pushed_run_arrives_whole_and_loads(place: Place, adapters: Path) -> N
     assert {"README.md", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "report.html"} <= set(
         pushed
     )
+    assert b"[report.html](report.html)" in pushed["README.md"]
     assert place.hub.repositories["models/me/mine"].private
     place.refused("'me/mine' is neither a folder here nor a model", "show", "model.path=me/mine")
     place.hub.repositories["models/me/mine"].private = False
@@ -306,7 +309,7 @@ def test_a_data_set_has_the_rows_of_its_revision(place: Place) -> None:
                   "show", data_set("org/sums", "v9"))  # fmt: skip
     place.refused("doesn't exist on the Hub or cannot be accessed): mend the name", "show", data_set("org/none"))
     place.refused("ask for access on its page, then log in", "show", data_set("org/gated"))
-    place.refused("the hub refuses the token", "show", data_set("org/later"), token="hf_old")
+    place.refused("(it refuses the token: log in again with", "show", data_set("org/later"), token="hf_old")
     for failing in (500, None):
         place.hub.failing = failing
         if failing is None:

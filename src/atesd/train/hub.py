@@ -107,13 +107,12 @@ def fetched(path: str, revision: str | None = None) -> tuple[str, str | None]:
     where = locate(path, revision)
     try:
         hf_hub_download(path, ADAPTER, **where)
+        return snapshot_download(path, ignore_patterns=["*.bin", "*.pt"], **where), None
     except EntryNotFoundError:  # a whole model
         return path, revision
-    try:
-        return snapshot_download(path, ignore_patterns=["*.bin", "*.pt"], **where), None
     except Exception as error:  # whatever a connection may fail with
         raise UserError(
-            f"the adapter {path!r} could not be downloaded ({first_line(error)}): try again, or download it with: "
+            f"{path!r} could not be downloaded ({first_line(error)}): try again, or download it with: "
             f"hf download {path}"
         ) from error
 
