@@ -17,7 +17,6 @@ def command(arguments: list[str], token: str | None) -> dict[str, Any]:
     """Run `atesd ARGUMENTS` with that token or none."""
     from atesd.cli.main import main
 
-    os.environ.pop("HF_TOKEN", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
     sys.argv = ["atesd", *arguments]
@@ -30,6 +29,8 @@ def command(arguments: list[str], token: str | None) -> dict[str, Any]:
         except BaseException:
             code = 70
             traceback.print_exc()
+        finally:
+            os.environ.pop("HF_TOKEN", None)
     return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": monotonic() - begin}
 
 
