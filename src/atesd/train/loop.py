@@ -162,11 +162,12 @@ class Trainer:
                     f"accelerate was launched with --use_fsdp, but {out} was begun without sharded weights "
                     "(model.shard = false) and cannot change it under way: launch without it"
                 )
+            began = as_it_began(config, run)
             if before is not None:
-                before(config)
+                before(began)
             refuse_missing(config.track)
             with within_memory(config, "loading the model"):
-                parts = assemble(as_it_began(config, run))
+                parts = assemble(began)
             if prepare is not None:
                 prepare(parts)
             trainer = cls(config, run, parts, listener)
