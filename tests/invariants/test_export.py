@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,7 @@ def test_a_token_that_the_hub_refuses_is_told_from_a_hub_that_is_silent(
         def whoami(self) -> None:
             error = HfHubHTTPError.__new__(HfHubHTTPError)
             error.args = ("401 unauthorized",)
+            error.response = SimpleNamespace(status_code=401)  # type: ignore[assignment]
             raise error
 
     monkeypatch.setattr(export, "get_token", lambda: "token")

@@ -91,8 +91,10 @@ def lm_eval_line(task: str, folder: str, results: Path) -> str:
     if benchmark.lm_eval is None:
         return f"lm-eval has no task of {benchmark.title}"
     adapter = Path(folder) / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else None
-    model = f"pretrained={folder}" if base is None else f"pretrained={base},peft={folder}"
+    told = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else None
+    model = f"pretrained={folder}" if told is None else f"pretrained={told['base_model_name_or_path']},peft={folder}"
+    if told is not None and told.get("revision"):
+        model += f",revision={told['revision']}"
     words = ["lm_eval", "--model", "hf", "--model_args", f"{model},dtype=auto", "--tasks", benchmark.lm_eval]
     used = json.loads((results / "settings.json").read_text(encoding="utf-8"))
     drawn = ",".join(f"{name}={used[name]:g}" for name in ("temperature", "top_p", "top_k"))

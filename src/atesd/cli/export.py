@@ -63,7 +63,7 @@ def run_export(
         if out is not None:
             console.print(f"model, card and report in {out}")
         if push_to_hub is not None:
-            console.print(f"pushed to {push(target, push_to_hub, private=private)}")
+            console.print(f"pushed to {push(target, push_to_hub, private=private, stays=out is not None)}")
 
 
 def _write(run: Path, config: RunConfig, folder: Path, out: Path, which: str, merge: bool, dtype: str) -> None:

@@ -73,7 +73,8 @@ class Adapters:
         folder = self._folder / f"{self._token}-{self._loads + 1}-v{version}"
         path = str(Path(self._there, folder.name) if self._there else folder)
         adapter = Adapter(version, path, folder=folder)
-        self._model.save_pretrained(folder, safe_serialization=True)
+        # Unless told what to save, peft asks the hub for the base's config each time.
+        self._model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         try:
             listed = self._load(adapter)
         except UserError:

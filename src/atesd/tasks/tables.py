@@ -219,12 +219,17 @@ def _hub(table: Table) -> Iterator[None]:
 
 def _silence(ask: Callable[[], Any]) -> str:
     """Return why the hub does not answer; empty where it does, even where its answer is no."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:
         ask()
+    except RepositoryNotFoundError:  # 401, too, where nobody is logged in
+        return ""
     except HfHubHTTPError as error:
-        return str(error.response.status_code) if error.response.status_code >= 500 else ""
+        status = error.response.status_code
+        if status == 401:
+            return "it refuses the token: log in again with `hf auth login`"
+        return str(status) if status >= 500 else ""
     except Exception as error:  # whichever library carries the request has its own
         return one_line(str(error).strip().split("\n")[0]) or type(error).__name__
     return ""

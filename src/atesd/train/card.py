@@ -43,8 +43,9 @@ def model_card(
         "",
         f"# {Path(config.model.path).name}, {_method(config)}",
         "",
-        f"Trained by on-policy self-distillation with atesd {version('atesd')} from `{_code(config.model.path)}`, seed "
-        f"{config.seed}, {step} of {config.step.num_steps} steps of {config.step.problems} problems."
+        f"Trained by on-policy self-distillation with atesd {version('atesd')} from `{_code(config.model.path)}`"
+        + (f" at revision `{_code(config.model.revision)}`" if config.model.revision else "")
+        + f", seed {config.seed}, {step} of {config.step.num_steps} steps of {config.step.problems} problems."
         + (" The adapters are merged into the weights." if merged else ""),
         "",
         "## Method",

@@ -210,7 +210,8 @@ def _write_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerB
 def write_weights(folder: Path, model: nn.Module) -> None:
     """Write a model's weights (adapters only, with LoRA) as it loads without its codes, and these beside it."""
     with taken_off(model):
-        cast("PreTrainedModel", model).save_pretrained(folder, safe_serialization=True)
+        more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}  # else peft asks the hub
+        cast("PreTrainedModel", model).save_pretrained(folder, safe_serialization=True, **more)
     codes = codes_of(model)
     if codes is not None:
         save_codes(folder, codes)

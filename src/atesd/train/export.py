@@ -64,26 +64,33 @@ def refuse_unreachable_hub(repo: str) -> None:
     try:
         HfApi().whoami()
     except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise _silent(repo, f"it answers {error.response.status_code}") from error
         raise UserError(
             f"nothing can be pushed to {repo!r}: the hub refuses the token ({first_line(error)}); log in again with: "
             "hf auth login"
         ) from error
     except Exception as error:  # whatever a connection may fail with
-        raise UserError(
-            f"nothing can be pushed to {repo!r}: the hub does not answer ({type(error).__name__}); export to a folder "
-            "with --out, and push it later with: hf upload"
-        ) from error
+        raise _silent(repo, type(error).__name__) from error
 
 
-def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a folder, and return where it is."""
+def _silent(repo: str, why: str) -> UserError:
+    return UserError(
+        f"nothing can be pushed to {repo!r}: the hub does not answer ({why}); export to a folder with --out, and push "
+        "it later with: hf upload"
+    )
+
+
+def push(folder: Path, repo: str, *, private: bool, stays: bool) -> str:
+    """Upload a folder, and return where it is. UserError says how to do it later, where the folder stays or not."""
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model trained with atesd")
     except Exception as error:
+        later = f"{folder}" if stays else "FOLDER, after exporting to a folder with --out"
         raise UserError(
-            f"{folder} could not be pushed to {repo!r} ({first_line(error)}): push it later with: "
-            f"hf upload {repo} {folder}"
+            f"the model could not be pushed to {repo!r} ({first_line(error).rstrip('.')}): push it later with: "
+            f"hf upload {repo} {later}"
         ) from error
     return str(url)

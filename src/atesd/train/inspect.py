@@ -19,6 +19,7 @@ from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
+from atesd.train.hub import commit_of, fetched
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
 from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
 from atesd.train.tokens import load_tokenizer
@@ -50,7 +51,8 @@ def show_prompts(config: RunConfig, ratio: float | None, count: int) -> list[dic
     In an environment they are the whole conversations of both roles, with the expert's replies in the student's place.
     """
     renderer = make_renderer(
-        config, load_tokenizer(resolve(config.model.path), config.model.revision, config.prompt.chat_template)
+        config,
+        load_tokenizer(*fetched(resolve(config.model.path), config.model.revision), config.prompt.chat_template),
     )
     facts = config.facts()
     problems = config.task.build(facts).train()
@@ -130,7 +132,8 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
     if keep.fit:
         longest = max((len(renderer.student_ids(driver.student_messages(each))) for each in problems), default=0)
         sampling = _fitted(sampling, context_length(loaded), longest, keep.say)
-    settings = _settings(config, str(model), sampling, problems)
+    commit = commit_of(resolve(str(model)), chosen.revision)
+    settings = _settings(config, str(model) if commit is None else f"{model}@{commit}", sampling, problems)
     keep.say(
         f"{len(problems)} problems, {sampling.group_size} samples each: temperature {sampling.temperature:g}, top_p "
         f"{sampling.top_p:g}, top_k {sampling.top_k or 'off'}, at most {sampling.max_new_tokens} tokens; kept in "

@@ -29,11 +29,13 @@ from atesd.train.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from atesd.train.hub import commit_of
 from atesd.train.measure import logged
 from atesd.train.memory import within_memory
-from atesd.train.model import decide_dtype
+from atesd.train.model import decide_dtype, resolve
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import (
+    as_it_began,
     newest_whole,
     open_for_resume,
     refuse_other_parts,
@@ -124,6 +126,8 @@ class Trainer:
                 say(f"completions are sampled by {path}")
             world.barrier()
             env = {"sampling": path, "processes": world.size}
+            commit = commit_of(resolve(config.model.path), config.model.revision)
+            env |= {} if commit is None else {"model_commit": commit}
             run = directory.create(out, config.model_dump(mode="json"), config.about(), env)
             return cls(config, run, parts, listener)
 
@@ -158,11 +162,12 @@ class Trainer:
                     f"accelerate was launched with --use_fsdp, but {out} was begun without sharded weights "
                     "(model.shard = false) and cannot change it under way: launch without it"
                 )
+            began = as_it_began(config, run)
             if before is not None:
-                before(config)
+                before(began)
             refuse_missing(config.track)
             with within_memory(config, "loading the model"):
-                parts = assemble(config)
+                parts = assemble(began)
             if prepare is not None:
                 prepare(parts)
             trainer = cls(config, run, parts, listener)

@@ -26,7 +26,7 @@ from atesd.codes.model import attach, load_codes
 from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
-from atesd.train.hub import base_of_adapter, first_line, locate
+from atesd.train.hub import Base, base_of_adapter, cached_in_part, commit_of, fetched, first_line, locate
 from atesd.train.smollm2 import smollm2_folder
 from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
@@ -99,14 +99,14 @@ def load(
     weights are pickled, damaged or not finite, or if an adapter, codes or the tokenizer do not fit the model.
     """
     assert config.dtype != "auto", "decide_dtype comes first: the run must know what it was"
-    path = resolve(config.path)
+    path, revision = fetched(resolve(config.path), config.revision)
     base = base_of_adapter(path)
-    tokenizer = load_tokenizer(path, config.revision, template)
-    model = _read(path if base is None else resolve(base), config, config.revision if base is None else None)
-    if base is not None:
-        model = _with_saved_adapter(
-            model, path, base, merged=config.lora is not None or (merges and config.dtype == "float32")
-        )
+    tokenizer = load_tokenizer(path, revision, template)
+    if base is None:
+        model = _read(path, config, revision)
+    else:
+        merged = config.lora is not None or (merges and config.dtype == "float32")
+        model = _with_saved_adapter(_whole(base, config), path, base.path, merged=merged)
     _check_vocabulary(model, tokenizer, path)
     name, size = largest_weight(model)
     if not math.isfinite(size):
@@ -118,10 +118,23 @@ def load(
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora is not None:
-        model = add_lora(model, config.lora, seed)
+        named = resolve(config.path)
+        cast("Any", model).name_or_path = named  # what adapters name as their base: of a merged one, its folder
+        model = add_lora(model, config.lora, seed, commit_of(named, config.revision))
     if (Path(path) / CODES).is_file():
         attach(model, load_codes(path))
     return cast("PreTrainedModel", model), tokenizer
+
+
+def _whole(base: Base, config: ModelConfig) -> nn.Module:
+    """Read the base of an adapter, which may itself be the folder of one."""
+    path, revision = fetched(resolve(base.path), base.revision)
+    below = base_of_adapter(path)
+    if below is None:
+        return _read(path, config, revision)
+    whole = _with_saved_adapter(_whole(below, config), path, below.path, merged=True)
+    cast("Any", whole).name_or_path = base.path
+    return whole
 
 
 def _read(path: str, config: ModelConfig, revision: str | None) -> nn.Module:
@@ -144,6 +157,8 @@ def _read(path: str, config: ModelConfig, revision: str | None) -> nn.Module:
             f"the weights in {path!r} are damaged ({first_line(error)}): copy or download them again"
         ) from error
     except (ImportError, *_DAMAGED) as error:
+        if "local_files_only" in settings and isinstance(error, OSError):
+            raise cached_in_part(path) from error
         raise UserError(_why_not_read(path, config, error)) from error
     if found["missing_keys"]:
         named = ", ".join(sorted(found["missing_keys"])[:3])
@@ -279,8 +294,11 @@ def _freeze_what_text_never_reaches(model: nn.Module) -> None:
         )
 
 
-def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
-    """Return the model with adapters. UserError where a target is no layer, or the output head."""
+def add_lora(model: nn.Module, config: LoraConfig, seed: int, commit: str | None = None) -> nn.Module:
+    """Return the model with adapters, which remember the commit of a base that came from the hub.
+
+    UserError where a target is no layer, or the output head.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -298,6 +316,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
                     target_modules=list(config.targets),
                     exclude_modules=_linear_beside_text(model) or None,
                     task_type="CAUSAL_LM",
+                    revision=commit,
                 ),
             )
         except ValueError as error:

@@ -32,7 +32,7 @@ from atesd.recipe import with_overrides
 from atesd.rollout.guess import LARGEST_LOGITS
 from atesd.sections import ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer
-from atesd.train.hub import base_of_adapter, first_line, locate
+from atesd.train.hub import base_of_adapter, fetched, first_line, locate
 from atesd.train.model import add_lora, resolve
 from atesd.types import UserError
 
@@ -140,11 +140,11 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
 
 def skeleton(config: ModelConfig) -> nn.Module:
     """Return the model in training form without storage. UserError where its config cannot be had."""
-    path = resolve(config.path)
+    path, revision = fetched(resolve(config.path), config.revision)
     base = base_of_adapter(path)
     if base is not None:
-        path = resolve(base)
-    asked = locate(path, config.revision if base is None else None)
+        path, revision = resolve(base.path), base.revision
+    asked = locate(path, revision)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False, **asked)

@@ -100,6 +100,14 @@ def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequ
     return config
 
 
+def as_it_began(config: RunConfig, run: RunDir) -> RunConfig:
+    """Return the recipe with the commit of the model that the run began with, wherever its branch stands now."""
+    commit = run.env().get("model_commit")
+    if commit is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
+
+
 def warn_of_processes(now: int, before: int) -> None:
     """Say that a run goes on with another number of processes."""
     if now != before:

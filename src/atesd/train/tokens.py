@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atesd.train.hub import base_of_adapter, first_line, locate
+from atesd.train.hub import base_of_adapter, cached_in_part, first_line, locate
 from atesd.types import UserError
 
 PLAIN = """\
@@ -26,18 +26,22 @@ def load_tokenizer(path: str, revision: str | None = None, template: str | None 
 
     EOS stands in for a missing pad token, since masks go by length. An adapter without a tokenizer has its base's.
     """
-    base = base_of_adapter(path)
+    where, base = locate(path, revision), base_of_adapter(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
-        path = base
-    where = locate(path, revision)
+        path = base.path
+        where = locate(path, base.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "local_files_only" in where:
+            raise cached_in_part(path) from error
         raise UserError(
             f"no tokenizer could be loaded from {path!r} ({first_line(error)}): "
             "save one beside the model with tokenizer.save_pretrained(...)"
         ) from error
     if not tokenizer.encode("0", add_special_tokens=False):
+        if "local_files_only" in where:
+            raise cached_in_part(path)
         raise UserError(f"the tokenizer in {path!r} encodes nothing: its files are missing or damaged; save them again")
     if template is not None:
         tokenizer.chat_template = chosen_template(template, tokenizer)

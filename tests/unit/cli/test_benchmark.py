@@ -81,6 +81,8 @@ def test_lm_eval_is_told_the_same_settings(tmp_path: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     assert f"pretrained=base,peft={adapter},dtype=auto" in lm_eval_line("math500", str(adapter), tmp_path)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "revision": "v1"}')
+    assert f"base,peft={adapter},revision=v1,dtype=auto" in lm_eval_line("math500", str(adapter), tmp_path)
 
 
 def test_progress_is_a_line_where_there_is_no_terminal() -> None:

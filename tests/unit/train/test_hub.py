@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,7 @@ def test_a_folder_is_asked_for_nowhere_and_has_no_revision(tmp_path: Path, monke
     (refusal(RepositoryNotFoundError), "neither a folder here nor a model on the hub that you may read: mend the name"),
     (refusal(RevisionNotFoundError), r"the model 'owner/name' has no revision 'v9': give a branch, a tag or a commit"),
     (refusal(GatedRepoError, 403), "the model 'owner/name' is gated: accept its terms on its page, and log in"),
+    (refusal(HfHubHTTPError, 401), "and the hub refuses the token: log in again with hf auth login, or unset HF_TOKEN"),
     (refusal(HfHubHTTPError, 503), r"the hub cannot be asked for a model of that name \(it answers 503\): give a"),
     (OfflineModeIsEnabled("off"), r"\(no connection\): give a folder, or download the model first"),
     (TimeoutError("slow"), r"\(no connection\): give a folder, or download the model first"),
@@ -108,7 +110,11 @@ def test_the_base_of_an_adapter_is_what_its_config_names(tmp_path: Path) -> None
     assert base_of_adapter(str(tmp_path)) is None
     config = tmp_path / "adapter_config.json"
     config.write_text('{"base_model_name_or_path": "owner/name"}')
-    assert base_of_adapter(str(tmp_path)) == "owner/name"
+    assert base_of_adapter(str(tmp_path)) == ("owner/name", None)
+    config.write_text('{"base_model_name_or_path": "owner/name", "revision": "v1"}')
+    assert base_of_adapter(str(tmp_path)) == ("owner/name", "v1")
+    config.write_text(json.dumps({"base_model_name_or_path": str(tmp_path), "revision": "v1"}))
+    assert base_of_adapter(str(tmp_path)) == (str(tmp_path), None), "a folder has no revision"
     for content, words in (
         ('{"base_model_name_or_path": null}', "does not name the adapter's base"),
         (
