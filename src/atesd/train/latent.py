@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class CodeTraining:
         device = self._scorer.device
         mine = [[each.cpu() for each in hand] for hand in (self._read, self._chosen)]
         sums = {name: float(amount) for name, amount in self._sums.items()}
-        known = self._world.collect((*mine, self._tokens, sums))
+        known: list[Any] = self._world.collect((*mine, self._tokens, sums))
         self._read = [sent(each, device) for read, *_ in known for each in read]
         self._chosen = [sent(each, device) for _, chosen, *_ in known for each in chosen]
         self._tokens = sum(tokens for *_, tokens, _ in known)
