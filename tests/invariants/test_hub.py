@@ -315,8 +315,11 @@ def test_a_data_set_has_the_rows_of_its_revision(place: Place) -> None:
         if failing is None:
             place.hub.go()
         try:
-            # The revision cached last alone: `datasets` offline reads that one, whichever is asked for.
-            assert "Sum " in place.run("show", data_set("org/sums", "v1"), "--count", "1").out
+            # `datasets` offline reads the revision cached last, whichever is asked for.
+            assert "Sum " in place.run("show", data_set("org/sums"), "--count", "1").out
+            place.refused(
+                "cannot be read of revision 'v1': the hub does not answer", "show", data_set("org/sums", "v1")
+            )
             place.refused("and the cache does not have it: check the network", "show", data_set("org/later"))
         finally:
             place.hub.failing = None

@@ -193,7 +193,10 @@ def _unreadable(name: str, error: BaseException) -> UserError:
 
 @contextmanager
 def _hub(table: Table) -> Iterator[None]:
-    """Ask the hub once whether it answers; where it does not, read the cache alone, and say so where it has nothing."""
+    """Ask the hub once whether it answers; where it does not, read the cache alone, and say so where it has nothing.
+
+    Never of a named revision: the cache does not tell them apart.
+    """
     datasets = _datasets()
     from huggingface_hub import HfApi, constants
 
@@ -203,6 +206,12 @@ def _hub(table: Table) -> Iterator[None]:
         if any(before)
         else _silence(lambda: HfApi().dataset_info(table.path, revision=table.revision, timeout=_HUB_WAIT_S))
     )
+    if reason and table.revision is not None:  # `datasets` would take the one that was cached last
+        raise UserError(
+            f"{table.name} cannot be read of revision {table.revision!r}: the hub does not answer ({reason}), and what "
+            "the cache holds does not say of which revision it is: check the network, remove task.revision to take "
+            "what is there, or give a file or folder instead"
+        )
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = bool(reason)
     try:
         yield
