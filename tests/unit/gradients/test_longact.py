@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,7 @@ from atesd.gradients.rule import announce
 from atesd.train.model import add_lora
 from atesd.types import UserError
 
-from support.models import ragged_rows, tiny_model
 from support.recording import Update, record
-from support.steppers import make_stepper
-from support.threads import ThreadWorld, in_threads
 from support.wired import recipe
 
 SMALL: dict[str, Any] = {
@@ -191,26 +187,6 @@ def test_sums_of_several_processes_choose_what_those_of_one_would() -> None:
             assert each.kept_R is not None
             assert each.kept_R.tolist() == expected.kept_R.tolist()  # type: ignore[union-attr]
     assert built(model, score="random").watched() == []
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_mask_what_one_masks(size: int) -> None:
-    """Of three rows four processes leave one with none."""
-    section, turnstile = {"gradient": {"kind": "longact", "ratio": 0.5}}, threading.Lock()
-    stepper, _ = make_stepper(tiny_model(), **section)
-    stepper.optimize(ragged_rows(3))
-    alone: Any = stepper._rule
-
-    def updated(world: ThreadWorld) -> Any:
-        with turnstile:  # models are made from the random state of all threads
-            stepper, _ = make_stepper(tiny_model(), world=world, **section)
-        stepper.optimize(ragged_rows(3))
-        return stepper._rule
-
-    for rule in in_threads(size, updated):
-        assert rule.metrics() == pytest.approx(alone._latest, rel=1e-5)
-        for each, other in zip(rule._projections, alone._projections, strict=True):
-            assert each.kept_R.tolist() == other.kept_R.tolist()
 
 
 def test_only_the_named_layers_are_masked() -> None:
