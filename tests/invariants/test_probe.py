@@ -94,9 +94,9 @@ def test_the_teachers_accuracy_is_that_of_its_own_completions_behind_its_own_pro
     asked: list[list[tuple[int, ...]]] = []
     sample = HFSampler.sample
 
-    def watched(self: HFSampler, prompts: Any, sampling: Any, *, seed: int) -> Any:
+    def watched(self: HFSampler, prompts: Any, sampling: Any, *, seed: int, **more: Any) -> Any:
         asked.append([tuple(prompt) for prompt in prompts])
-        return sample(self, prompts, sampling, seed=seed)
+        return sample(self, prompts, sampling, seed=seed, **more)
 
     monkeypatch.setattr(HFSampler, "sample", watched)
     values = {ratio: take(parts, "teacher_accuracy", ratio) for ratio in (0.25, 1.0)}

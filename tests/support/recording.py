@@ -136,10 +136,12 @@ def record(tree: dict[str, Any], folder: Path, *, skew: float = 0.0) -> Recordin
 def _watch_sampler(patch: pytest.MonkeyPatch, found: list[Recording], skew: float) -> None:
     sample = HFSampler.sample
 
-    def watched(self: HFSampler, prompts: Sequence[Sequence[int]], sampling: Any, *, seed: int) -> list[Turn]:
+    def watched(
+        self: HFSampler, prompts: Sequence[Sequence[int]], sampling: Any, *, seed: int, **more: Any
+    ) -> list[Turn]:
         run = found[0]
         weights = _weights(run.model)
-        turns = sample(self, prompts, sampling, seed=seed)
+        turns = sample(self, prompts, sampling, seed=seed, **more)
         turns = [replace(turn, logprobs=_skewed(turn.logprobs, skew)) for turn in turns]
         asked = [tuple(prompt) for prompt in prompts]
         run.calls.append(Call(asked, sampling.model_dump(), seed, turns, weights, len(run.updates)))
