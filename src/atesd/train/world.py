@@ -243,7 +243,7 @@ def _join() -> World:
     _, size = launched()
     if size == 1:
         return World()
-    state = PartialState(cpu=torch.accelerator.current_accelerator() is None, timeout=_PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     if state.num_processes != size:
         raise UserError(
             f"{size} processes were launched, but accelerate joins none of them here: start one (atesd train)"

@@ -160,13 +160,13 @@ def test_wrong_logits_are_far_from_the_tolerance(monkeypatch: pytest.MonkeyPatch
     model = family_model("llama with scaled positions")
 
     class Open(llama.Cache):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
             self.mask_B11S = None
 
     class Late(llama.Cache):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
             self.positions_B = self.positions_B - 1
 
     norm = llama._norm
