@@ -207,3 +207,14 @@ def test_a_launcher_is_told_by_its_environment(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched() == expected
+
+
+@forks
+def test_processes_meet_on_a_cpu_whatever_torch_was_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for CUDA names its accelerator where there is none."""
+
+    def named(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    assert together(tmp_path, 2, lambda rank: World.join().collect(rank)) == [[0, 1], [0, 1]]
