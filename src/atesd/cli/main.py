@@ -61,7 +61,7 @@ def options(
     size, command = launched()[1], context.invoked_subcommand
     if size > 1 and command != "train":
         raise typer.BadParameter(
-            f"{size} processes were launched, which only `atesd train` uses: start atesd {command}"
+            f"{size} processes were launched, which only `atesd train` uses: start atesd {command} without the launcher"
         )
 
 

@@ -74,7 +74,7 @@ def locate(path: str, revision: str | None = None) -> dict[str, Any]:
             ) from error
         raise UserError(
             f"{path!r} is no folder here, and the hub cannot be asked for a model of that name ({reason}): give a "
-            "folder, or download the model first where there is a connection, with: hf download"
+            f"folder, or download the model first where there is a connection, with: hf download {path}"
         ) from error
     return named
 

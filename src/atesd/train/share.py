@@ -26,6 +26,8 @@ _IGNORED = (
     ),
 )
 """What accelerate would do beside sharding, by the variable that asks for it."""
+_SECTIONS = {"controller": "exposure", "router": "routing"}
+"""Where a recipe chooses a policy that has another name than its section."""
 
 
 class PartialSampler(Protocol):
@@ -160,7 +162,7 @@ def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, s
     if precision != "no":
         raise UserError(
             f"accelerate's --mixed_precision {precision} is not supported with several processes: leave it out, and "
-            'set model.dtype = "bfloat16" with model.lora = {}'
+            'set model.dtype = "bfloat16"'
         )
     for unshared, what, remedy in _unshared(config):
         if unshared:
@@ -176,9 +178,10 @@ def refuse_uncredited(policies: Mapping[str, Policy], world: World) -> None:
         asked = [each.kind for step in (0, 1) for each in policy.wants(step)]
         found = next((kind for kind in asked if "influence" in kind or kind.startswith("virtual")), None)
         if found is not None:
+            section = _SECTIONS.get(name, name)
             raise UserError(
                 f"the {name} asks for {found}, which compares gradients of whole weights, and model.shard = true cuts "
-                f"them among {world.size} processes: remove model.shard, or choose another {name}"
+                f"them among {world.size} processes: remove model.shard, or set another {section}.kind"
             )
 
 

@@ -47,6 +47,8 @@ class World:
         """The group of what is exchanged over CPU memory; gradients go by the default group."""
         self._inside = False
         self._left = False
+        self._is_first: bool | None = None
+        """Whether this process was the first to notice that one is gone; None before."""
 
     @staticmethod
     def join() -> World:
@@ -231,11 +233,13 @@ class World:
         self._inside = False
 
     def _is_first_to_say(self) -> bool:
-        """Tell whether no other process has said that one is gone: all of them notice."""
-        try:
-            return int(dist.distributed_c10d._get_default_store().add("atesd/lost", 1)) == 1
-        except RuntimeError:  # the store went with the process that is gone
-            return True
+        """Tell whether no other process has said that one is gone: all of them notice, perhaps in several blocks."""
+        if self._is_first is None:
+            try:
+                self._is_first = int(dist.distributed_c10d._get_default_store().add("atesd/lost", 1)) == 1
+            except RuntimeError:  # the store went with the process that is gone
+                self._is_first = True
+        return self._is_first
 
 
 @cache

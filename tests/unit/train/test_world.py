@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from atesd.train import world as module
 from atesd.train.world import LostError, World, fingerprint
 from atesd.types import Elsewhere, UserError
 
-from support.processes import together
+from support.processes import start, together, wait
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -218,3 +219,16 @@ def test_processes_meet_on_a_cpu_whatever_torch_was_built_for(tmp_path: Path, mo
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
     assert together(tmp_path, 2, lambda rank: World.join().collect(rank)) == [[0, 1], [0, 1]]
+
+
+@forks
+def test_a_process_that_is_gone_is_told_of_through_nested_blocks(tmp_path: Path) -> None:
+    def noticing(rank: int) -> Any:
+        world = World.join()
+        if rank == 1:
+            os._exit(1)
+        with world.sound(), world.sound():
+            return world.collect(rank)
+
+    found = wait(tmp_path, start(tmp_path, 2, noticing))
+    assert (type(found[0]), found[1]) == (LostError, None)
