@@ -25,7 +25,7 @@ class MasterAdamW(torch.optim.AdamW):
     A step smaller than half the distance of two neighbours (2^-9 of a weight in bfloat16) would else be lost. Gradients
     are gathered in float32, too (`grad_dtype`). State of a weight, beside AdamW's: `master`. What others write into a
     weight counts: where it is no longer its master, rounded, the master begins there anew. Weights in float32 are
-    moved as AdamW does. As of AdamW, amsgrad, maximize and closures are not offered.
+    moved as AdamW does. Of AdamW's options amsgrad, maximize and closures are not offered.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:

@@ -161,6 +161,15 @@ def test_the_peak_of_real_sampling_is_within_a_third(tmp_path: Path) -> None:
     assert planned(config, "sampling") == pytest.approx(measured_sampling(config), rel=0.33)
 
 
+def test_the_peak_of_sampling_that_guesses_is_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many are guessed as may be, from the first pass on; the plan counts more copies of logits than are alive."""
+    monkeypatch.setattr("atesd.rollout.guess._FREE", 10_000)
+    config = small_config(tmp_path / "model", step={"problems": 8})
+    found = measured_sampling(config)
+    assert found <= planned(config, "sampling") <= 2 * found
+    assert found > 1.5 * measured_sampling(with_overrides(config, ["rollout.engine.guess=0", "rollout.engine.kind=hf"]))
+
+
 def test_what_does_not_fit_is_lowered_until_it_does(tmp_path: Path) -> None:
     config = recipe(write_config(tmp_path), step={"problems": 8}, rollout={"max_new_tokens": 30})
     before = make_plan(config, ROOM, Lengths(10, 20))
