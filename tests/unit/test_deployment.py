@@ -81,11 +81,15 @@ def test_scripts_parse_and_name_what_there_is(path: Path) -> None:
 
 
 def test_servers_and_trainers_share_out_the_gpus(tmp_path: Path) -> None:
-    """With commands that only say what they were asked: on one node, and on two."""
+    """With commands that only say what they were asked: on one node, and on two.
+
+    As the real one does, the trainer waits until all servers are there: else it may end before they have spoken.
+    """
     (tmp_path / "scontrol").write_text("#!/bin/sh\nfor node in $SLURM_JOB_NODELIST; do echo $node; done\n")
     (tmp_path / "srun").write_text(
         '#!/bin/sh\necho "GPUS=$CUDA_VISIBLE_DEVICES PORT=$PORT $*" >> "$SAID"\n'
-        'case "$*" in *vllm_server*) exec sleep 20;; esac\n'
+        'case "$*" in *vllm_server*) exec sleep 60;; esac\n'
+        'until [ "$(grep -c vllm_server "$SAID")" -eq "$SERVERS" ]; do sleep .05; done\n'
     )
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
