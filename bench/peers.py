@@ -115,14 +115,22 @@ class Turns(TrainerCallback):
 
 
 def step_trainer(
-    path: Path, rows: Sequence[dict[str, Any]], turns: Turns, *, batch: int, template: str, lora: bool, **own: Any
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    turns: Turns,
+    *,
+    batch: int,
+    template: str,
+    lora: bool,
+    dtype: str,
+    **own: Any,
 ) -> CountingTrainer:
     """Return a trainer that samples, scores and steps on the rows; `template` is the teacher's prompt."""
     args = settings(
         per_device_train_batch_size=batch,
         teacher_prompt_template=template,
         lr_scheduler_type="constant",
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": dtype},
         **own,
     )
     adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")

@@ -2,21 +2,23 @@
 
 The step alone has full exposure and no probe (arm `atesd`); `atesd_beta` is the same with ATESD's learned exposure,
 its probe and its controller. The learning rate is tiny, so that completions keep their length. Rounds are
-interleaved: TRL's loop gives the others their turn before each of its steps.
+interleaved: TRL's loop gives the others their turn before each of its steps. Both compute in the precision that the
+recipe has, or finds to be the faster here.
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import random
-import threading
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import greenlet
 import torch
 
 from atesd.config import RunConfig
@@ -24,7 +26,7 @@ from atesd.exposure.prompt import student_messages, teacher_messages
 from atesd.recipe import load_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
-from atesd.train.model import resolve
+from atesd.train.model import decide_dtype, resolve
 from atesd.types import Problem
 from bench.timing import Samples, progress, ratio
 
@@ -62,14 +64,27 @@ class Setting:
     lora: bool = False
     learned: bool = False
     """Whether ATESD's learned exposure is an arm, too."""
+    warmed_up: bool = False
+    """Whether the model is warmed up for the recipe's task first, as docs/models.md has it."""
 
 
+HINTED = "{prompt}\n\nReference solution:\n{privileged_context}\n\nNow solve the problem."
 SETTINGS = (
     Setting("pico", "pico.toml", (), "{prompt}\n>{privileged_context}", 30, 4, threads=1, learned=True),
     Setting(
         "smollm2",
+        "smollm2-cpu-opsd.toml",
+        ("task.train_size=256", "task.eval_size=1", "task.probe_size=0", 'prompt.answer=""'),
+        HINTED,
+        4,
+        1,
+        lora=True,
+        warmed_up=True,
+    ),
+    Setting(
+        "smollm2_unwarmed",
         "smollm2-gsm.toml",
-        ("model.dtype=float32", "step.problems=2", "rollout.max_new_tokens=32", "task.probe_size=0", *SMOLLM2_PROMPTS),
+        ("step.problems=2", "rollout.max_new_tokens=32", "task.probe_size=0", *SMOLLM2_PROMPTS),
         "{prompt}\n\n{privileged_context}",
         5,
         2,
@@ -79,45 +94,39 @@ SETTINGS = (
 
 
 class Stepped:
-    """A run of atesd that moves on when asked to, in a thread of its own."""
+    """A run of atesd that moves on when asked to, as a coroutine.
+
+    Not as a thread: OpenMP gives each thread that computes workers of its own, and once there are more of them than
+    cores, every arm waits for them.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.seconds: list[float] = []
         self.metrics: list[dict[str, Any]] = []
-        self._go = threading.Semaphore(0)
-        self._done: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
-        self.trainer = Trainer.start(config, folder, listener=self._listen)
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
-        self._result()
+        self.trainer = Trainer.start(config, folder, listener=greenlet.getcurrent().switch)
+        self._run = greenlet.greenlet(self.trainer.train)
+        self._run.switch()  # up to the evaluation of the start
 
     def step(self) -> None:
         """Do one step."""
         start = perf_counter()
-        self._go.release()
-        self.metrics.append(self._result())
+        self.metrics.append(self._run.switch())
         self.seconds.append(perf_counter() - start)
 
     def finish(self) -> None:
         """Do the last step, which evaluates and saves, without timing it."""
-        self._go.release(2)
-        self._thread.join()
+        while not self._run.dead:
+            self._run.switch()
 
-    def _listen(self, metrics: dict[str, Any]) -> None:
-        self._done.put(metrics)
-        self._go.acquire()
 
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except BaseException as error:
-            self._done.put(error)
-
-    def _result(self) -> dict[str, Any]:
-        result = self._done.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
+def warmed_up(setting: Setting, folder: Path) -> Path:
+    """Return the recipe's start: what `runs/` has of it, or else what is made now, in some four minutes."""
+    made = ROOT / "runs" / "smollm2-warm"
+    if not made.is_dir():
+        made = folder / "warm"
+        command = ["warmup", "--model", "smollm2", "--data", ROOT / "recipes" / setting.recipe, "--out", made]
+        subprocess.run([sys.executable, "-m", "atesd", *command, "task.data_seed=1"], check=True, stdout=sys.stderr)
+    return made
 
 
 def write_sums(path: Path) -> Path:
@@ -143,16 +152,16 @@ def write_sums(path: Path) -> Path:
 def configs(setting: Setting, folder: Path, steps: int) -> dict[str, RunConfig]:
     """Return the recipes of atesd's arms; one more step than is timed, since the last one evaluates."""
     overrides = [*setting.overrides, *QUIET, f"step.num_steps={steps + 1}", f"threads={torch.get_num_threads()}"]
-    if setting.name == "smollm2":
+    if setting.name == "smollm2_unwarmed":
         sums = write_sums(folder / "sums.jsonl")
         overrides += [f'task.path="{sums}"', "task.eval_size=1", "rollout.top_p=1.0", "rollout.top_k=0"]
+    elif setting.warmed_up:
+        overrides += [f'model.path="{warmed_up(setting, folder)}"']
     else:
         overrides += [f"task.train_size={TASK_SIZE}"]
     recipe = ROOT / "recipes" / setting.recipe
-    arms = {"atesd": load_config(recipe, [*overrides, FULL_EXPOSURE, DISTIL])}
-    if setting.learned:
-        arms["atesd_beta"] = load_config(recipe, [*overrides, ATESD, DISTIL])
-    return arms
+    exposures = {"atesd": FULL_EXPOSURE} | ({"atesd_beta": ATESD} if setting.learned else {})
+    return {name: decide_dtype(load_config(recipe, [*overrides, each, DISTIL])) for name, each in exposures.items()}
 
 
 def as_rows(problems: Sequence[Problem], config: RunConfig) -> list[dict[str, Any]]:
@@ -192,6 +201,7 @@ def measure(setting: Setting, folder: Path, rounds: int, warm_up: int = 2) -> di
         batch=config.step.problems * config.rollout.group_size,
         template=setting.template,
         lora=setting.lora,
+        dtype=config.model.dtype,
         max_steps=steps,
         num_generations=config.rollout.group_size,
         max_completion_length=config.rollout.max_new_tokens,
@@ -209,6 +219,7 @@ def measure(setting: Setting, folder: Path, rounds: int, warm_up: int = 2) -> di
     seconds: Samples = {name: run.seconds[warm_up:] for name, run in runs.items()} | {"trl": turns.seconds[warm_up:]}
     tokens = {name: [row["optim/tokens"] for row in run.metrics[warm_up:]] for name, run in runs.items()}
     return {
+        "dtype": config.model.dtype,
         "seconds": seconds,
         "tokens": tokens | {"trl": peer.sampled[warm_up:]},
         "ratios": {f"trl_over_{name}": ratio(seconds["trl"], seconds[name]) for name in runs},
@@ -227,6 +238,8 @@ def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Return every setting's results by name; of the runs' metrics only the seconds by phase."""
     found = {}
     for each in SETTINGS:
+        if quick and each.warmed_up:  # takes minutes, and quick numbers mean nothing
+            each = replace(each, warmed_up=False, overrides=(*each.overrides, "model.path=smollm2"))  # noqa: PLW2901
         found[each.name] = measure(each, folder, each.quick_rounds if quick else each.rounds)
         progress(f"step {each.name}")
     for result in found.values():

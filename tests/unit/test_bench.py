@@ -118,6 +118,28 @@ def test_the_arms_differ_in_exposure_alone(tmp_path: Path) -> None:
     assert plain["routing"]["kind"] == "distil"
 
 
+def test_smollm2_is_warmed_up_once_and_keeps_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[object]] = []
+    monkeypatch.setattr(step, "ROOT", tmp_path)
+    monkeypatch.setattr(step.subprocess, "run", lambda command, **_: commands.append(command))
+    setting = next(each for each in step.SETTINGS if each.warmed_up)
+    assert step.warmed_up(setting, tmp_path / "own") == tmp_path / "own" / "warm"
+    (command,) = commands
+    assert command[1:4] == ["-m", "atesd", "warmup"]
+    assert command[command.index("--data") + 1] == tmp_path / "recipes" / setting.recipe
+    assert "task.data_seed=1" in command, "other problems than the recipe trains on"
+    (tmp_path / "runs" / "smollm2-warm").mkdir(parents=True)
+    assert step.warmed_up(setting, tmp_path / "own") == tmp_path / "runs" / "smollm2-warm"
+    assert len(commands) == 1
+
+    monkeypatch.setattr(step, "ROOT", Path(step.__file__).parents[1])
+    monkeypatch.setattr(step, "warmed_up", lambda *_: tmp_path)
+    monkeypatch.setattr("atesd.train.model.choose_dtype", lambda: ("bfloat16", "said so"))
+    config = step.configs(setting, tmp_path, steps=2)["atesd"]
+    assert (config.model.path, config.model.dtype) == (str(tmp_path), "bfloat16")
+    assert (config.step.problems, config.rollout.max_new_tokens) == (12, 64), "as it ships"
+
+
 def test_an_error_in_the_run_reaches_the_caller(tmp_path: Path) -> None:
     small = ("task.train_size=4", "task.probe_size=2", "task.eval_size=2", "step.problems=2")
     config = step.configs(replace(step.SETTINGS[0], overrides=small, learned=False), tmp_path, steps=2)["atesd"]
