@@ -42,7 +42,7 @@ product: $(STAMP)  ## an hour: every sensible combination of all controls, two s
 
 BENCH := .venv-bench
 
-bench: ## some 10 minutes: speed and memory beside TRL, into bench/results; an environment of its own
+bench: ## some 15 minutes: speed and memory beside TRL, into bench/results; an environment of its own
 	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install --quiet -c constraints.txt -e '.[dev,bench,smollm2]'
 	$(BENCH)/bin/atesd fetch smollm2
