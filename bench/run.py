@@ -1,4 +1,6 @@
-"""atesd beside TRL on this machine, and what the machine leaves unused: `make bench`, some 15 minutes on two cores, 4 of them SmolLM2's warm-up.
+"""atesd beside TRL on this machine, and what the machine leaves unused: `make bench`.
+
+It takes some 15 minutes on two cores, 4 of them SmolLM2's warm-up.
 
     python -m bench.run [--quick] [--only score memory step machine] [--threads 2] [--out bench/results]
 
