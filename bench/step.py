@@ -239,7 +239,8 @@ def measure_all(folder: Path, *, quick: bool) -> dict[str, Any]:
     found = {}
     for each in SETTINGS:
         if quick and each.warmed_up:  # takes minutes, and quick numbers mean nothing
-            each = replace(each, warmed_up=False, overrides=(*each.overrides, "model.path=smollm2"))  # noqa: PLW2901
+            small = ("model.path=smollm2", "step.problems=2", "rollout.max_new_tokens=16")
+            each = replace(each, warmed_up=False, overrides=(*each.overrides, *small))  # noqa: PLW2901
         found[each.name] = measure(each, folder, each.quick_rounds if quick else each.rounds)
         progress(f"step {each.name}")
     for result in found.values():
