@@ -66,6 +66,8 @@ class Setting:
     """Whether ATESD's learned exposure is an arm, too."""
     warmed_up: bool = False
     """Whether the model is warmed up for the recipe's task first, as docs/models.md has it."""
+    sums: bool = False
+    """Whether it answers word problems written here, not the recipe's own task."""
 
 
 HINTED = "{prompt}\n\nReference solution:\n{privileged_context}\n\nNow solve the problem."
@@ -89,6 +91,7 @@ SETTINGS = (
         5,
         2,
         lora=True,
+        sums=True,
     ),
 )
 
@@ -152,7 +155,7 @@ def write_sums(path: Path) -> Path:
 def configs(setting: Setting, folder: Path, steps: int) -> dict[str, RunConfig]:
     """Return the recipes of atesd's arms; one more step than is timed, since the last one evaluates."""
     overrides = [*setting.overrides, *QUIET, f"step.num_steps={steps + 1}", f"threads={torch.get_num_threads()}"]
-    if setting.name == "smollm2_unwarmed":
+    if setting.sums:
         sums = write_sums(folder / "sums.jsonl")
         overrides += [f'task.path="{sums}"', "task.eval_size=1", "rollout.top_p=1.0", "rollout.top_k=0"]
     elif setting.warmed_up:
