@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes], dict[str
     return rows, {name: value.numpy().tobytes() for name, value in adapter.items()}, texts
 
 
-def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> None:
-    """Have the server reset the second connection after step 1, and forget every adapter."""
+def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> threading.Event:
+    """Have the server reset the second connection after step 1, and forget every adapter; tell when it has."""
+    gone = threading.Event()
 
     def killed(server: FakeVllm, _: Any) -> str:
         server.adapters.clear()
         server._models.clear()
+        gone.set()
         return "reset"
 
     def listen(row: dict[str, Any]) -> None:
@@ -54,3 +57,4 @@ def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> None:
             fake.faults += [lambda _, answer: answer, killed]
 
     trainer.listener = listen
+    return gone

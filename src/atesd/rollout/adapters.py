@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from atesd.rollout.requests import TRIES
 from atesd.rollout.server import Refused, Server
 from atesd.types import UserError
 
@@ -143,23 +144,28 @@ class Adapters:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, adapter: Adapter) -> dict[str, str]:
-        """Load an adapter under a new name; return what the server lists then."""
-        self._loads += 1
-        name, path = f"atesd-{self._token}-{self._loads}-v{adapter.version}", adapter.path
-        try:
-            self._server.post(LOAD, {"lora_name": name, "lora_path": path}, refuses=(500,))
-        except Refused as refused:
-            # A load whose answer was lost was asked for again, and is refused as done already.
-            if listed_models(self._server).get(name) != path:
-                raise UserError(_remedy(self._server.url, path, refused, self._rank)) from refused
-        listed = listed_models(self._server)
-        if listed.get(name) != path:
-            raise UserError(
-                f"the vLLM server at {self._server.url} took the adapter in {path}, but does not list it: start a "
-                "server as repro/vllm_server.sh does"
-            )
-        adapter.name, adapter.is_ours = name, True
-        return listed
+        """Load an adapter under a new name; return what the server lists then.
+
+        One that is not listed is loaded again: the server may have been started anew between the two questions.
+        """
+        path = adapter.path
+        for _ in range(TRIES):
+            self._loads += 1
+            name = f"atesd-{self._token}-{self._loads}-v{adapter.version}"
+            try:
+                self._server.post(LOAD, {"lora_name": name, "lora_path": path}, refuses=(500,))
+            except Refused as refused:
+                # A load whose answer was lost was asked for again, and is refused as done already.
+                if listed_models(self._server).get(name) != path:
+                    raise UserError(_remedy(self._server.url, path, refused, self._rank)) from refused
+            listed = listed_models(self._server)
+            if listed.get(name) == path:
+                adapter.name, adapter.is_ours = name, True
+                return listed
+        raise UserError(
+            f"the vLLM server at {self._server.url} took the adapter in {path} {TRIES} times, but does not list it: "
+            "start a server as repro/vllm_server.sh does"
+        )
 
     def _unload(self, name: str) -> None:
         """Unload an adapter, if the server knows it."""

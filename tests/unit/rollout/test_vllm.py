@@ -516,6 +516,29 @@ def test_a_load_whose_answer_is_lost_is_not_refused_as_done_already(
     assert [name.rpartition("-")[2] for name in fake.adapters] == ["v1"]
 
 
+def test_an_adapter_that_is_forgotten_before_it_is_listed_is_loaded_again(
+    fake: FakeVllm, warned: list[warnings.WarningMessage]
+) -> None:
+    """As where the server is started anew between the load and the look whether it took it."""
+    sampler = sampler_of(fake)
+    asked: list[str] = []
+
+    def forgotten(server: FakeVllm, answer: Any) -> Any:
+        asked.extend(server.adapters)
+        server.adapters.clear()
+        return answer
+
+    fake.load_faults += repeated(forgotten, 2)
+    sampler.sync(weights(1))
+    assert [path.rpartition("-v")[2] for path in fake.paths] == ["0", "1", "1", "1"]
+    assert [name.rpartition("-")[2] for name in fake.adapters] == ["v1"]
+    assert not {*asked} & {*fake.adapters}, "each loading has a name of its own"
+    assert {turn.weights_version for turn in sampler.sample(PROMPTS, SAMPLING, seed=5)} == {1}
+    fake.load_faults += repeated(forgotten, 3)
+    with pytest.raises(UserError, match="took the adapter in .* 3 times, but does not list it"):
+        sampler.sync(weights(2))
+
+
 def test_an_engine_process_that_died_is_waited_for_while_an_adapter_is_loaded(
     fake: FakeVllm, warned: list[warnings.WarningMessage]
 ) -> None:
