@@ -535,7 +535,7 @@ def test_an_adapter_that_is_forgotten_before_it_is_listed_is_loaded_again(
     assert not {*asked} & {*fake.adapters}, "each loading has a name of its own"
     assert {turn.weights_version for turn in sampler.sample(PROMPTS, SAMPLING, seed=5)} == {1}
     fake.load_faults += repeated(forgotten, 3)
-    with pytest.raises(UserError, match="took the adapter in .* 3 times, but does not list it"):
+    with pytest.raises(UserError, match=r"took the adapter in .* 3 times, but does not list it"):
         sampler.sync(weights(2))
 
 
