@@ -117,6 +117,8 @@ ORDERS: dict[str, list[str]] = {
         "tokens",
         "heads",
         "smollm2",
+        "norms",
+        "attention",
         "model",
         "optim",
         "teacher",

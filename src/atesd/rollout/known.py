@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from atesd.rollout.llama import Decoder
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # of transformers itself
-_SAME_MATHS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+SHORT_ROWS = "sdpa_with_short_rows"
+"""The attention of `train/attention.py`, as transformers knows it."""
+_SAME_MATHS = ("eager", "sdpa", SHORT_ROWS, "flash_attention_2", "flash_attention_3")
 # Weights that are read in a type of their own: adapters, latent codes.
 _BESIDE = re.compile(r"\.lora_|^latent_codes\.")
 # Those whose frequencies depend on nothing but the config.

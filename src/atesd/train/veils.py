@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from atesd.exposure.retention_gates import Gates, decay_bias, evict
 from atesd.exposure.revealer import Masker, ModelSize
+from atesd.rollout.known import SHORT_ROWS
 from atesd.train.batch import Pass, Passage, Veil
 from atesd.train.heads import decoder, kind_of
 from atesd.train.hub import first_line
@@ -201,7 +202,7 @@ class Veils:
     def _refuse_misfit(self) -> None:
         """Try two pairs of tokens that differ in the first, which is hidden from the second: it must tell nothing."""
         name, attention = kind_of(self._model), self._settings._attn_implementation
-        if attention != "sdpa":
+        if attention not in ("sdpa", SHORT_ROWS):
             raise UserError(
                 f'reveal.kind = "retention" hides tokens within scaled dot-product attention, and {name} runs with '
                 f'attn_implementation = "{attention}": set model.attn_implementation = "sdpa", or reveal.kind = '

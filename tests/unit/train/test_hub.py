@@ -129,7 +129,10 @@ def test_the_base_of_an_adapter_is_what_its_config_names(tmp_path: Path) -> None
             base_of_adapter(str(tmp_path))
 
 
-def test_a_folder_that_a_command_will_write_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_a_command_will_write_is_not_looked_for_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("atesd.train.hub._ask", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(UserError, match="there is no folder 'runs/smollm2-warm' yet: a run or a warm-up writes it"):
         locate("runs/smollm2-warm")
