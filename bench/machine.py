@@ -3,7 +3,8 @@
 `matmul_fraction`: floating-point operations that the pass needs, over its seconds, over the rate of a large matrix
 product measured in the same round. Counted are products only, and only the needed ones (a pass that computes logits
 twice to save memory gets no credit for it): each weight 2 operations a position forward, 4 more backward; causal
-attention half of its square; the head for the scored positions. At a size dominated by the decoder.
+attention half of its square; the head for the scored positions. At a size dominated by the decoder, which is as wide as
+Qwen3-0.6B.
 
 `token_exponent`: slope of log seconds over log tokens, for four numbers of sequences; 1 is linear.
 """
@@ -24,7 +25,7 @@ import torch
 from bench.score import HEAD_SIZE, Case, load_pair, one_pass, own_arms, random_batch, write_model
 from bench.timing import interleaved, spread
 
-BODY = Case("body", 768, 8_192, 2, 128, layers=6, prompt=64, hint=128)
+BODY = Case("body", 1_024, 8_192, 8, 128, layers=3, prompt=64, hint=128)
 GROWING = Case("growing", 256, 49_152, 2, 64)
 SEQUENCES = (2, 4, 8, 16)
 SIDES = {"float32": 1536, "bfloat16": 512}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
+from atesd.train.norms import norm_fast
 from bench.timing import interleaved, progress, ratio
 
 HEAD_SIZE = 64
@@ -199,9 +201,22 @@ def disagreement(student: nn.Module, arms: Mapping[str, Loss]) -> dict[str, dict
     return found
 
 
+def as_atesd_loads(pair: Pair) -> Pair:
+    """Return models that compute as those that atesd loads, of the very same weights."""
+
+    def twin(model: nn.Module) -> nn.Module:
+        other = deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        norm_fast(other)
+        return other
+
+    student = twin(pair.student)
+    return Pair(student, student if pair.teacher is pair.student else twin(pair.teacher))
+
+
 def own_arms(pair: Pair, batch: Batch) -> dict[str, Loss]:
     """Return the arms that need nothing but the package."""
-    return {"atesd": lambda: atesd_loss(pair, batch), "dense": lambda: dense_loss(pair, batch)}
+    loaded = as_atesd_loads(pair)
+    return {"atesd": lambda: atesd_loss(loaded, batch), "dense": lambda: dense_loss(pair, batch)}
 
 
 def all_arms(case: Case, path: Path) -> tuple[Pair, dict[str, Loss]]:

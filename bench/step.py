@@ -44,6 +44,13 @@ QUIET = (
 )
 FULL_EXPOSURE = 'exposure={kind="fixed", ratio=1.0}'
 ATESD = 'exposure={kind="beta"}'
+SMOLLM2_ATESD = (
+    'exposure={kind="beta", hold=2, look_ahead=4, probe_every=2, decisions_per_update=2, '
+    "gt_grid=[0.0, 0.25, 0.5, 0.75, 1.0]}",
+    "task.probe_size=16",
+    'prompt.answer="\\n#### {answer}"',
+)
+"""As smollm2-cpu-atesd.toml has it."""
 DISTIL = 'routing={kind="distil"}'
 SMOLLM2_PROMPTS = ('prompt.student="{problem}"', 'prompt.teacher="{problem}\\n\\n{hint}"')
 
@@ -62,8 +69,8 @@ class Setting:
     threads: int = 0
     """Of torch; 0 leaves what is set."""
     lora: bool = False
-    learned: bool = False
-    """Whether ATESD's learned exposure is an arm, too."""
+    learned: tuple[str, ...] = ()
+    """Overrides of an arm with ATESD's learned exposure; none for no such arm."""
     warmed_up: bool = False
     """Whether the model is warmed up for the recipe's task first, as docs/models.md has it."""
     sums: bool = False
@@ -72,7 +79,7 @@ class Setting:
 
 HINTED = "{prompt}\n\nReference solution:\n{privileged_context}\n\nNow solve the problem."
 SETTINGS = (
-    Setting("pico", "pico.toml", (), "{prompt}\n>{privileged_context}", 30, 4, threads=1, learned=True),
+    Setting("pico", "pico.toml", (), "{prompt}\n>{privileged_context}", 30, 4, threads=1, learned=(ATESD,)),
     Setting(
         "smollm2",
         "smollm2-cpu-opsd.toml",
@@ -81,6 +88,7 @@ SETTINGS = (
         4,
         1,
         lora=True,
+        learned=SMOLLM2_ATESD,
         warmed_up=True,
     ),
     Setting(
@@ -163,8 +171,11 @@ def configs(setting: Setting, folder: Path, steps: int) -> dict[str, RunConfig]:
     else:
         overrides += [f"task.train_size={TASK_SIZE}"]
     recipe = ROOT / "recipes" / setting.recipe
-    exposures = {"atesd": FULL_EXPOSURE} | ({"atesd_beta": ATESD} if setting.learned else {})
-    return {name: decide_dtype(load_config(recipe, [*overrides, each, DISTIL])) for name, each in exposures.items()}
+    plain = decide_dtype(load_config(recipe, [*overrides, FULL_EXPOSURE, DISTIL]))
+    if not setting.learned:
+        return {"atesd": plain}
+    overrides += [f"model.dtype={plain.model.dtype}", DISTIL, *setting.learned]
+    return {"atesd": plain, "atesd_beta": load_config(recipe, overrides)}
 
 
 def as_rows(problems: Sequence[Problem], config: RunConfig) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ KEYS = (
     "matmul_fraction",
     "exposure_share",
     "probe_share",
+    "smollm2_exposure_share",
+    "smollm2_probe_share",
     "token_exponent",
 )
 """Speed-ups are the peer's seconds over atesd's: above 1 atesd is the faster. Memory ratios are atesd's MiB over the
@@ -81,7 +83,7 @@ def _lines(what: str, arms: Mapping[str, list[float]], own: str, unit: str) -> l
 def summarise(raw: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers by key; `memory_growth_*` is what twice the vocabulary costs, 1 is nothing."""
     score, memory, step, machine = (raw[name] for name in ("score", "memory", "step", "machine"))
-    beta = step["pico"]["phases"]["atesd_beta"]
+    beta, real_beta = (step[name]["phases"]["atesd_beta"] for name in ("pico", "smollm2"))
 
     def speedup(result: Mapping[str, Any], peer: str) -> float:
         return ratio(result["seconds"][peer], result["seconds"]["atesd"])["median"]
@@ -100,6 +102,8 @@ def summarise(raw: Mapping[str, Any]) -> dict[str, float]:
         "matmul_fraction": machine["matmul"]["fraction"]["atesd"]["median"],
         "exposure_share": share(beta, "exposure"),
         "probe_share": share(beta, "probe"),
+        "smollm2_exposure_share": share(real_beta, "exposure"),
+        "smollm2_probe_share": share(real_beta, "probe"),
         "token_exponent": machine["growth"]["exponent"]["median"],
     }
     growth = {f"memory_growth_{arm}": mib["full"][arm] / mib["half_vocabulary"][arm] for arm in ("atesd", "trl")}

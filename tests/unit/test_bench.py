@@ -98,7 +98,7 @@ def test_shares_of_phases() -> None:
 def test_a_run_moves_on_step_by_step(tmp_path: Path) -> None:
     setting = step.SETTINGS[0]
     small = ("task.train_size=4", "task.probe_size=2", "task.eval_size=2", "step.problems=2")
-    config = step.configs(replace(setting, overrides=small, learned=False), tmp_path, steps=2)["atesd"]
+    config = step.configs(replace(setting, overrides=small, learned=()), tmp_path, steps=2)["atesd"]
     moved = step.Stepped(config, tmp_path / "run")
     moved.step()
     assert [row["step"] for row in moved.metrics] == [1]
@@ -135,14 +135,18 @@ def test_smollm2_is_warmed_up_once_and_keeps_its_recipe(tmp_path: Path, monkeypa
     monkeypatch.setattr(step, "ROOT", Path(step.__file__).parents[1])
     monkeypatch.setattr(step, "warmed_up", lambda *_: tmp_path)
     monkeypatch.setattr("atesd.train.model.choose_dtype", lambda: ("bfloat16", "said so"))
-    config = step.configs(setting, tmp_path, steps=2)["atesd"]
+    config, learned = step.configs(setting, tmp_path, steps=2).values()
+    assert (learned.model.path, learned.model.dtype) == (str(tmp_path), "bfloat16")
+    shipped = load_config("recipes/smollm2-cpu-atesd.toml")
+    assert (learned.exposure, learned.prompt, learned.reveal) == (shipped.exposure, shipped.prompt, shipped.reveal)
+    assert learned.task.model_dump()["probe_size"] == shipped.task.model_dump()["probe_size"] > 0
     assert (config.model.path, config.model.dtype) == (str(tmp_path), "bfloat16")
     assert (config.step.problems, config.rollout.max_new_tokens) == (12, 64), "as it ships"
 
 
 def test_an_error_in_the_run_reaches_the_caller(tmp_path: Path) -> None:
     small = ("task.train_size=4", "task.probe_size=2", "task.eval_size=2", "step.problems=2")
-    config = step.configs(replace(step.SETTINGS[0], overrides=small, learned=False), tmp_path, steps=2)["atesd"]
+    config = step.configs(replace(step.SETTINGS[0], overrides=small, learned=()), tmp_path, steps=2)["atesd"]
     moved = step.Stepped(config, tmp_path / "run")
     moved.trainer.parts.driver = None  # type: ignore[assignment]
     with pytest.raises(AttributeError, match="rollout"):
