@@ -17,6 +17,16 @@ KEPT = 4096
 """Prompts whose ids are kept: students read the same ones again, teachers where the same part is visible."""
 
 
+def most_tokens(text: str) -> int:
+    """Return a number of tokens that no tokenizer exceeds on a text, without asking one: a token a byte.
+
+    A tokenizer may put a space in front of a text, and behind a control token, which is one token of several letters;
+    and may write a letter in compatible ones first: U+FDFA becomes 18 letters of 33 bytes, more than any other does.
+    """
+    plain = len(text.encode("ascii", "ignore"))
+    return plain + 33 * (len(text) - plain) + 2
+
+
 class Renderer:
     """Renders both roles' prompts. Sampled ids never pass through here on their way to the loss.
 
@@ -59,6 +69,14 @@ class Renderer:
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the teacher's prompt, ending at the assistant header or the prefill."""
         return self._ids(messages, self._teacher_options) + self._encoded(self._prefill)
+
+    def student_text(self, messages: Sequence[Message]) -> str:
+        """Return the text that the student's prompt has the ids of."""
+        return self._text(self._folded(messages), self._student_options)
+
+    def teacher_text(self, messages: Sequence[Message]) -> str:
+        """Return the text that the teacher's prompt has the ids of."""
+        return self._text(self._folded(messages), self._teacher_options) + self._prefill
 
     def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return what follows a finished reply up to the student's next header: the rest of its closing, the messages.

@@ -23,7 +23,7 @@ from atesd.exposure.prompt import (
 )
 from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Masker, Revealer
-from atesd.rollout.render import KEPT, Renderer
+from atesd.rollout.render import KEPT, Renderer, most_tokens
 from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
 
@@ -121,12 +121,22 @@ class Hints:
             return list(problems), []
         fitting, overlong = [], []
         for problem in problems:
-            longest = max(self._longest(problem), len(self.student_ids(problem)))
-            if longest + completion <= context:
+            room = context - completion
+            if self._surely_fits(problem, room) or self._longest_of_both(problem) <= room:
                 fitting.append(problem)
             else:
                 overlong.append(problem.id)
         return fitting, overlong
+
+    def _surely_fits(self, problem: Problem, room: int) -> bool:
+        """Tell from texts alone that prompts fit: a tokenizer takes minutes for tens of thousands of long solutions."""
+        teacher = self._renderer.teacher_text(self.teacher_messages(problem, 1.0))
+        student = self._renderer.student_text(student_messages(problem, self._prompt))
+        longest = most_tokens(teacher) + most_tokens(self._prompt.answer) + most_tokens(problem.answer or "")
+        return max(longest, most_tokens(student)) <= room
+
+    def _longest_of_both(self, problem: Problem) -> int:
+        return max(self._longest(problem), len(self.student_ids(problem)))
 
     def surplus(self, problems: Sequence[Problem]) -> int:
         """Return by how many tokens a teacher's prompt exceeds the student's at most: what every turn has less room."""

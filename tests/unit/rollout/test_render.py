@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages
 from atesd.exposure.segments import Segments
-from atesd.rollout.render import Renderer
+from atesd.rollout.render import Renderer, most_tokens
 from atesd.types import Message, Problem, UserError
 
 from support.rollouts import CHAT_TEMPLATE, END, FORGETFUL_TEMPLATE, PADDING, PLAIN_TEMPLATE, byte_tokenizer
@@ -187,3 +187,42 @@ def test_a_template_that_does_not_close_replies_cannot_go_on(template: str) -> N
     renderer = Renderer(byte_tokenizer(template=template))
     with pytest.raises(UserError, match=r"does not close a reply with the end token .* environment of one turn"):
         renderer.continuation_ids([{"role": "user", "content": "more"}])
+
+
+def test_the_texts_of_both_roles_are_what_their_ids_spell() -> None:
+    system: list[Message] = [{"role": "system", "content": "Be brief."}, *TURN]
+    refusing = CHAT_TEMPLATE.replace("{{ '<|im_start|>'", "{{ '' if message['role'] == 'system' else '<|im_start|>'", 1)
+    for template in (CHAT_TEMPLATE, refusing):
+        tokenizer = byte_tokenizer(template=template)
+        renderer = Renderer(tokenizer, enable_thinking_student=False, teacher_prefill="<think>\n")
+        for messages in (TURN, system):
+            assert renderer.student_text(messages) == renderer.prompt_text(renderer.student_ids(messages))
+            assert renderer.teacher_text(messages) == renderer.prompt_text(renderer.teacher_ids(messages))
+    assert renderer.student_text(TURN) != renderer.teacher_text(TURN)
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Return a tokenizer without merges that writes letters in compatible ones and falls back to bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "<unk>": 257}
+    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.NFKC(), normalizers.Replace(" ", "\u2581")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=engine)
+
+
+@given(st.text(max_size=30))
+@example("")
+@example("a b")
+@example("\ufdfa")
+@example("\ufb2c\u1f82\u0390")
+@example("\U0001f600<|im_end|>\n")
+def test_no_tokenizer_exceeds_the_bound(text: str) -> None:
+    for tokenizer in (sentencepiece(), byte_tokenizer()):
+        assert len(tokenizer.encode(text, add_special_tokens=False)) <= most_tokens(text)
+
+
+def test_the_bound_is_a_token_a_letter_of_plain_text() -> None:
+    assert most_tokens("2 + 3 = 5") == 9 + 2
+    assert most_tokens("\ufdfa") == 33 + 2
+    assert len(sentencepiece().encode("\ufdfa", add_special_tokens=False)) == 30 + 4, "its spaces are one token each"

@@ -163,6 +163,33 @@ def test_problems_that_do_not_fit_with_a_full_completion_are_told_apart_and_name
     refuse_overlong([], room)
 
 
+def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = hints()
+    wide = Problem("wide", "f\u00fcnf", "l1\n" + "\u4e8c" * 9, None)
+    problems = [ONE, wide, Problem("answered", "first", "l1\nl2", "2" * 30)]
+    needed = {each.id: made._longest_of_both(each) for each in problems}
+    asked: list[str] = []
+    longest = made._longest_of_both
+    monkeypatch.setattr(made, "_longest_of_both", lambda each: (asked.append(each.id), longest(each))[1])
+    for context in range(10, 600):
+        fitting, overlong = made.fitting(problems, context, 10)
+        assert {each.id for each in fitting} == {name for name, length in needed.items() if length + 10 <= context}
+        assert len(overlong) == len(problems) - len(fitting)
+    assert {*asked} == set(needed), "or this shows nothing"
+    asked.clear()
+    monkeypatch.setattr(made, "student_ids", lambda _: pytest.fail("tokenized"))
+    monkeypatch.setattr(made, "teacher_ids", lambda *_: pytest.fail("tokenized"))
+    assert made.fitting(problems, 600, 10) == (problems, [])
+
+
+def test_a_student_longer_than_its_teacher_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = hints(prompt={"student": "{problem}" + "." * 90, "teacher": "{problem}{hint}", "answer": ""})
+    student, teacher = len(made.student_ids(ONE)), len(made.teacher_ids(ONE, 1.0))
+    assert student > teacher + 50
+    for context in (student + 9, student + 10, student + 40):
+        assert (made.fitting([ONE], context, 10)[1] == []) == (context >= student + 10)
+
+
 MASKED: dict[str, Any] = {"kind": "retention", "choose": "prefix"}
 
 
