@@ -166,7 +166,7 @@ def test_problems_that_do_not_fit_with_a_full_completion_are_told_apart_and_name
 def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     made = hints()
     wide = Problem("wide", "f\u00fcnf", "l1\n" + "\u4e8c" * 9, None)
-    problems = [ONE, wide, Problem("answered", "first", "l1\nl2", "2" * 30)]
+    problems = [ONE, wide, Problem("answered", "first", "l1\nl2", "2" * 90)]
     needed = {each.id: made._longest_of_both(each) for each in problems}
     asked: list[str] = []
     longest = made._longest_of_both

@@ -123,6 +123,7 @@ def test_norms_that_the_formula_describes_compute_by_it_and_others_stay() -> Non
 def test_one_that_multiplies_before_it_rounds_computes_so_in_float32_alone() -> None:
     assert fast(nn.ModuleList([Olmo2RMSNorm(32)])) == {"0"}
     assert fast(nn.ModuleList([Olmo2RMSNorm(32)]).to(torch.bfloat16)) == set()
+    assert fast(nn.ModuleList([Olmo2RMSNorm(32), Olmo2RMSNorm(32).to(torch.bfloat16)])) == {"0"}
     assert fast(nn.ModuleList([LlamaRMSNorm(32)]).to(torch.bfloat16)) == {"0"}
 
 
