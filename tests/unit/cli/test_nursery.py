@@ -31,7 +31,10 @@ TOY = (
     "words = serve(socket.socket(fileno=int(sys.argv[1])))\n"
     "if words is not None:\n    exec(words[0])"
 )
-SAVES = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\nopen({!r}, 'w')\ntime.sleep(600)"
+SAVES = (
+    "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+    "open({!r}, 'w')\ntime.sleep(600)"
+)
 
 
 def until(true: Callable[[], Any]) -> None:
