@@ -29,7 +29,7 @@ _MODELS = threading.Lock()  # of all servers: transformers loads models in one t
 Fault = Callable[["FakeVllm", dict[str, Any]], Any]
 """Gets the server and the whole answer to a completion request; returns what is sent instead.
 
-That is: other JSON, a status with JSON, or a word: `reset` breaks the connection off, `hang` leaves that to it.
+That is: other JSON, a status with JSON, or a word: `reset` breaks the connection off, `hang` never answers.
 """
 
 
