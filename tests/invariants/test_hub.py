@@ -45,14 +45,14 @@ class Place:
         return self.session.run(command, *given, *overrides, token=token)
 
     def refused(self, words: str, command: str, *overrides: str, token: str | None = None, recipe: bool = True) -> None:
-        """Run a command that ends in one line, soon."""
+        """Run a command that ends in one line, and sleeps little before it."""
         done = self.run(command, *overrides, token=token, recipe=recipe)
         assert done.code == 2, done
         assert words in done.err
         assert done.err.count("\n") == 1, done.err
         assert done.err.startswith("error: ")
         assert len(self.hub.asked) < 12, "nothing is tried again and again"
-        assert done.seconds < 30
+        assert done.slept_s < 30
 
     def sums(self, branch: str) -> dict[str, float]:
         """Return the sums of the weights that a branch was given."""

@@ -54,16 +54,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file that may not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Return the whole rows of a JSON Lines file that may not exist yet, or be written just now."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
 
-def wait_for_rows(run_dir: Path, number: int) -> None:
-    """Wait until a run has logged so many rows."""
-    deadline = time.monotonic() + 60
-    while len(rows(run_dir / "metrics.jsonl")) < number:
-        assert time.monotonic() < deadline, f"{run_dir} logs nothing"
-        time.sleep(0.05)
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+    """Wait for something that a process does."""
+    deadline = time.monotonic() + 600
+    while not true():
+        assert time.monotonic() < deadline, "never came true"
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -399,25 +400,47 @@ def test_a_forked_run_is_bit_for_bit_what_train_gives(tmp_path: Path, monkeypatc
         assert (forked / name / weights.name).read_bytes() == weights.read_bytes(), name
 
 
+GATE = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LOGGED = HERE / "study" / "half" / "seed_0" / "metrics.jsonl"
+
+
+def score(prompts, completions, **_):
+    while LOGGED.exists() and LOGGED.read_text().count("\\n") >= 2 and not (HERE / "open").exists():
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+"""
+
+
 def test_a_stopped_compare_continues_with_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "study"
-    words = ["compare", PICO, *SMALL, "step.num_steps=50", "--arms", "half", "--seeds", "1", "--out", str(out)]
+    """Its grader holds the run in the second step until the stop has come there, so that it is not over before."""
+    out, gate = tmp_path / "study", tmp_path / "gate.py"
+    gate.write_text(GATE)
+    graded = f'reward={{kind="python", function="{gate}:score"}}'
+    words = ["compare", PICO, *SMALL, "step.num_steps=6", graded, "--arms", "half", "--seeds", "1", "--out", str(out)]
     command = [sys.executable, "-m", "atesd.cli.main", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_rows(out / "half" / "seed_0", 2)
+    wait_until(lambda: len(rows(out / "half" / "seed_0" / "metrics.jsonl")) >= 2, process)
     assert run(monkeypatch, *words) == 2
     assert "are still going on" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    log = out / "half" / "seed_0.log"
+    wait_until(lambda: "stopping after this step to save" in log.read_text(), process)
+    (tmp_path / "open").touch()
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 130, text
     assert "continue with the same command: atesd compare" in text
     [*_, saved] = sorted((out / "half" / "seed_0" / "checkpoints").glob("step_*"))
+    assert saved.name == "step_000002"
     assert not (out / "half" / "seed_0" / "result.json").exists()
     assert run(monkeypatch, *words) == 0
-    assert f"after step {int(saved.name[5:])}\n" in (out / "half" / "seed_0.log").read_text()
-    assert [row["step"] for row in rows(out / "half" / "seed_0" / "metrics.jsonl")] == list(range(51))
+    assert "after step 2\n" in log.read_text()
+    assert [row["step"] for row in rows(out / "half" / "seed_0" / "metrics.jsonl")] == list(range(7))
 
 
 def test_eval_of_a_run_and_report_of_it(
@@ -434,11 +457,11 @@ def test_eval_of_a_run_and_report_of_it(
 
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
     out = tmp_path / "a run"
-    command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=500", "--out", str(out)]
+    command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=5000", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_rows(out, 3)
+    wait_until(lambda: len(rows(out / "metrics.jsonl")) >= 3, process)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 130
     assert f"continue with: atesd train --resume '{out}'" in text
     assert list((out / "checkpoints").glob("step_*"))
@@ -541,6 +564,26 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
 
 
+HELD = """
+import sys, time
+from atesd.cli.main import main
+from atesd.evaluate import kept
+
+sample, calls = kept.sample, []
+
+
+def held(*given, **named):
+    calls.append(1)
+    while len(calls) > 2:
+        time.sleep(1)
+    return sample(*given, **named)
+
+
+kept.sample = held
+main()
+"""
+
+
 def test_a_killed_benchmark_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -550,18 +593,14 @@ def test_a_killed_benchmark_goes_on_where_it_was(
     few = ["--k", "3", "eval.max_new_tokens=40", "rollout.batch_tokens=120", "threads=1"]  # a part is one problem
     words = ["eval", "pico", *few, "--recipe", PICO, "--task", "amc23", "--data", str(data)]
     torn, whole = tmp_path / "torn", tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atesd.cli.main", *words, "--results", str(torn)], stdout=subprocess.DEVNULL
+    process = subprocess.Popen(  # it gets no further than into its third part
+        [sys.executable, "-c", HELD, *words, "--results", str(torn)], stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while len(list(torn.glob("samples/part_*.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: len(list(torn.glob("samples/part_*.jsonl"))) == 2, process)
     process.kill()
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in torn.glob("samples/part_*.jsonl")}
-    assert len(kept) < len(problems), "killed too late to tell"
+    assert len(kept) == 2
     assert run(monkeypatch, *words, "--results", str(torn)) == 0
     text = capsys.readouterr().out
     assert "12/12 problems" in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from atesd.rollout.hf import HFSampler
 from atesd.rollout.sampler import SamplingConfig
 from atesd.train.model import resolve
 
+from support.ports import held_port
+
 PICO = Path(resolve("pico"))
 BASE = "base-model"
 _MODELS = threading.Lock()  # of all servers: transformers loads models in one thread at a time
@@ -28,7 +29,7 @@ _MODELS = threading.Lock()  # of all servers: transformers loads models in one t
 Fault = Callable[["FakeVllm", dict[str, Any]], Any]
 """Gets the server and the whole answer to a completion request; returns what is sent instead.
 
-That is: other JSON, a status with JSON, or a word: `reset` breaks the connection off, `hang` keeps it for a second.
+That is: other JSON, a status with JSON, or a word: `reset` breaks the connection off, `hang` never answers.
 """
 
 
@@ -43,7 +44,6 @@ class FakeVllm:
     vocabulary: int | None = None
     is_processed: bool = False
     allows_updates: bool = True
-    port: int = 0
     adapters: dict[str, str] = field(default_factory=dict)
     """Path of each loaded adapter, by name."""
     paths: list[str] = field(default_factory=list)
@@ -59,11 +59,13 @@ class FakeVllm:
     def __enter__(self) -> FakeVllm:
         self._counting, self._at_once = threading.Lock(), 0
         self._models: dict[str, Any] = {}
+        self._held, self.port = held_port()  # while it is stopped, too
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._held.close()
 
     @property
     def url(self) -> str:
@@ -77,9 +79,8 @@ class FakeVllm:
             self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._size = self.vocabulary or self._base.config.vocab_size
         self.connections: set[socket.socket] = set()
-        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
+        self._http = _Http(("127.0.0.1", self.port), _handler(self))
         self._http.daemon_threads = True
-        self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -197,6 +198,12 @@ def _error(message: str, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "code": status}}
 
 
+class _Http(ThreadingHTTPServer):
+    """With room for all who come while it is kept from answering."""
+
+    request_queue_size = 128
+
+
 def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -214,7 +221,8 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
 
         def _reply(self, answer: Any) -> None:
             if answer == "hang":
-                time.sleep(1)
+                with suppress(OSError):
+                    self.rfile.read(1)
             if answer in ("reset", "hang"):
                 self.close_connection = True
                 self.connection.close()

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from support.ports import held_port
+
 TOKEN = "hf_known"
 Files = dict[str, bytes]
 
@@ -58,7 +60,7 @@ class Hub:
         self.failing: int | None = None
         self.failing_pushes = False
         self._server: ThreadingHTTPServer | None = None
-        self._port = 0
+        self._held, self._port = held_port()  # while it is gone, too
 
     @property
     def url(self) -> str:
@@ -90,6 +92,7 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         """Answer no more."""
         self.go()
+        self._held.close()
 
     def come(self) -> None:
         """Answer, at the same address as before."""
@@ -101,7 +104,6 @@ class Hub:
             served = hub
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Bound)
-        self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def go(self) -> None:
@@ -318,7 +320,7 @@ class Done:
     code: int
     out: str
     err: str
-    seconds: float
+    slept_s: float
 
 
 class Session:

@@ -17,16 +17,20 @@ from accelerate.state import AcceleratorState
 
 from atesd.train import world
 
-LIMIT_S = 240.0
+from support.ports import held_port
+
+LIMIT_S = 900.0
+_held: dict[int, socket.socket] = {}
+"""The port at which processes meet, by the first one's id."""
 
 
 def start(folder: Path, size: int, action: Callable[[int], Any]) -> list[int]:
     """Fork processes that know of each other, and return their ids; each leaves what `action(rank)` gave."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [_fork(folder, size, rank, port, action) for rank in range(size)]
+    held, port = held_port()
+    children = [_fork(folder, size, rank, port, action) for rank in range(size)]
+    _held[children[0]] = held
+    return children
 
 
 def _fork(folder: Path, size: int, rank: int, port: int, action: Callable[[int], Any]) -> int:
@@ -75,6 +79,7 @@ def wait(folder: Path, children: list[int]) -> list[Any]:
                 os.waitpid(child, 0)
             raise AssertionError(f"processes {sorted(left)} did not end within {LIMIT_S:g} s")
         time.sleep(0.02)
+    _held.pop(children[0]).close()
     paths = [folder / f"result_{rank}" for rank in range(len(children))]
     return [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from atesd.train.world import World
 
 T = TypeVar("T")
-LIMIT_S = 60.0
+LIMIT_S = 600.0
 
 
 class ThreadWorld(World):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,16 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes], dict[str
 
 
 def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> threading.Event:
-    """Have the server reset the second connection after step 1, and forget every adapter; tell when it has."""
+    """Have the server reset the second connection after step 1, and forget every adapter; tell when it has.
+
+    What was asked for ahead of that has come to the server by then: else chance has one of its connections reset.
+    """
     gone = threading.Event()
+    config = trainer.config
+    ahead = config.step.problems * (1 + config.rollout.ahead)
+
+    def come() -> int:
+        return sum(body["n"] == config.rollout.group_size for body in fake.asked)
 
     def killed(server: FakeVllm, _: Any) -> str:
         server.adapters.clear()
@@ -54,6 +63,10 @@ def killed_in_step_2(fake: FakeVllm, trainer: Trainer) -> threading.Event:
 
     def listen(row: dict[str, Any]) -> None:
         if row["step"] == 1:
+            deadline = time.monotonic() + 300
+            while come() < ahead:
+                assert time.monotonic() < deadline, "not all was asked for"
+                time.sleep(0.01)
             fake.faults += [lambda _, answer: answer, killed]
 
     trainer.listener = listen

@@ -28,9 +28,10 @@ def within(timeout_s: float, call: Callable[[], T]) -> T:
 
 def _interrupted(timeout_s: float, call: Callable[[], T]) -> T:
     over, main_id = threading.Event(), threading.get_ident()
+    is_inside = False
 
     def stop(*_: object) -> None:
-        if not over.is_set():
+        if is_inside:  # else what is below would be cut short: a handler left behind, and signals without an end
             raise OutOfTime
 
     def watch() -> None:
@@ -43,8 +44,10 @@ def _interrupted(timeout_s: float, call: Callable[[], T]) -> T:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
+        is_inside = True
         return call()
     finally:
+        is_inside = False
         over.set()
         watcher.join()  # a late signal must find `stop`, for the default action ends the process
         signal.signal(_SIGNAL, before)

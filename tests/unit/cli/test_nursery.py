@@ -32,13 +32,14 @@ TOY = (
     "if words is not None:\n    exec(words[0])"
 )
 SAVES = (
-    "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\nopen({!r}, 'w')\ntime.sleep(60)"
+    "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+    "open({!r}, 'w')\ntime.sleep(600)"
 )
 
 
 def until(true: Callable[[], Any]) -> None:
     """Wait for something."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not true():
         assert time.monotonic() < deadline, "never came true"
         time.sleep(0.01)
@@ -91,7 +92,7 @@ def test_a_run_ends_as_a_process_of_its_own_would(code: str, ends: int, toy: Nur
 
 def test_a_signal_sent_at_once_reaches_the_run(toy: Nursery, tmp_path: Path) -> None:
     """Before the comparison has heard of the fork."""
-    run = start(toy, "import time; time.sleep(60)", tmp_path / "log")
+    run = start(toy, "import time; time.sleep(600)", tmp_path / "log")
     other = start(toy, "import time; time.sleep(.3)", tmp_path / "other")
     run.send_signal(signal.SIGTERM)
     assert end(run) == -signal.SIGTERM
@@ -182,13 +183,22 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_POLL_S", 0.02)
 
 
+def meets(folder: Path, number: int) -> str:
+    """Return the code of what goes no further until so many runs have begun."""
+    return (
+        f"import os, time\nopen(os.path.join({str(folder)!r}, str(os.getpid())), 'w')\n"
+        f"while len(os.listdir({str(folder)!r})) < {number}: time.sleep(.01)\n"
+    )
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_runs_start_in_order_a_few_at_a_time_and_a_failing_one_stops_no_other(
     at_once: int, toy: Nursery, tmp_path: Path
 ) -> None:
+    (tmp_path / "begun").mkdir()
     codes = {arm: done(tmp_path, arm, 0.1) for arm in "abde"}
     codes = {"a": codes["a"], "x": "raise ValueError('not this one')", **codes}
-    toys = Toys(tmp_path, codes)
+    toys = Toys(tmp_path, {arm: meets(tmp_path / "begun", at_once) + code for arm, code in codes.items()})
     runner = toys.run(toy, at_once)
     assert toys.started == ["a", "x", "b", "d", "e"]
     assert toys.most == at_once
@@ -216,17 +226,25 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(toy: Nursery, tmp_path: 
     assert "stopping: 2 runs end their step and save" in toys.out.getvalue()
 
 
-def test_nothing_starts_while_the_nursery_loads_and_a_stop_is_heard_then(tmp_path: Path) -> None:
+def test_nothing_starts_while_the_nursery_loads_and_a_stop_is_heard_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Nursery([sys.executable, "-c", "import time; time.sleep(60)"])
     toys = Toys(tmp_path, {"a": ""})
-    pressing = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    pressing.start()
+    waits: list[float] = []
+
+    def press(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(jobs, "sleep", press)
     try:
         assert toys.run(slow, 1).was_stopped
     finally:
-        pressing.join()
         slow.close()
     assert toys.started == []
+    assert len(waits) == 3
 
 
 def test_runs_start_from_nothing_where_the_nursery_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

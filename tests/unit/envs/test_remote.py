@@ -84,7 +84,9 @@ def trl(tmp_path: Path) -> str:
 
 
 def environment(gym: str, **settings: Any) -> Any:
-    return Gymnasium.model_validate({"kind": "gymnasium", "make": gym, "workers": 1, **settings}).build(RunFacts())
+    """Of a limit that no busy machine reaches, unless another is given."""
+    section = {"kind": "gymnasium", "make": gym, "workers": 1, "timeout_s": 120.0, **settings}
+    return Gymnasium.model_validate(section).build(RunFacts())
 
 
 PROMPT = [Message(role="user", content="count")]
@@ -110,15 +112,17 @@ def test_attempts_at_a_problem_without_a_seed_follow_the_attempts_own(gym: str) 
     assert heard(episode.reset(PROMPT)) == ["count\nseed 9"]
 
 
-@pytest.mark.parametrize(("reply", "ending", "why"), [
-    ("raise", Ending.ERROR, "it raised ValueError: no such door"),
-    ("die", Ending.ERROR, "its process has ended"),
-    ("number", Ending.NOT_TEXT, "it says int 7, which is no text"),
-    ("hang", Ending.HANG, r"it did not answer within 2 s \(env\.timeout_s\)"),
+@pytest.mark.parametrize(("reply", "ending", "timeout_s", "why"), [
+    ("raise", Ending.ERROR, 120.0, "it raised ValueError: no such door"),
+    ("die", Ending.ERROR, 120.0, "its process has ended"),
+    ("number", Ending.NOT_TEXT, 120.0, "it says int 7, which is no text"),
+    ("hang", Ending.HANG, 6.0, r"it did not answer within 6 s \(env\.timeout_s\)"),
 ])  # fmt: skip
-def test_what_goes_wrong_is_told_apart_and_neighbours_go_on(gym: str, reply: str, ending: Ending, why: str) -> None:
+def test_what_goes_wrong_is_told_apart_and_neighbours_go_on(
+    gym: str, reply: str, ending: Ending, timeout_s: float, why: str
+) -> None:
     """Both episodes are in one process, which a hang or a death ends: the other one is played again from its seed."""
-    world = environment(gym, timeout_s=2.0)
+    world = environment(gym, timeout_s=timeout_s)
     bad, good = world.episode(PROBLEM, 0), world.episode(Problem("q", "count", "x", extra={"seed": 8}), 0)
     for episode in (bad, good):
         episode.begin(None)
@@ -142,8 +146,8 @@ def test_what_goes_wrong_is_told_apart_and_neighbours_go_on(gym: str, reply: str
 def test_a_batch_with_hangs_and_infinite_rewards_is_counted(gym: str) -> None:
     replies = ["stop", "hang", "infinite"]
     driver, _ = fake_driver(lambda prompt, place: replies[place % 3] if "after" not in prompt else "stop",
-                            lambda **_: [], environment(gym, timeout_s=2.0, workers=2))  # fmt: skip
-    with pytest.warns(UserWarning, match="failed in 2 of 3 attempts; in the first it did not answer within 2 s"):
+                            lambda **_: [], environment(gym, timeout_s=6.0, workers=2))  # fmt: skip
+    with pytest.warns(UserWarning, match="failed in 2 of 3 attempts; in the first it did not answer within 6 s"):
         (group,) = driver.rollout([PROBLEM], SamplingConfig(max_new_tokens=40, group_size=3), seed=0)
     assert [each.ended for each in group.trajectories] == [Ending.OVER, Ending.HANG, Ending.BAD_REWARD]
     assert [each.reward for each in group.trajectories] == [0.5, None, None]
@@ -167,7 +171,7 @@ def test_trl_classes_are_played_as_they_are(trl: str) -> None:
 
 
 def test_trl_classes_run_in_a_worker_with_the_rows_columns(trl: str) -> None:
-    section = TrlEnvironment.model_validate({"kind": "trl", "factory": trl, "workers": 1})
+    section = TrlEnvironment.model_validate({"kind": "trl", "factory": trl, "workers": 1, "timeout_s": 120.0})
     assert section.code == trl
     episode = section.build(RunFacts()).episode(Problem("p", "Shop.", "x", extra={"want": "tea"}), 0)
     assert heard(episode.reset([Message(role="user", content="Shop.")]))[0].startswith("Shop.\nBuy tea.")

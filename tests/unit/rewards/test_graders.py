@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +27,12 @@ def grader() -> Iterator[MathReward]:
 
 def grade(reward: MathReward, completion: str, gold: str | None) -> float | None:
     return reward(prompts=["p"], completions=[completion], answer=[gold])[0]
+
+
+def used_by_children_s() -> float:
+    """Return the processor time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
@@ -68,9 +74,10 @@ def test_meaning(grader: MathReward, given: str, gold: str | None, score: float 
 
 
 def test_a_bomb_costs_its_time_limit_and_the_next_answer_is_graded(grader: MathReward) -> None:
-    before, begin = grader.timeouts, time.monotonic()
+    """Of processor time: how long that takes is the machine's load."""
+    before, begin = grader.timeouts, used_by_children_s()
     assert grade(grader, r"\boxed{9^{9^{9^{9}}}}", "3") == 0.0
-    assert time.monotonic() - begin < 30.0
+    assert used_by_children_s() - begin < 30.0
     assert grader.timeouts == before + 1
     assert grade(grader, r"\boxed{\frac{2}{4}}", "0.5") == 1.0
 
@@ -89,7 +96,7 @@ def test_the_time_limit_holds_off_the_main_thread(grader: MathReward) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=300)
     assert found == [0.0, 1.0]
 
 
@@ -101,11 +108,17 @@ def test_a_worker_that_died_is_replaced_and_costs_no_grade(grader: MathReward) -
     assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
 
 
+def stop(worker: _Worker) -> None:
+    """Let a verifier get no processor, and wait until it has stopped."""
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, worker.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_a_worker_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = MathReward()
     assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
     assert reward._worker is not None
-    os.kill(reward._worker.process.pid, signal.SIGSTOP)
+    stop(reward._worker)
     with monkeypatch.context() as patch:
         patch.setattr(math, "_STILL_S", 0.3)
         patch.setattr(math, "_STILL_FACTOR", 0.0)
@@ -119,7 +132,7 @@ def test_a_worker_that_gets_no_processor_for_longer_than_the_limit_costs_no_grad
     assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
     assert reward._worker is not None
     pid = reward._worker.process.pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(reward._worker)
     threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
     assert grade(reward, r"\boxed{0.25}", "1/4") == 1.0
     assert reward.timeouts == 0
@@ -136,12 +149,31 @@ def test_a_worker_is_out_of_reach_of_ctrl_c_and_ends_itself_at_the_limit() -> No
     assert _Worker().ask("0.5", "1/2", 1e300) is True
 
 
-def test_an_interrupted_grade_does_not_answer_the_next_request(grader: MathReward) -> None:
+def test_an_interrupted_grade_does_not_answer_the_next_request(
+    grader: MathReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt comes while the reply to a question that was asked is waited for; it would be `no`."""
     assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
-    main = threading.get_ident()
-    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    worker = grader._worker
+    assert worker is not None
+    main, asked, read = threading.get_ident(), threading.Event(), _Worker._read
+
+    def reading(self: _Worker, wall_s: float) -> bytes:
+        asked.set()
+        return read(self, wall_s)
+
+    def interrupt() -> None:
+        assert asked.wait(60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    monkeypatch.setattr(_Worker, "_read", reading)
+    stop(worker)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        grade(grader, r"\boxed{9^{9^{9^{9}}}}", "3")
+        grade(grader, r"\boxed{0.25}", "1/5")
+    thread.join()
+    worker.process.send_signal(signal.SIGCONT)
     assert grade(grader, r"\boxed{0.25}", "1/4") == 1.0
     assert grade(grader, r"\boxed{0.25}", "1/5") == 0.0
 

@@ -129,13 +129,13 @@ def test_a_verifier_that_does_not_start_is_explained(monkeypatch: pytest.MonkeyP
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 600\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(math, "_START_S", 0.3)
-    for program, reason in [
-        ("/bin/true", "it ended with code 0"),
-        ("/no/such/python", r"\[Errno 2\] No such file or directory: '/no/such/python'"),
-        (str(slow), r"no sign of life for 0\.3 s"),
+    for program, start_s, reason in [
+        ("/bin/true", 300.0, "it ended with code 0"),
+        ("/no/such/python", 300.0, r"\[Errno 2\] No such file or directory: '/no/such/python'"),
+        (str(slow), 0.3, r"no sign of life for 0\.3 s"),
     ]:
         monkeypatch.setattr("sys.executable", program)
+        monkeypatch.setattr(math, "_START_S", start_s)
         message = rf"^the answer verifier does not start \({reason}\): .* or set reward\.kind = \"exact\"$"
         with pytest.raises(UserError, match=message):
             MathReward()(["p"], [r"\boxed{0.25}"], answer=["1/4"])
@@ -162,30 +162,51 @@ def test_workers_end_with_their_graders() -> None:
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may go between two looks
+        return False
 
 
 def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("last", ["time.sleep(600)", r'reward(["p"], [r"\boxed{9^{9^{9^9}}}"], answer=["3"])'])
+WAITS = """
+import sys, time
+from atesd.rewards import math
+read = math._Worker._read
+def reading(self, wall_s):
+    print("asked", flush=True)
+    return read(self, wall_s)
+math._Worker._read = reading
+print(reward._worker.process.pid, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    "last", ['print("asked", flush=True); time.sleep(600)', r'reward(["p"], [r"\boxed{9^{9^{9^9}}}"], answer=["3"])']
+)
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path, last: str) -> None:
     """Idle, it finds the end of its input; over a bomb, its own time limit ends it."""
     script = tmp_path / "start.py"
-    script.write_text(
-        GRADE.format(late="").replace("MathReward()", "MathReward(1.0)")
-        + f"import time\nprint(reward._worker.process.pid, flush=True)\n{last}\n"
-    )
+    script.write_text(GRADE.format(late="").replace("MathReward()", "MathReward(1.0)") + WAITS + last)
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdin is not None
         assert parent.stdout is not None
         assert parent.stdout.readline() == "[1.0, 0.0, 1.0]\n"
         pid = int(parent.stdout.readline())
         assert is_running(pid)
+        parent.stdin.write("go\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline() == "asked\n"
         parent.kill()
     wait_for_end(pid)
 

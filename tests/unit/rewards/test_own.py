@@ -109,22 +109,58 @@ def test_the_recipe_sets_the_limit(tmp_path: Path) -> None:
 
 
 def test_a_signal_that_comes_late_hits_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the call, the signal's default action would end the process."""
+    """Behind the call, the signal's default action would end the process; the call is over when it is sent."""
     strays: list[int] = []
-    kill = signal.pthread_kill
+    begun, left, sent = threading.Event(), threading.Event(), threading.Event()
+    kill, join = signal.pthread_kill, threading.Thread.join
 
     def kill_late(thread: int, number: int) -> None:
-        time.sleep(0.3)
+        begun.set()
+        assert left.wait(120)
         kill(thread, number)
+        sent.set()
+
+    def joined(thread: threading.Thread, timeout: float | None = None) -> None:
+        left.set()
+        join(thread, timeout)
+
+    def score(**_: Any) -> list[float]:
+        assert begun.wait(120)
+        return [1.0, 0.0]
 
     monkeypatch.setattr(signal, "pthread_kill", kill_late)
+    monkeypatch.setattr(threading.Thread, "join", joined)
     before = signal.signal(signal.SIGVTALRM, lambda number, _: strays.append(number))
     try:
-        assert own(lambda **_: time.sleep(0.2) or [1.0, 0.0], timeout_s=0.1) == [1.0, 0.0]
-        time.sleep(0.4)
+        assert own(score, timeout_s=0.1) == [1.0, 0.0]
+        left.set()
+        assert sent.wait(120)
     finally:
         signal.signal(signal.SIGVTALRM, before)
     assert strays == []
+
+
+def test_time_that_is_over_before_the_call_begins_ends_the_call_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a busy machine, where a thread that has started another goes on much later."""
+    start, kill, sent = threading.Thread.start, signal.pthread_kill, threading.Event()
+
+    def signalled(thread: int, number: int) -> None:
+        kill(thread, number)
+        sent.set()
+
+    def started(thread: threading.Thread) -> None:
+        start(thread)
+        assert sent.wait(120)
+
+    monkeypatch.setattr(signal, "pthread_kill", signalled)
+    monkeypatch.setattr(threading.Thread, "start", started)
+    before, running = signal.getsignal(signal.SIGVTALRM), {*threading.enumerate()}
+    with pytest.raises(UserError, match=r"took more than 0\.1 s"):
+        own(sleep, 0.1)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert not {*threading.enumerate()} - running, "nobody is left who sends signals"
 
 
 def test_it_may_use_signals_as_verifiers_do() -> None:

@@ -219,19 +219,21 @@ def test_several_servers_want_as_many_processes() -> None:
 
 def test_what_is_given_up_is_not_asked_again(fake: FakeVllm, warned: list[warnings.WarningMessage]) -> None:
     sampler = sampler_of(fake, concurrency=1)
-    reached = threading.Event()
+    reached, dropped = threading.Event(), threading.Event()
 
     def away(_: FakeVllm, __: Any) -> Any:
         reached.set()
+        assert dropped.wait(timeout=60)
         return 503, {}
 
     fake.faults += repeated(away, 1000)
     submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
     assert reached.wait(timeout=60)
     submitted.drop()
+    dropped.set()
     with pytest.raises((UserError, CancelledError)):
         submitted.result()
-    assert len(fake.asked) <= 3
+    assert len(fake.asked) == 1
 
 
 def test_nothing_is_left_behind(fake: FakeVllm, tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_what_fails_once_is_asked_for_again_and_changes_nothing(
 def test_a_request_without_an_answer_in_time_is_asked_again(
     fake: FakeVllm, warned: list[warnings.WarningMessage]
 ) -> None:
-    sampler = sampler_of(fake, timeout_s=0.5)
+    sampler = sampler_of(fake, timeout_s=4.0)
     expected = sampler.sample(PROMPTS[:1], SAMPLING, seed=5)
     fake.faults.append(sends("hang"))
     assert sampler.sample(PROMPTS[:1], SAMPLING, seed=5) == expected
@@ -373,7 +375,7 @@ def test_after_a_failure_the_other_requests_are_not_asked_for_again(
         sampler.sample([[2, 13 + place, 3] for place in range(4)], SAMPLING, seed=0)
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("atesd-vllm")]
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads)
 
 
