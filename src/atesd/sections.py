@@ -43,8 +43,8 @@ class ModelConfig(Config):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attn_implementation: str | None = None
-    """Passed to transformers where set, such as eager, sdpa or flash_attention_2; the library's choice where unset. With
-    sdpa in bfloat16 on a CPU, gradients of short rows are taken by its formula (docs/performance.md)."""
+    """Passed to transformers where set, such as eager, sdpa or flash_attention_2; the library's choice where unset.
+    With sdpa in bfloat16 on a CPU, gradients of short rows are taken by its formula (docs/performance.md)."""
     shard: bool = False
     """Of several processes each keeps a share of the weights, their gradients and Adam's averages (FSDP2), and holds
     all weights only while nothing is derived: docs/processes.md. One process alone has nothing to share.

@@ -59,10 +59,14 @@ def test_values_and_gradients_are_those_in_float64(shape: tuple[int, ...]) -> No
         torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_the_values_are_bit_for_bit_the_models_own_and_gradients_as_near_to_the_truth() -> None:
-    norm = LlamaRMSNorm(48, EPS).to(torch.bfloat16)
-    norm.weight.data = drawn(48).to(torch.bfloat16)
-    x, outer = drawn(40, 48).to(torch.bfloat16), drawn(40, 48).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 1000])
+def test_values_are_bit_for_bit_the_models_own_and_gradients_as_near_to_the_truth(
+    dtype: torch.dtype, width: int
+) -> None:
+    norm = LlamaRMSNorm(width, EPS).to(dtype)
+    norm.weight.data = drawn(width).to(dtype)
+    x, outer = drawn(40, width).to(dtype), drawn(40, width).to(dtype)
     expected = reference(x, norm.weight, outer)
     off: list[list[float]] = []
     for compute in (norm, lambda x: rms_norm(x, norm.weight, EPS)):
@@ -72,11 +76,11 @@ def test_in_bfloat16_the_values_are_bit_for_bit_the_models_own_and_gradients_as_
         assert torch.equal(y, norm(x))
         assert x.grad is not None
         assert norm.weight.grad is not None
-        assert {x.grad.dtype, norm.weight.grad.dtype, y.dtype} == {torch.bfloat16}
+        assert {x.grad.dtype, norm.weight.grad.dtype, y.dtype} == {dtype}
         found = x.grad, norm.weight.grad
         off.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected[1:], strict=True)])
     theirs, ours = off
-    assert all(0 < mine <= 1.05 * other < 0.02 for mine, other in zip(ours, theirs, strict=True)), off
+    assert all(0 < mine <= 1.1 * other < 0.02 for mine, other in zip(ours, theirs, strict=True)), off
 
 
 def test_a_frozen_weight_gets_no_gradient_and_a_frozen_row_none_either() -> None:
@@ -96,7 +100,7 @@ class Other(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.gemma = LlamaRMSNorm(8, 1e-6), LlamaRMSNorm(8, 1e-2), Gemma2RMSNorm(8)
-        self.torchs, self.plain, self.layer = nn.RMSNorm(8, EPS), nn.RMSNorm(8, EPS, False), nn.LayerNorm(8)
+        self.plain, self.layer = nn.RMSNorm(8, EPS, False), nn.LayerNorm(8)
         self.nameless = nn.RMSNorm(8)
         self.hooked = LlamaRMSNorm(8, 1e-6)
         self.hooked.forward = lambda x: x
@@ -111,10 +115,10 @@ def fast(model: nn.Module) -> set[str]:
 def test_norms_that_the_formula_describes_compute_by_it_and_others_stay() -> None:
     model, same = Other(), Other()
     same.load_state_dict(model.state_dict())
-    assert fast(model) == {"a", "b", "torchs"}
+    assert fast(model) == {"a", "b"}
     x = drawn(3, 8)
     for name, module in model.named_children():
-        torch.testing.assert_close(module(x), same.get_submodule(name)(x))
+        assert torch.equal(module(x), same.get_submodule(name)(x))
     assert type(model.a).__name__ == "LlamaRMSNorm"
     assert isinstance(model.a, LlamaRMSNorm)
     assert model.state_dict().keys() == same.state_dict().keys()
