@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
-from atesd.train.norms import norm_fast
+from atesd.train.norms import use_lean_norms
 from bench.timing import interleaved, progress, ratio
 
 HEAD_SIZE = 64
@@ -201,12 +201,12 @@ def disagreement(student: nn.Module, arms: Mapping[str, Loss]) -> dict[str, dict
     return found
 
 
-def as_atesd_loads(pair: Pair) -> Pair:
-    """Return models that compute as those that atesd loads, of the very same weights."""
+def with_lean_norms(pair: Pair) -> Pair:
+    """Return models of the very same weights whose norms compute as in those that atesd loads."""
 
     def twin(model: nn.Module) -> nn.Module:
         other = deepcopy(model, {id(weight): weight for weight in model.parameters()})
-        norm_fast(other)
+        use_lean_norms(other)
         return other
 
     student = twin(pair.student)
@@ -215,8 +215,8 @@ def as_atesd_loads(pair: Pair) -> Pair:
 
 def own_arms(pair: Pair, batch: Batch) -> dict[str, Loss]:
     """Return the arms that need nothing but the package."""
-    loaded = as_atesd_loads(pair)
-    return {"atesd": lambda: atesd_loss(loaded, batch), "dense": lambda: dense_loss(pair, batch)}
+    lean = with_lean_norms(pair)
+    return {"atesd": lambda: atesd_loss(lean, batch), "dense": lambda: dense_loss(pair, batch)}
 
 
 def all_arms(case: Case, path: Path) -> tuple[Pair, dict[str, Loss]]:

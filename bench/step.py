@@ -1,9 +1,9 @@
 """A whole step with rollouts: atesd's Trainer against TRL's, on the same model, problems, prompts and settings.
 
 The step alone has full exposure and no probe (arm `atesd`); `atesd_beta` is the same with ATESD's learned exposure,
-its probe and its controller. The learning rate is tiny, so that completions keep their length. Rounds are
-interleaved: TRL's loop gives the others their turn before each of its steps. Both compute in the precision that the
-recipe has, or finds to be the faster here.
+its probe, its controller and, below full exposure, the answer. The learning rate is tiny, so that completions keep
+their length. Rounds are interleaved: TRL's loop gives the others their turn before each of its steps. Both compute in
+the precision that the recipe has, or finds to be the faster here.
 """
 
 from __future__ import annotations

@@ -162,6 +162,7 @@ class Adapters:
             if listed.get(name) == path:
                 adapter.name, adapter.is_ours = name, True
                 return listed
+            self._unload(name)  # what is listed under another path holds a place
         raise UserError(
             f"the vLLM server at {self._server.url} took the adapter in {path} {TRIES} times, but does not list it: "
             "start a server as repro/vllm_server.sh does"

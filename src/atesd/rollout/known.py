@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atesd.rollout.llama import Decoder
 
-_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # of transformers itself
+FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # of transformers itself
 SHORT_ROWS = "sdpa_with_short_rows"
 """The attention of `train/attention.py`, as transformers knows it."""
 _SAME_MATHS = ("eager", "sdpa", SHORT_ROWS, "flash_attention_2", "flash_attention_3")
@@ -23,11 +23,16 @@ PATH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1,
 """Largest distance of two paths' logits, as a share of their spread. A wrong scale, mask or norm moves them by more."""
 
 
+def is_family(model: Any) -> bool:
+    """Tell whether a model is one of `FAMILY`."""
+    kind = type(model)  # by name: importing four models costs seconds
+    return kind.__name__ in FAMILY and kind.__module__.startswith("transformers.models.")
+
+
 def why_unknown(model: Any, length: int) -> str | None:
     """Say why the loop cannot sample `length` positions from a model as it stands; None where it can."""
-    kind = type(model)  # by name: importing four models costs seconds
-    if kind.__name__ not in _FAMILY or not kind.__module__.startswith("transformers.models."):
-        return f"its architecture is {kind.__name__}"
+    if not is_family(model):
+        return f"its architecture is {type(model).__name__}"
     return next(_objections(model, length), None)
 
 

@@ -17,16 +17,6 @@ KEPT = 4096
 """Prompts whose ids are kept: students read the same ones again, teachers where the same part is visible."""
 
 
-def most_tokens(text: str) -> int:
-    """Return a number of tokens that no tokenizer exceeds on a text, without asking one: a token a byte.
-
-    A tokenizer may put a space in front of a text, and behind a control token, which is one token of several letters;
-    and may write a letter in compatible ones first: U+FDFA becomes 18 letters of 33 bytes, more than any other does.
-    """
-    plain = len(text.encode("ascii", "ignore"))
-    return plain + 33 * (len(text) - plain) + 2
-
-
 class Renderer:
     """Renders both roles' prompts. Sampled ids never pass through here on their way to the loss.
 
@@ -60,6 +50,8 @@ class Renderer:
         self._folds = self._loses_system()
         turn, header = self._turn_and_header()
         self._verbatim = Verbatim(self._tokenizer, turn=turn, header=header)
+        shortest = min((len(text) for text in self._tokenizer.get_added_vocab()), default=2)
+        self._tokens_a_byte = 1 if shortest > 1 else 2
         self._kept_ids = lru_cache(KEPT)(self._array_of_ids)
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -77,6 +69,15 @@ class Renderer:
     def teacher_text(self, messages: Sequence[Message]) -> str:
         """Return the text that the teacher's prompt has the ids of."""
         return self._text(self._folded(messages), self._teacher_options) + self._prefill
+
+    def most_tokens(self, text: str) -> int:
+        """Return a number of tokens that a text does not exceed, without asking the tokenizer: a token a byte.
+
+        It may write a letter in compatible ones first: U+FDFA becomes 18 letters of 33 bytes, more than any other does.
+        And it may put a space in front of a text and behind an added token, which mostly has several letters.
+        """
+        plain = len(text.encode("ascii", "ignore"))
+        return self._tokens_a_byte * (plain + 33 * (len(text) - plain)) + 2
 
     def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return what follows a finished reply up to the student's next header: the rest of its closing, the messages.

@@ -23,7 +23,7 @@ from atesd.exposure.prompt import (
 )
 from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Masker, Revealer
-from atesd.rollout.render import KEPT, Renderer, most_tokens
+from atesd.rollout.render import KEPT, Renderer
 from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
 
@@ -122,27 +122,35 @@ class Hints:
         fitting, overlong = [], []
         for problem in problems:
             room = context - completion
-            if self._surely_fits(problem, room) or self._longest_of_both(problem) <= room:
+            if self._surely_fits(problem, room) or self._longest(problem) <= room:
                 fitting.append(problem)
             else:
                 overlong.append(problem.id)
         return fitting, overlong
 
     def _surely_fits(self, problem: Problem, room: int) -> bool:
-        """Tell from texts alone that prompts fit: a tokenizer takes minutes for tens of thousands of long solutions."""
-        teacher = self._renderer.teacher_text(self.teacher_messages(problem, 1.0))
-        student = self._renderer.student_text(student_messages(problem, self._prompt))
-        longest = most_tokens(teacher) + most_tokens(self._prompt.answer) + most_tokens(problem.answer or "")
-        return max(longest, most_tokens(student)) <= room
+        """Tell from texts alone that prompts fit: a tokenizer takes minutes for tens of thousands of long solutions.
 
-    def _longest_of_both(self, problem: Problem) -> int:
-        return max(self._longest(problem), len(self.student_ids(problem)))
+        Never of texts that spell control tokens, which rendering may refuse: better now than in the middle of a run.
+        """
+        renderer = self._renderer
+        student, teacher = student_messages(problem, self._prompt), self.teacher_messages(problem, 1.0)
+        if any(renderer.controls(message["content"]) for message in (*student, *teacher)):
+            return False
+        most = renderer.most_tokens(renderer.teacher_text(teacher)) + renderer.most_tokens(self._prompt.answer)
+        most += renderer.most_tokens(problem.answer or "")
+        return max(most, renderer.most_tokens(renderer.student_text(student))) <= room
+
+    def _longest(self, problem: Problem) -> int:
+        return max(self._longest_of_teacher(problem), len(self.student_ids(problem)))
 
     def surplus(self, problems: Sequence[Problem]) -> int:
         """Return by how many tokens a teacher's prompt exceeds the student's at most: what every turn has less room."""
-        return max((max(0, self._longest(each) - len(self.student_ids(each))) for each in problems), default=0)
+        return max(
+            (max(0, self._longest_of_teacher(each) - len(self.student_ids(each))) for each in problems), default=0
+        )
 
-    def _longest(self, problem: Problem) -> int:
+    def _longest_of_teacher(self, problem: Problem) -> int:
         """Return a bound on the length of a problem's teacher prompt at any ratio."""
         answer = len(self._renderer.text_ids(self._prompt.answer))
         return len(self.teacher_ids(problem, 1.0)) + answer + len(self._renderer.text_ids(problem.answer or ""))

@@ -18,12 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-_ROWS = 4  # that norms are compared on
 
 
-def norm_fast(model: nn.Module) -> None:
+def use_lean_norms(model: nn.Module) -> None:
     """Have the RMS norms of a model compute in this way: those that are found to give the same."""
     same: dict[tuple[type[nn.Module], torch.dtype], bool] = {}
     for module in model.modules():
@@ -34,33 +31,46 @@ def norm_fast(model: nn.Module) -> None:
         if key not in same:
             same[key] = _is_same(module, eps)
         if same[key]:
-            module.__class__ = _fast(cast("Any", type(module)), eps)
+            module.__class__ = _lean(cast("Any", type(module)), eps)
 
 
 def rms_norm(x_NW: Tensor, weight_W: Tensor, eps: float) -> Tensor:
     """Return the norm of rows, in their precision."""
-    return cast("Tensor", cast("Any", _RmsNorm).apply(x_NW, weight_W, eps))
+    return cast("Tensor", cast("Any", _RmsNorm).apply(x_NW, weight_W, eps)[0])
 
 
 class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NW: Tensor, weight_W: Tensor, eps: float) -> Tensor:
-        wide_NW = x_NW.float()
-        rate_N1 = wide_NW.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_NW, weight_W, rate_N1)
-        return _times(wide_NW, rate_N1, x_NW).to(x_NW.dtype).mul_(weight_W)
+    """Gives y, and r for its own use."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_NW: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def forward(x_NW: Tensor, weight_W: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide_NW = x_NW.float()
+        rate_N1 = wide_NW.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return _times(wide_NW, rate_N1, x_NW).to(x_NW.dtype).mul_(weight_W), rate_N1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        x_NW, weight_W, ctx.eps = inputs
+        _, rate_N1 = output
+        ctx.mark_non_differentiable(rate_N1)
+        ctx.save_for_backward(x_NW, weight_W, rate_N1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NW: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_NW, weight_W, rate_N1 = ctx.saved_tensors
-        normed_NW = _times(x_NW.float(), rate_N1, x_NW)
+        if torch.is_grad_enabled():  # a second derivative is asked for, in which r is no constant
+            rate_N1 = (x_NW.float().square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normed_NW = x_NW.float() * rate_N1
         of_weight_W = None
         if ctx.needs_input_grad[1]:
             of_weight_W = (gradient_NW * normed_NW).reshape(-1, len(weight_W)).sum(0).to(weight_W.dtype)
         of_x_NW = (gradient_NW * weight_W).float()
-        mean_N1 = torch.linalg.vecdot(of_x_NW, normed_NW).div_(-x_NW.shape[-1]).unsqueeze(-1)
-        return of_x_NW.addcmul_(normed_NW, mean_N1).mul_(rate_N1).to(x_NW.dtype), of_weight_W, None
+        mean_N1 = torch.linalg.vecdot(of_x_NW, normed_NW).unsqueeze(-1) / x_NW.shape[-1]
+        if torch.is_grad_enabled():
+            return ((of_x_NW - normed_NW * mean_N1) * rate_N1).to(x_NW.dtype), of_weight_W, None
+        return of_x_NW.addcmul_(normed_NW, mean_N1, value=-1).mul_(rate_N1).to(x_NW.dtype), of_weight_W, None
 
 
 def _times(wide_NW: Tensor, rate_N1: Tensor, x_NW: Tensor) -> Tensor:
@@ -80,24 +90,33 @@ def _eps(module: nn.Module) -> float | None:
 @torch.no_grad()
 def _is_same(module: nn.Module, eps: float) -> bool:
     """Tell whether a norm gives what the formula does, whatever its weights: Gemma's, for one, adds 1 to them."""
-    weight_W = cast("Tensor", module.weight)
+    weight_W = torch.full_like(cast("Tensor", module.weight), 0.3)
     generator = torch.Generator().manual_seed(0)
-    x_NW = (8 * torch.randn(_ROWS, len(weight_W), generator=generator)).to(weight_W)
+    x_NW = (8 * torch.randn(4, len(weight_W), generator=generator)).to(weight_W)
     try:
-        found = torch.func.functional_call(module, {"weight": torch.full_like(weight_W, 0.3)}, (x_NW,))
+        found = torch.func.functional_call(module, {"weight": weight_W}, (x_NW,))
     except (RuntimeError, TypeError, ValueError):
         return False
-    expected_NW = rms_norm(x_NW, torch.full_like(weight_W, 0.3), eps)
-    return isinstance(found, Tensor) and torch.equal(found, expected_NW)
+    return isinstance(found, Tensor) and torch.equal(found, rms_norm(x_NW, weight_W, eps))
 
 
 @cache
-def _fast(kind: type[nn.Module], eps: float) -> type[nn.Module]:
+def _lean(kind: type[nn.Module], eps: float) -> type[nn.Module]:
     """Return a norm's class with another forward, under the same name."""
 
-    def forward(self: Any, x_NW: Tensor) -> Tensor:
-        if x_NW.dtype is not self.weight.dtype:
-            return cast("Tensor", kind.forward(self, x_NW))
-        return rms_norm(x_NW, self.weight, eps)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype is not self.weight.dtype:
+            return cast("Tensor", kind.forward(self, hidden_states))
+        return rms_norm(hidden_states, self.weight, eps)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = cast("tuple[Any, ...]", nn.Module.__reduce_ex__(self, protocol))[2:]
+        return (_empty, (kind, eps), *state)
+
+    methods = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), methods)
+
+
+def _empty(kind: type[nn.Module], eps: float) -> nn.Module:
+    """Return a norm without its state, for pickle and copies: no module holds a class that is made as it is needed."""
+    return object.__new__(_lean(cast("Any", kind), eps))

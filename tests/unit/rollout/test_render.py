@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from atesd.exposure.prompt import PromptConfig, hint_text, student_messages, teacher_messages
 from atesd.exposure.segments import Segments
-from atesd.rollout.render import Renderer, most_tokens
+from atesd.rollout.render import Renderer
 from atesd.types import Message, Problem, UserError
 
 from support.rollouts import CHAT_TEMPLATE, END, FORGETFUL_TEMPLATE, PADDING, PLAIN_TEMPLATE, byte_tokenizer
@@ -201,14 +201,15 @@ def test_the_texts_of_both_roles_are_what_their_ids_spell() -> None:
     assert renderer.student_text(TURN) != renderer.teacher_text(TURN)
 
 
-def sentencepiece() -> PreTrainedTokenizerFast:
+def sentencepiece(*added: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer without merges that writes letters in compatible ones and falls back to bytes."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "<unk>": 257}
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.NFKC(), normalizers.Replace(" ", "\u2581")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=engine)
+    engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "\u2581")])
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    engine.add_special_tokens([END])
+    engine.add_tokens([AddedToken(each, normalized=False) for each in added])
+    return PreTrainedTokenizerFast(tokenizer_object=engine, eos_token=END)
 
 
 @given(st.text(max_size=30))
@@ -217,12 +218,15 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 @example("\ufdfa")
 @example("\ufb2c\u1f82\u0390")
 @example("\U0001f600<|im_end|>\n")
+@example("a\n" * 10)
 def test_no_tokenizer_exceeds_the_bound(text: str) -> None:
-    for tokenizer in (sentencepiece(), byte_tokenizer()):
-        assert len(tokenizer.encode(text, add_special_tokens=False)) <= most_tokens(text)
+    for tokenizer in (sentencepiece(), sentencepiece("\n"), byte_tokenizer()):
+        assert len(tokenizer.encode(text, add_special_tokens=False)) <= Renderer(tokenizer).most_tokens(text)
 
 
 def test_the_bound_is_a_token_a_letter_of_plain_text() -> None:
-    assert most_tokens("2 + 3 = 5") == 9 + 2
-    assert most_tokens("\ufdfa") == 33 + 2
-    assert len(sentencepiece().encode("\ufdfa", add_special_tokens=False)) == 30 + 4, "its spaces are one token each"
+    renderer = Renderer(byte_tokenizer())
+    assert renderer.most_tokens("2 + 3 = 5") == 9 + 2
+    assert renderer.most_tokens("\ufdfa") == 33 + 2
+    assert Renderer(sentencepiece("\n")).most_tokens("2 + 3 = 5") == 2 * 9 + 2
+    assert len(sentencepiece("\n").encode("a\n" * 10, add_special_tokens=False)) == 30, "or the two tell nothing"

@@ -541,6 +541,20 @@ def test_an_adapter_that_is_forgotten_before_it_is_listed_is_loaded_again(
         sampler.sync(weights(2))
 
 
+def test_an_adapter_that_is_listed_elsewhere_is_given_up_and_holds_no_place(fake: FakeVllm) -> None:
+    sampler = sampler_of(fake)
+
+    def moved(server: FakeVllm, answer: Any) -> Any:
+        server.adapters[list(server.adapters)[-1]] = "/elsewhere"
+        return answer
+
+    (before,) = fake.adapters
+    fake.load_faults += repeated(moved, 3)
+    with pytest.raises(UserError, match=r"took the adapter in .* 3 times, but does not list it"):
+        sampler.sync(weights(1))
+    assert list(fake.adapters) == [before]
+
+
 def test_an_engine_process_that_died_is_waited_for_while_an_adapter_is_loaded(
     fake: FakeVllm, warned: list[warnings.WarningMessage]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from atesd.rollout.known import SHORT_ROWS, why_unknown
@@ -17,6 +18,9 @@ from atesd.sections import ModelConfig
 from atesd.train import attention
 from atesd.train.attention import SHORT
 from atesd.train.model import load
+from atesd.types import UserError
+
+from support.architectures import family
 
 HALF = torch.bfloat16
 MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2)
@@ -91,14 +95,22 @@ def test_values_are_transformers_own_and_gradients_as_near_to_the_truth(is_maske
         assert other < 1.5 * one < 0.02, off
 
 
-def test_a_row_that_sees_nothing_and_is_read_by_nobody_moves_nothing() -> None:
-    """As the padding before a shorter row."""
-    given, mask = inputs(HALF), torch.ones(7, 7, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+def test_queries_that_read_nothing_move_nothing() -> None:
+    """As the padding before a shorter row, read by somebody or not."""
+    given, mask = inputs(torch.float64), torch.ones(7, 7, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, :, :, :2] = False
-    out, _ = attention._attention(MODULE, *given, mask)
-    for found in torch.autograd.grad(out[:, 2:].float().square().sum(), given):
-        assert bool(found.isfinite().all())
+    out, _ = sdpa_attention_forward(MODULE, *given, mask)
+    ours = attention.gradients(*[each.detach() for each in given], mask, 0.25, weights(out))
+    for found, expected in zip(ours, through(out, given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         assert not bool(found[1, :, :2].any())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = inputs(HALF)
+    out, _ = attention._attention(MODULE, *given, None)
+    with pytest.raises(UserError, match=r'no second derivative here: set model.attn_implementation = "eager", or'):
+        torch.autograd.grad(out.float().square().sum(), given, create_graph=True)
 
 
 def is_taken(monkeypatch: pytest.MonkeyPatch, given: Any, mask: Tensor | None = None, **options: Any) -> bool:
@@ -128,6 +140,9 @@ def test_it_is_not_taken_where_transformers_computes_something_else(monkeypatch:
     assert is_taken(monkeypatch, given, mask, dropout=0.0, position_bias=None, sliding_window=4)
     assert not is_taken(monkeypatch, given, mask, position_bias=torch.ones(1, 4, 7, 7, dtype=HALF))
     assert not is_taken(monkeypatch, given, torch.zeros(2, 1, 7, 7, dtype=HALF))
+    assert not is_taken(monkeypatch, given, mask.expand(2, 4, 7, 7))
+    assert not is_taken(monkeypatch, given, mask[1, 0])
+    assert is_taken(monkeypatch, given, mask[1:])
     assert not is_taken(monkeypatch, given, is_causal=False)
     assert not is_taken(monkeypatch, given, module=SimpleNamespace(is_causal=False, num_key_value_groups=2))
     assert is_taken(monkeypatch, given, mask, is_causal=False)
@@ -173,3 +188,20 @@ def test_a_loaded_model_learns_through_it(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         model(ids)
     assert not taken
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen3-moe", "mistral", "llama"])
+def test_models_that_ask_for_the_attentions_name_keep_it(name: str) -> None:
+    """Falcon adds its mask to scores where the name is another than sdpa, and a boolean one then hides nothing."""
+    if name == "falcon":
+        settings = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        model: Any = FalconForCausalLM(settings).to(HALF)
+    else:
+        model = family(name, HALF)
+    before = model.config._attn_implementation
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = model(ids).logits
+    attention.use_short_rows(model)
+    assert torch.equal(model(ids).logits, expected)
+    is_known = name in ("mistral", "llama")
+    assert model.config._attn_implementation == (SHORT_ROWS if is_known else before)

@@ -167,10 +167,10 @@ def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(mon
     made = hints()
     wide = Problem("wide", "f\u00fcnf", "l1\n" + "\u4e8c" * 9, None)
     problems = [ONE, wide, Problem("answered", "first", "l1\nl2", "2" * 90)]
-    needed = {each.id: made._longest_of_both(each) for each in problems}
+    needed = {each.id: made._longest(each) for each in problems}
     asked: list[str] = []
-    longest = made._longest_of_both
-    monkeypatch.setattr(made, "_longest_of_both", lambda each: (asked.append(each.id), longest(each))[1])
+    longest = made._longest
+    monkeypatch.setattr(made, "_longest", lambda each: (asked.append(each.id), longest(each))[1])
     for context in range(10, 600):
         fitting, overlong = made.fitting(problems, context, 10)
         assert {each.id for each in fitting} == {name for name, length in needed.items() if length + 10 <= context}
@@ -180,6 +180,17 @@ def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(mon
     monkeypatch.setattr(made, "student_ids", lambda _: pytest.fail("tokenized"))
     monkeypatch.setattr(made, "teacher_ids", lambda *_: pytest.fail("tokenized"))
     assert made.fitting(problems, 600, 10) == (problems, [])
+
+
+def test_what_spells_control_tokens_is_tokenized_whatever_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers cannot, which a run must know when it begins."""
+    made = hints()
+    spelling = [Problem("p", "a <|im_end|>", "l1", "2"), Problem("s", "a", "<|im_start|>\nl2", "2")]
+    asked: list[str] = []
+    longest = made._longest
+    monkeypatch.setattr(made, "_longest", lambda each: (asked.append(each.id), longest(each))[1])
+    assert made.fitting([ONE, *spelling], 5000, 10)[1] == []
+    assert asked == ["p", "s"]
 
 
 def test_a_student_longer_than_its_teacher_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from atesd.sections import ModelConfig
+from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.model import load
-from atesd.train.norms import norm_fast, rms_norm
+from atesd.train.norms import rms_norm, use_lean_norms
 
 EPS = 1e-3
 
@@ -108,7 +110,7 @@ class Other(nn.Module):
 
 def fast(model: nn.Module) -> set[str]:
     kinds = {name: type(module) for name, module in model.named_modules()}
-    norm_fast(model)
+    use_lean_norms(model)
     return {name for name, module in model.named_modules() if type(module) is not kinds[name]}
 
 
@@ -133,7 +135,7 @@ def test_one_that_multiplies_before_it_rounds_computes_so_in_float32_alone() -> 
 
 def test_a_copy_has_weights_of_its_own_and_other_precisions_are_the_models_affair() -> None:
     model = nn.ModuleList([LlamaRMSNorm(8, EPS)])
-    norm_fast(model)
+    use_lean_norms(model)
     other = copy.deepcopy(model)
     other[0].weight.data.mul_(3)
     x = drawn(2, 8)
@@ -153,3 +155,36 @@ def test_loaded_models_compute_so_but_on_a_gpu(monkeypatch: pytest.MonkeyPatch, 
     called.clear()
     model(torch.tensor([[1, 2, 3]]))
     assert len(called) == (9 if has_gpu else 0), "four a layer, and one behind the last"
+
+
+def test_second_derivatives_are_those_of_the_models_own() -> None:
+    norm = LlamaRMSNorm(6, EPS)
+    norm.weight.data = drawn(6)
+    x = drawn(4, 6).requires_grad_()
+    found = []
+    for compute in (norm, lambda x: rms_norm(x, norm.weight, EPS)):
+        first = torch.autograd.grad(compute(x).pow(3).sum(), (x, norm.weight), create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in first), (x, norm.weight)))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        assert float(theirs.abs().max()) > 1
+
+
+def test_gradients_an_example_of_functional_torch() -> None:
+    weight, x = drawn(6), drawn(5, 6)
+    of_each = torch.func.vmap(torch.func.grad(lambda x: rms_norm(x, weight, EPS).pow(2).sum()))(x)
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(rms_norm(given, weight, EPS).pow(2).sum(), given)
+    torch.testing.assert_close(of_each, expected)
+
+
+def test_a_loaded_model_can_be_pickled(tmp_path: Path) -> None:
+    model, _ = load(ModelConfig(path="pico", lora=LoraConfig(r=2, alpha=4)), 0)
+    ids = torch.tensor([[1, 2, 3]])
+    again = pickle.loads(pickle.dumps(model))
+    kinds = [type(module) for module in again.modules() if type(module).__name__ == "Qwen3RMSNorm"]
+    assert len(kinds) == 9
+    assert {*kinds} == {type(module) for module in model.modules() if type(module).__name__ == "Qwen3RMSNorm"}
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(ids).logits, model(ids).logits)
