@@ -138,9 +138,8 @@ def gradients(
     is_hidden_BGRQK = ~mask[:, :, None]
     scores_BGNK.view(-1, groups, shared, queries, keys).masked_fill_(is_hidden_BGRQK, torch.finfo(exact).min)
     weights_BGNK = scores_BGNK.softmax(-1)
-    weights_BGNK.view(-1, groups, shared, queries, keys).masked_fill_(
-        is_hidden_BGRQK, 0.0
-    )  # of queries that read nothing
+    # Of queries that read nothing, as padding in front of a row.
+    weights_BGNK.view(-1, groups, shared, queries, keys).masked_fill_(is_hidden_BGRQK, 0.0)
     of_value_BGKD = weights_BGNK.to(of_out_BGND.dtype).mT @ of_out_BGND
     of_scores_BGNK = (of_out_BGND @ value_BGKD.mT).to(exact).mul_(weights_BGNK)
     of_scores_BGNK.addcmul_(weights_BGNK, of_scores_BGNK.sum(-1, keepdim=True), value=-1).mul_(scaling)

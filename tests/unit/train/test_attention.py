@@ -142,6 +142,7 @@ def test_it_is_not_taken_where_transformers_computes_something_else(monkeypatch:
     assert not is_taken(monkeypatch, given, torch.zeros(2, 1, 7, 7, dtype=HALF))
     assert not is_taken(monkeypatch, given, mask.expand(2, 4, 7, 7))
     assert not is_taken(monkeypatch, given, mask[1, 0])
+    assert not is_taken(monkeypatch, given, mask[:1, 0, -1:])
     assert is_taken(monkeypatch, given, mask[1:])
     assert not is_taken(monkeypatch, given, is_causal=False)
     assert not is_taken(monkeypatch, given, module=SimpleNamespace(is_causal=False, num_key_value_groups=2))
