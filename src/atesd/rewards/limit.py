@@ -31,7 +31,7 @@ def _interrupted(timeout_s: float, call: Callable[[], T]) -> T:
     is_inside = False
 
     def stop(*_: object) -> None:
-        if is_inside:  # else what is below would be cut short: a handler left behind, and signals without an end
+        if is_inside:  # else the `finally` below would be cut short: a handler left behind, and signals without an end
             raise OutOfTime
 
     def watch() -> None:
