@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
-from atesd.train.norms import use_lean_norms
 from bench.timing import interleaved, progress, ratio
 
 HEAD_SIZE = 64
@@ -201,22 +199,9 @@ def disagreement(student: nn.Module, arms: Mapping[str, Loss]) -> dict[str, dict
     return found
 
 
-def with_lean_norms(pair: Pair) -> Pair:
-    """Return models of the very same weights whose norms compute as in those that atesd loads."""
-
-    def twin(model: nn.Module) -> nn.Module:
-        other = deepcopy(model, {id(weight): weight for weight in model.parameters()})
-        use_lean_norms(other)
-        return other
-
-    student = twin(pair.student)
-    return Pair(student, student if pair.teacher is pair.student else twin(pair.teacher))
-
-
 def own_arms(pair: Pair, batch: Batch) -> dict[str, Loss]:
     """Return the arms that need nothing but the package."""
-    lean = with_lean_norms(pair)
-    return {"atesd": lambda: atesd_loss(lean, batch), "dense": lambda: dense_loss(pair, batch)}
+    return {"atesd": lambda: atesd_loss(pair, batch), "dense": lambda: dense_loss(pair, batch)}
 
 
 def all_arms(case: Case, path: Path) -> tuple[Pair, dict[str, Loss]]:

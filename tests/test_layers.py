@@ -117,7 +117,6 @@ ORDERS: dict[str, list[str]] = {
         "tokens",
         "heads",
         "smollm2",
-        "norms",
         "attention",
         "model",
         "optim",

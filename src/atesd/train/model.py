@@ -27,7 +27,6 @@ from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.attention import use_short_rows
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
 from atesd.train.hub import Base, base_of_adapter, cached_in_part, commit_of, fetched, first_line, locate
-from atesd.train.norms import use_lean_norms
 from atesd.train.smollm2 import smollm2_folder
 from atesd.train.tokens import load_tokenizer
 from atesd.types import UserError
@@ -118,7 +117,6 @@ def load(
     refuse_router_loss(model)
     _freeze_what_text_never_reaches(model)
     if not has_accelerator():
-        use_lean_norms(model)
         use_short_rows(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
