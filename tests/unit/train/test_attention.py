@@ -18,6 +18,7 @@ from atesd.sections import ModelConfig
 from atesd.train import attention
 from atesd.train.attention import SHORT
 from atesd.train.model import load
+from atesd.train.veils import Veils
 from atesd.types import UserError
 
 from support.architectures import family
@@ -206,3 +207,11 @@ def test_models_that_ask_for_the_attentions_name_keep_it(name: str) -> None:
     assert torch.equal(model(ids).logits, expected)
     is_known = name in ("mistral", "llama")
     assert model.config._attn_implementation == (SHORT_ROWS if is_known else before)
+
+
+def test_hints_can_be_hidden_from_a_model_that_attends_so() -> None:
+    """Their bias is added where they are hidden, and gone where they are not."""
+    model, _ = load(ModelConfig(path="pico", dtype="bfloat16"), 0)
+    Veils(model, None)
+    settings: Any = model.config
+    assert settings._attn_implementation == SHORT_ROWS
