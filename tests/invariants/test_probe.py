@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from atesd.recipe import build_config
 from atesd.rollout.hf import HFSampler
 from atesd.seeds import derive_seed
+from atesd.train.hints import Hints
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Trajectory, UserError
 
@@ -140,3 +143,52 @@ def test_evaluation_may_have_a_prompt_of_its_own(parts: Parts) -> None:
     for problem, train, evaluation in zip(problems, trained, evaluated, strict=True):
         texts = [parts.renderer.prompt_text(group.trajectories[0].turns[0].prompt_ids) for group in (train, evaluation)]
         assert texts == [f"<|user|>{problem.problem}<|assistant|>", f"<|user|>#{problem.problem}<|assistant|>"]
+
+
+def test_references_longer_than_the_context_are_cut_the_same_at_every_ratio() -> None:
+    """256 positions: a probe problem's solution is read behind a prompt that holds it already."""
+    tree = TREE | {"rollout": TREE["rollout"] | {"max_new_tokens": 4}}
+    parts = assemble(build_config(tree))
+    probe = parts.probe
+    problem = probe.problems[0]
+    text = problem.solution * 2  # a prompt that holds it leaves less room than it needs
+    longer = replace(problem, solution=text)
+    whole = parts.renderer.solution_ids(text)
+    longest = parts.hints.longest(longer)
+    probe._context = longest + len(whole) - 3
+    for ratio in (0.0, 0.5, 1.0):
+        (passage,) = probe._part(0, longer, ratio, "solution")
+        assert passage.completion == tuple(whole[:-3])
+        assert len(passage.prompt) + len(passage.completion) <= probe._context
+    assert probe._reference(longer)[0].completion == tuple(whole[:-3])
+    probe._context = longest + len(whole)
+    assert probe._reference(longer)[0].completion == tuple(whole)
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop"])
+def test_probe_problems_that_do_not_fit_are_refused_or_left_out_as_others_are(
+    overlong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = assemble(build_config(TREE))
+    named = whole.probe.problems[0].id
+    longest = Hints.longest
+    monkeypatch.setattr(Hints, "_surely_fits", lambda *_: False)
+    monkeypatch.setattr(Hints, "longest", lambda self, each: 10**6 if each.id == named else longest(self, each))
+    tree = TREE | {"step": {"overlong": overlong}}
+    if overlong == "error":
+        with pytest.raises(
+            UserError, match=rf"1 problems \({re.escape(named)}\) do not fit the model's context of 256"
+        ):
+            assemble(build_config(tree))
+        return
+    with pytest.warns(UserWarning, match=f"dropped 1 overlong probe problems: {re.escape(named)}"):
+        parts = assemble(build_config(tree))
+    assert [each.id for each in parts.probe.problems] == [each.id for each in whole.probe.problems[1:]]
+    assert not parts.dropped
+
+
+def test_where_no_problem_fits_the_line_does_not_name_what_is_set_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hints, "_surely_fits", lambda *_: False)
+    monkeypatch.setattr(Hints, "longest", lambda *_: 10**6)
+    with pytest.raises(UserError, match=r"none of the \d+ training problems fits .* shorten rollout.max_new_tokens"):
+        assemble(build_config(TREE | {"step": {"overlong": "drop"}}))

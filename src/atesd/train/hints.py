@@ -122,7 +122,7 @@ class Hints:
         fitting, overlong = [], []
         for problem in problems:
             room = context - completion
-            if self._surely_fits(problem, room) or self._longest(problem) <= room:
+            if self._surely_fits(problem, room) or self.longest(problem) <= room:
                 fitting.append(problem)
             else:
                 overlong.append(problem.id)
@@ -141,7 +141,8 @@ class Hints:
         most += renderer.most_tokens(problem.answer or "")
         return max(most, renderer.most_tokens(renderer.student_text(student))) <= room
 
-    def _longest(self, problem: Problem) -> int:
+    def longest(self, problem: Problem) -> int:
+        """Return a bound on the length of a problem's prompts, the student's and the teacher's at any ratio."""
         return max(self._longest_of_teacher(problem), len(self.student_ids(problem)))
 
     def surplus(self, problems: Sequence[Problem]) -> int:

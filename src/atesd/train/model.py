@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
-_LINEAR = ("Linear", "Conv1D", "Linear4bit")
+_LINEAR = ("Conv1D", "Linear4bit")  # beside torch's own
 
 _WORTH_BFLOAT16 = 1.3
 """A precision lost for less speed than this, which might be noise, is lost for nothing."""
@@ -346,7 +346,11 @@ def _refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
     names = [f".{name}" for name, _ in within.named_modules()]
     unmatched = [each for each in config.targets if not any(name.endswith(f".{each}") for name in names)]
     if unmatched:
-        kinds = {name.rsplit(".", 1)[-1] for name, layer in within.named_modules() if type(layer).__name__ in _LINEAR}
+        kinds = {
+            name.rsplit(".", 1)[-1]
+            for name, layer in within.named_modules()
+            if isinstance(layer, nn.Linear) or type(layer).__name__ in _LINEAR
+        }
         raise UserError(
             f"model.lora.targets names {', '.join(unmatched)}, but {kind_of(model)} has no such layer: name some of "
             f"its own, {', '.join(sorted(kinds))}"

@@ -57,6 +57,7 @@ class Probe:
         sampling: SamplingConfig,
         completions: int,
         max_tokens: int,
+        context: int | None,
         seed: int,
     ) -> None:
         self.problems = problems
@@ -67,6 +68,7 @@ class Probe:
         self._sampling = sampling
         self._completions = completions
         self._max_tokens = max_tokens
+        self._context = context
         self._seed = seed
         self._stored: list[Told] | None = None
         self._groups: list[Group] | None = None
@@ -180,7 +182,7 @@ class Probe:
             "hidden": self.unrevealed(problem, ratio),
         }[part]
         hint = self.hints.hint(problem, ratio)
-        return [Passage(hint.prompt_ids, self._ids(text), hint.veil)] if text.strip() else []
+        return [Passage(hint.prompt_ids, self._ids(problem, text), hint.veil)] if text.strip() else []
 
     def unrevealed(self, problem: Problem, ratio: float) -> str:
         """Return the hidden segments of a solution, joined."""
@@ -215,7 +217,7 @@ class Probe:
     def _reference(self, problem: Problem) -> list[Passage]:
         if problem.expert:
             return [turn.student for turn in self._replayed(problem)]
-        return [Passage(self.hints.student_ids(problem), self._ids(problem.solution))]
+        return [Passage(self.hints.student_ids(problem), self._ids(problem, problem.solution))]
 
     def _replayed(self, problem: Problem) -> list[Told]:
         """Return the expert's turns, played in the environment once."""
@@ -224,8 +226,12 @@ class Probe:
             self._experts[problem.id] = _told(0, group)
         return self._experts[problem.id]
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._driver.renderer.solution_ids(text, self._max_tokens))
+    def _ids(self, problem: Problem, text: str) -> tuple[int, ...]:
+        """Return the first tokens of a text: as many at every ratio as fit the context behind the longest prompt."""
+        ids = tuple(self._driver.renderer.solution_ids(text, self._max_tokens))
+        if self._context is None or len(ids) <= self._sampling.max_new_tokens:  # which fit: others were left out
+            return ids
+        return ids[: max(0, self._context - self.hints.longest(problem))]
 
 
 def _mean_reward(groups: Sequence[Group]) -> float | None:

@@ -166,7 +166,7 @@ def assemble(config: RunConfig) -> Parts:
     facts = config.facts()
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
-    problems, dropped = _fitting(config, hints, train, model)
+    problems, sets["probe"], dropped = _fitting(config, hints, train, sets["probe"], model)
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],
@@ -226,6 +226,7 @@ def assemble(config: RunConfig) -> Parts:
         sampling=config.rollout,
         completions=config.probe.sampling_k,
         max_tokens=config.probe.max_tokens,
+        context=context_length(model),
         seed=config.seed,
     )
     contract = Contract(config.cliff, probe=probe, scorer=scorer, teachers=teachers, renderer=renderer)
@@ -406,18 +407,25 @@ def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, P
 
 
 def _fitting(
-    config: RunConfig, hints: Hints, problems: Sequence[Problem], model: nn.Module
-) -> tuple[list[Problem], list[str]]:
-    """Keep the problems whose prompts fit, before step 0."""
+    config: RunConfig, hints: Hints, train: Sequence[Problem], probe: Sequence[Problem], model: nn.Module
+) -> tuple[list[Problem], list[Problem], list[str]]:
+    """Keep the problems of both sets whose prompts fit, before step 0; return the training problems left out, too."""
     context = context_length(model)
-    fitting, overlong = hints.fitting(problems, context, config.rollout.max_new_tokens)
-    if config.step.overlong == "error" or not fitting:
-        refuse_overlong(overlong, context)
-    if not fitting:
+    problems, overlong = hints.fitting(train, context, config.rollout.max_new_tokens)
+    probing, overlong_probe = hints.fitting(probe, context, config.rollout.max_new_tokens)
+    if config.step.overlong == "error":
+        refuse_overlong([*overlong, *overlong_probe], context)
+    if overlong and not problems:
+        raise UserError(
+            f"none of the {len(overlong)} training problems fits the model's context of {context} tokens with the "
+            "whole solution and a full completion: shorten rollout.max_new_tokens, or take a model with a longer one"
+        )
+    if not problems:
         raise UserError("the task has no training problem: give it some, or lower its probe and evaluation sizes")
-    if overlong:
-        warnings.warn(f"dropped {len(overlong)} overlong problems: {', '.join(overlong[:20])}", stacklevel=2)
-    return fitting, overlong
+    for what, names in (("", overlong), ("probe ", overlong_probe)):
+        if names:
+            warnings.warn(f"dropped {len(names)} overlong {what}problems: {', '.join(names[:20])}", stacklevel=2)
+    return problems, probing, overlong
 
 
 def _warn(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:

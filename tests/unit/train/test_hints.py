@@ -167,10 +167,10 @@ def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(mon
     made = hints()
     wide = Problem("wide", "f\u00fcnf", "l1\n" + "\u4e8c" * 9, None)
     problems = [ONE, wide, Problem("answered", "first", "l1\nl2", "2" * 90)]
-    needed = {each.id: made._longest(each) for each in problems}
+    needed = {each.id: made.longest(each) for each in problems}
     asked: list[str] = []
-    longest = made._longest
-    monkeypatch.setattr(made, "_longest", lambda each: (asked.append(each.id), longest(each))[1])
+    longest = made.longest
+    monkeypatch.setattr(made, "longest", lambda each: (asked.append(each.id), longest(each))[1])
     for context in range(10, 600):
         fitting, overlong = made.fitting(problems, context, 10)
         assert {each.id for each in fitting} == {name for name, length in needed.items() if length + 10 <= context}
@@ -187,8 +187,8 @@ def test_what_spells_control_tokens_is_tokenized_whatever_its_length(monkeypatch
     made = hints()
     spelling = [Problem("p", "a <|im_end|>", "l1", "2"), Problem("s", "a", "<|im_start|>\nl2", "2")]
     asked: list[str] = []
-    longest = made._longest
-    monkeypatch.setattr(made, "_longest", lambda each: (asked.append(each.id), longest(each))[1])
+    longest = made.longest
+    monkeypatch.setattr(made, "longest", lambda each: (asked.append(each.id), longest(each))[1])
     assert made.fitting([ONE, *spelling], 5000, 10)[1] == []
     assert asked == ["p", "s"]
 

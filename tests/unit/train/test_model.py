@@ -13,7 +13,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import head, output_layer
@@ -191,6 +191,13 @@ def test_an_adapter_of_rank_r_adds_its_product_times_alpha_over_r(folder: Path) 
         # Every output gains 6 / 2 times the sum of the two inner values.
         expected = before + 3.0 * (inputs @ down.T).sum(dim=1, keepdim=True)
         torch.testing.assert_close(layer(inputs), expected)
+
+
+def test_layers_of_a_kind_of_its_own_are_named_where_lora_fits_none(tmp_path: Path) -> None:
+    """Falcon's are a subclass of torch's."""
+    settings = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(UserError, match=r"name some of its own, .*query_key_value"):
+        add_lora(FalconForCausalLM(settings), LoraConfig(), 0)
 
 
 def test_lora_that_fits_no_layer_is_refused(folder: Path) -> None:
