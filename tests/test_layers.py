@@ -118,6 +118,7 @@ ORDERS: dict[str, list[str]] = {
         "heads",
         "smollm2",
         "attention",
+        "lora",
         "model",
         "optim",
         "teacher",

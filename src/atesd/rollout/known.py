@@ -14,6 +14,8 @@ from atesd.rollout.llama import Decoder
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # of transformers itself
 SHORT_ROWS = "sdpa_with_short_rows"
 """The attention of `train/attention.py`, as transformers knows it."""
+_ADAPTED = "peft.tuners.lora.layer.Linear", "atesd.train.lora.AdaptedLinear"
+"""Layers under plain LoRA, by name: peft may not be imported here."""
 _SAME_MATHS = ("eager", "sdpa", SHORT_ROWS, "flash_attention_2", "flash_attention_3")
 # Weights that are read in a type of their own: adapters, latent codes.
 _BESIDE = re.compile(r"\.lora_|^latent_codes\.")
@@ -71,13 +73,11 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _why_not_linear(layer: Any) -> str:
-    """Say what a layer is, if neither a linear one nor one under plain LoRA. peft may not be imported here."""
+    """Say what a layer is, if neither a linear one nor one under plain LoRA."""
     kind = type(layer)
     if kind is nn.Linear:
         return ""
-    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear") or type(
-        layer.base_layer
-    ) is not nn.Linear:
+    if f"{kind.__module__}.{kind.__name__}" not in _ADAPTED or type(layer.base_layer) is not nn.Linear:
         return f"is a {kind.__name__}"
     if layer.merged:
         return "has merged adapters"

@@ -124,6 +124,10 @@ def load(
         named = resolve(config.path)
         cast("Any", model).name_or_path = named  # what adapters name as their base: of a merged one, its folder
         model = add_lora(model, config.lora, seed, commit_of(named, config.revision))
+    if hasattr(model, "peft_config"):
+        from atesd.train.lora import in_fewer_passes
+
+        in_fewer_passes(model)
     if (Path(path) / CODES).is_file():
         attach(model, load_codes(path))
     return cast("PreTrainedModel", model), tokenizer
