@@ -428,6 +428,24 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _nothing_watches_compiled_layers(self) -> Self:
+        watching = [
+            name
+            for name, watches in (
+                ("[codes]", self.codes is not None),
+                (f'reveal.kind = "{self.reveal.kind}"', self.reveal.masks),
+                (f'gradient.kind = "{self.gradient.kind}"', self.gradient.kind != "none"),
+            )
+            if watches
+        ]
+        if self.model.compile and watching:
+            raise ValueError(
+                f"model.compile = true compiles layers as they are, and {watching[0]} reads or changes what they make: "
+                "remove either"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ahead_fits(self) -> Self:
         if not self.rollout.ahead:
             return self

@@ -14,6 +14,7 @@ from torch import nn
 from atesd.codes.model import codes_of
 from atesd.codes.steer import Codes
 from atesd.rollout.decode import Complete, decoding
+from atesd.rollout.eager import uncompiled
 from atesd.rollout.generate import generating
 from atesd.rollout.known import distance, why_unknown
 from atesd.rollout.render import Renderer
@@ -119,7 +120,11 @@ class HFSampler:
         if not wanted:
             return []
         turns: dict[int, Turn] = {}
-        with _evaluating(self._model), self._path(prompts[0], longest, sampling, seed) as complete:
+        with (
+            uncompiled(self._model),
+            _evaluating(self._model),
+            self._path(prompts[0], longest, sampling, seed) as complete,
+        ):
             for chunk in _chunks([len(prompt) for prompt in prompts], sampling):
                 asked = [prompts[index] for index in chunk]
                 own = [place for place, index in enumerate(chunk) if index in wanted]

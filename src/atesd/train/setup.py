@@ -33,6 +33,7 @@ from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Row
+from atesd.train.compiled import compile_layers
 from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.directions import Directions
@@ -189,7 +190,7 @@ def assemble(config: RunConfig) -> Parts:
     veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
     scorer = make_scorer(config, model, renderer, student, veils, shards)
     outcomes = Outcomes(config.probe.credit_steps)
-    refuse_disagreement(scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
+    _check_and_compile(config, scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
         hints,
         outcomes=outcomes,
@@ -271,6 +272,13 @@ def assemble(config: RunConfig) -> Parts:
         shards=shards,
         veils=veils,
     )
+
+
+def _check_and_compile(config: RunConfig, scorer: Scorer, prompts: Sequence[Sequence[int]]) -> None:
+    """Hold the model to its own logits as it is written, and have it compiled where the recipe says so."""
+    refuse_disagreement(scorer, prompts)
+    if config.model.compile:
+        compile_layers(scorer.model)
 
 
 def _cut(config: RunConfig, root: nn.Module, model: nn.Module, world: World, device: torch.device) -> Shards:

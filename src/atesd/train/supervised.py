@@ -27,6 +27,7 @@ from atesd.tasks.base import Task, content_of
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Passage
 from atesd.train.checkpoint import save_model
+from atesd.train.compiled import compile_layers
 from atesd.train.hints import Hints
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
@@ -104,6 +105,8 @@ def warm_up(
     _refuse_overlong(own, hints, context_length(model))
     scorer = make_scorer(config, model, renderer)
     refuse_disagreement(scorer, [hints.student_ids(problem) for problem in own[:PROMPTS]])
+    if settings.compile:
+        compile_layers(model)
     losses = _train(scorer, own, hints, renderer.eos_ids[0], plan, progress)
     late = losses[-max(1, plan.steps // 10) :]
     found = Warmed(len(own), left_out, _mean(loss for loss, _ in late), _mean(loss for _, loss in late))
