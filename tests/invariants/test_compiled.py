@@ -212,6 +212,15 @@ def test_a_recipe_decides_and_the_model_is_checked_before(asked: bool, monkeypat
 
 
 @pytest.mark.parametrize("asked", [False, True])
+def test_a_run_says_what_it_will_wait_for(asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "compile_layers", lambda _: None)
+    said: list[str] = []
+    Trainer.start(build_config(TREE | {"model": {"path": "pico", "compile": asked}}), tmp_path / "run", say=said.append)
+    assert [line for line in said if "compiled in their first passes" in line] == said[1:]
+    assert len(said) == 1 + asked
+
+
+@pytest.mark.parametrize("asked", [False, True])
 def test_a_warm_up_compiles_too(asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setattr(supervised, "compile_layers", done.append)

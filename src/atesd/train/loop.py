@@ -124,6 +124,8 @@ class Trainer:
             path = config.rollout.engine.path(parts.model, config.rollout.max_new_tokens)
             if say is not None and path:
                 say(f"completions are sampled by {path}")
+            if say is not None and config.model.compile:
+                say("decoder layers are compiled in their first passes, which may take a minute")
             world.barrier()
             env = {"sampling": path, "processes": world.size}
             commit = commit_of(resolve(config.model.path), config.model.revision)
