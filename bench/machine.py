@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from atesd.train.compiled import compile_layers
 from bench.score import HEAD_SIZE, Case, load_pair, one_pass, own_arms, random_batch, write_model
 from bench.timing import interleaved, spread
 
@@ -76,11 +77,15 @@ def operations(case: Case) -> float:
 
 
 def fraction(folder: Path, *, quick: bool) -> dict[str, Any]:
-    """Return rates and the fraction that atesd's scoring pass reaches, and the dense one."""
+    """Return rates and the fraction that atesd's scoring pass reaches, also with `model.compile`, and the dense one."""
     case = replace(BODY, hidden=128, layers=2, sequences=2) if quick else BODY
     sides = dict.fromkeys(SIDES, 512) if quick else SIDES
     pair = load_pair(case, write_model(case, folder))
     arms = {name: one_pass(pair.student, loss) for name, loss in own_arms(pair, random_batch(case)).items()}
+    compiled = load_pair(case, folder / case.name)
+    for model in (compiled.student, compiled.teacher):
+        compile_layers(model)
+    arms["atesd_compiled"] = one_pass(compiled.student, own_arms(compiled, random_batch(case))["atesd"])
     products = {name: matmul(getattr(torch, name), side) for name, side in sides.items()}
     seconds = interleaved(products | arms, 3 if quick else 7)
     rates = {name: [2 * side**3 / taken for taken in seconds[name]] for name, side in sides.items()}

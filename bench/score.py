@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.losses.divergence import LossConfig, Scored, token_streams
 from atesd.losses.target import Plain
+from atesd.train.lora import AdaptedLinear, in_fewer_passes
 from bench.timing import interleaved, progress, ratio
 
 HEAD_SIZE = 64
@@ -153,11 +155,22 @@ def states(model: nn.Module, ids_BL: Tensor, tokens: int) -> tuple[Tensor, Tenso
     return hidden_BLH[:, -tokens:].flatten(0, 1), causal.lm_head.weight
 
 
+@contextmanager
+def fewer_passes(model: nn.Module) -> Iterator[None]:
+    """Within the block LoRA layers compute as atesd's runs have them, on the very weights that peers take peft's on."""
+    in_fewer_passes(model)
+    yield
+    for layer in model.modules():
+        if type(layer) is AdaptedLinear:
+            layer.__class__ = PeftLinear
+
+
 def atesd_loss(pair: Pair, batch: Batch) -> Tensor:
     """Score as atesd's update does: hidden states, then tiles."""
-    with pair.teaching() as teacher:
-        view = Scored(*states(teacher, batch.teacher_BL, batch.tokens))
-    student = Scored(*states(pair.student, batch.student_BL, batch.tokens))
+    with fewer_passes(pair.student):
+        with pair.teaching() as teacher:
+            view = Scored(*states(teacher, batch.teacher_BL, batch.tokens))
+        student = Scored(*states(pair.student, batch.student_BL, batch.tokens))
     labels_N = batch.labels_BT.flatten()
     streams = token_streams(student, [view], labels_N, LossConfig(), target=Plain(), temperature=1.0)
     return streams.divergence_N.mean()

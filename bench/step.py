@@ -1,7 +1,8 @@
 """A whole step with rollouts: atesd's Trainer against TRL's, on the same model, problems, prompts and settings.
 
 The step alone has full exposure and no probe (arm `atesd`); `atesd_beta` is the same with ATESD's learned exposure,
-its probe, its controller and, below full exposure, the answer. The learning rate is tiny, so that completions keep
+its probe, its controller and, below full exposure, the answer; `atesd_compiled` the step alone with `model.compile`,
+whose compiling falls into the steps before those that are timed. The learning rate is tiny, so that completions keep
 their length. Rounds are interleaved: TRL's loop gives the others their turn before each of its steps. Both compute in
 the precision that the recipe has, or finds to be the faster here.
 """
@@ -71,6 +72,8 @@ class Setting:
     lora: bool = False
     learned: tuple[str, ...] = ()
     """Overrides of an arm with ATESD's learned exposure; none for no such arm."""
+    compiled: bool = False
+    """Whether there is an arm with `model.compile`."""
     warmed_up: bool = False
     """Whether the model is warmed up for the recipe's task first, as docs/models.md has it."""
     sums: bool = False
@@ -79,7 +82,9 @@ class Setting:
 
 HINTED = "{prompt}\n\nReference solution:\n{privileged_context}\n\nNow solve the problem."
 SETTINGS = (
-    Setting("pico", "pico.toml", (), "{prompt}\n>{privileged_context}", 30, 4, threads=1, learned=(ATESD,)),
+    Setting(
+        "pico", "pico.toml", (), "{prompt}\n>{privileged_context}", 30, 4, threads=1, learned=(ATESD,), compiled=True
+    ),
     Setting(
         "smollm2",
         "smollm2-cpu-opsd.toml",
@@ -172,10 +177,13 @@ def configs(setting: Setting, folder: Path, steps: int) -> dict[str, RunConfig]:
         overrides += [f"task.train_size={TASK_SIZE}"]
     recipe = ROOT / "recipes" / setting.recipe
     plain = decide_dtype(load_config(recipe, [*overrides, FULL_EXPOSURE, DISTIL]))
-    if not setting.learned:
-        return {"atesd": plain}
-    overrides += [f"model.dtype={plain.model.dtype}", DISTIL, *setting.learned]
-    return {"atesd": plain, "atesd_beta": load_config(recipe, overrides)}
+    arms = {"atesd": plain}
+    fixed = [*overrides, f"model.dtype={plain.model.dtype}", DISTIL]
+    if setting.learned:
+        arms["atesd_beta"] = load_config(recipe, [*fixed, *setting.learned])
+    if setting.compiled:
+        arms["atesd_compiled"] = load_config(recipe, [*fixed, FULL_EXPOSURE, "model.compile=true"])
+    return arms
 
 
 def as_rows(problems: Sequence[Problem], config: RunConfig) -> list[dict[str, Any]]:

@@ -16,9 +16,11 @@ KEYS = (
     "score_vs_dense",
     "score_memory_ratio_vs_trl",
     "step_speedup_vs_trl",
+    "compiled_step_speedup_vs_trl",
     "smollm2_step_speedup_vs_trl",
     "smollm2_unwarmed_step_speedup_vs_trl",
     "matmul_fraction",
+    "compiled_matmul_fraction",
     "exposure_share",
     "probe_share",
     "smollm2_exposure_share",
@@ -85,8 +87,8 @@ def summarise(raw: Mapping[str, Any]) -> dict[str, float]:
     score, memory, step, machine = (raw[name] for name in ("score", "memory", "step", "machine"))
     beta, real_beta = (step[name]["phases"]["atesd_beta"] for name in ("pico", "smollm2"))
 
-    def speedup(result: Mapping[str, Any], peer: str) -> float:
-        return ratio(result["seconds"][peer], result["seconds"]["atesd"])["median"]
+    def speedup(result: Mapping[str, Any], peer: str, own: str = "atesd") -> float:
+        return ratio(result["seconds"][peer], result["seconds"][own])["median"]
 
     mib = {name: {arm: median(found) for arm, found in result["mib"].items()} for name, result in memory.items()}
     numbers = {
@@ -97,9 +99,11 @@ def summarise(raw: Mapping[str, Any]) -> dict[str, float]:
         "score_memory_ratio_vs_trl": mib["full"]["atesd"] / mib["full"]["trl"],
         "score_memory_ratio_vs_trl_frozen_head": mib["frozen_head"]["atesd"] / mib["frozen_head"]["trl"],
         "step_speedup_vs_trl": speedup(step["pico"], "trl"),
+        "compiled_step_speedup_vs_trl": speedup(step["pico"], "trl", "atesd_compiled"),
         "smollm2_step_speedup_vs_trl": speedup(step["smollm2"], "trl"),
         "smollm2_unwarmed_step_speedup_vs_trl": speedup(step["smollm2_unwarmed"], "trl"),
         "matmul_fraction": machine["matmul"]["fraction"]["atesd"]["median"],
+        "compiled_matmul_fraction": machine["matmul"]["fraction"]["atesd_compiled"]["median"],
         "exposure_share": share(beta, "exposure"),
         "probe_share": share(beta, "probe"),
         "smollm2_exposure_share": share(real_beta, "exposure"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,12 +112,37 @@ def test_a_run_moves_on_step_by_step(tmp_path: Path) -> None:
     assert not any("time/probe_s" in row or "time/eval_s" in row for row in moved.metrics)
 
 
-def test_the_arms_differ_in_exposure_alone(tmp_path: Path) -> None:
+def test_the_arms_differ_in_exposure_or_compiling_alone(tmp_path: Path) -> None:
     found = step.configs(step.SETTINGS[0], tmp_path, steps=2)
-    assert {name: config.exposure.kind for name, config in found.items()} == {"atesd": "fixed", "atesd_beta": "beta"}
-    plain, beta = (config.model_dump(exclude={"exposure"}) for config in found.values())
-    assert plain == beta
+    assert {name: (config.exposure.kind, config.model.compile) for name, config in found.items()} == {
+        "atesd": ("fixed", False),
+        "atesd_beta": ("beta", False),
+        "atesd_compiled": ("fixed", True),
+    }
+    plain, beta, compiled = (config.model_dump() for config in found.values())
+    assert plain | {"exposure": beta["exposure"]} == beta
+    assert plain | {"model": plain["model"] | {"compile": True}} == compiled
     assert plain["routing"]["kind"] == "distil"
+
+
+def test_only_atesds_arm_has_its_lora_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(TOY, lora=True)
+    pair, batch = score.load_pair(case, score.write_model(case, tmp_path)), score.random_batch(case)
+    kinds: dict[str, set[str]] = {}
+    states = score.states
+
+    def watching(name: str) -> Callable[..., Any]:
+        def watch(model: Any, *given: Any) -> Any:
+            layers = {type(each).__name__ for each in model.modules() if hasattr(each, "lora_A")}
+            kinds[name] = kinds.get(name, set()) | layers
+            return states(model, *given)
+
+        return watch
+
+    for name, loss in score.own_arms(pair, batch).items():
+        monkeypatch.setattr(score, "states", watching(name))
+        loss()
+    assert kinds == {"atesd": {"AdaptedLinear"}, "dense": {"Linear"}}
 
 
 def test_smollm2_is_warmed_up_once_and_keeps_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
