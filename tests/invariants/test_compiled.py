@@ -98,6 +98,8 @@ def test_compiled_layers_give_the_eager_values_and_gradients() -> None:
 def test_layers_are_compiled_once_for_all_and_for_batches_of_any_size(graphs: list[int]) -> None:
     model = adapted_model()
     compile_layers(model)
+    compiled_ones = [type(each).__name__ for each in model.modules() if each._compiled_call_impl is not None]
+    assert compiled_ones == ["Qwen3DecoderLayer"] * 4
     assert len(graphs) == 1, "what was tried"
     for size in SIZES:
         through(model, *size)
