@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from math import isfinite
 from typing import Literal, NamedTuple
 
@@ -62,20 +61,18 @@ class Rows:
                 group.trajectories, self._advantages(group, route), self._outcomes.of(group), strict=True
             )
         ]
-        return [row for each, read in zip(fed, self._read(fed, views), strict=True) for row in self._rows(each, read)]
+        asked = [self._asked(each, views) for each in fed]
+        hints = iter(self._hints.hints([one for wanted in asked for one in wanted.values()]))
+        read = [{view: next(hints) for view in wanted} for wanted in asked]
+        return [row for each, told in zip(fed, read, strict=True) for row in self._rows(each, told)]
 
-    def _read(self, fed: Sequence[_Fed], views: Sequence[View]) -> list[dict[View, Hint]]:
-        """Return what the teacher's views read first in each attempt; nothing where it is not distilled."""
-        own = [view for view in views if view in OWN_RATIO]
-        asked = [
-            [Asked(each.group.problem, each.ratio, each.attempt)]
-            + [Asked(each.group.problem, OWN_RATIO[view], opening=each.attempt.opening) for view in own]
-            if "distil" in each.components
-            else []
-            for each in fed
-        ]
-        hints = iter(self._hints.hints([one for wanted in asked for one in wanted]))
-        return [dict(zip(("teacher", *own), islice(hints, len(wanted)), strict=False)) for wanted in asked]
+    def _asked(self, fed: _Fed, views: Sequence[View]) -> dict[View, Asked]:
+        """Return what the teacher's views read first in an attempt; nothing where it is not distilled."""
+        if "distil" not in fed.components:
+            return {}
+        problem, opening = fed.group.problem, fed.attempt.opening
+        own = {view: Asked(problem, OWN_RATIO[view], opening=opening) for view in views if view in OWN_RATIO}
+        return {"teacher": Asked(problem, fed.ratio, fed.attempt), **own}
 
     def _rows(self, fed: _Fed, read: Mapping[View, Hint]) -> list[Row]:
         """Return the rows of one attempt. All its turns share hint, advantage and weight.
