@@ -106,6 +106,35 @@ def test_paced_weighs_by_p_times_1_minus_p() -> None:
     assert {row.weight for row in rows(maker(), groups, [Route.DISTIL] * 4)} == {1.0}
 
 
+def test_all_prompts_of_a_step_are_rendered_in_one_batch_and_each_row_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two attempts at a problem read the same; what is not distilled asks for nothing."""
+    tokenizer = byte_tokenizer()
+    config = build_config(SECTIONS)
+    made = Rows(
+        Hints(config.prompt, config.reveal.build(RunFacts()), Renderer(tokenizer), {}),
+        outcomes=Outcomes(1),
+        policy=config.rl,
+    )
+    calls = []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda asked, **options: calls.append(len(asked)) or apply(asked, **options)
+    )
+    groups, routes = [group(each, 1.0, 0.0) for each in (ONE, TWO, ONE)], [Route.BOTH, Route.DISTIL, Route.RL]
+    found = made.build(groups, routes, [0.5, 0.0, 1.0], ("teacher", "full"))
+    assert calls == [4], "two problems, at their ratio and whole"
+    read = hints().teacher_ids
+    for row, problem, ratio in zip(found, [ONE, ONE, TWO, TWO], [0.5, 0.5, 0.0, 0.0], strict=False):
+        assert row.view_prompts == {"teacher": read(problem, ratio), "full": read(problem, 1.0)}
+        assert (row.hint, row.ratio) == (hints().hint(problem, ratio).text, ratio)
+    assert [dict(row.view_prompts) for row in found[4:]] == [{}, {}]
+    assert [row.ratio for row in found[4:]] == [1.0, 1.0]
+    made.build(groups, routes, [0.5, 0.5, 1.0], ("teacher", "full"))
+    assert calls == [4, 1], "only the second problem's at another ratio is new"
+
+
 def test_further_views_have_prompts_of_their_own_and_the_base_reads_the_students() -> None:
     (row, _) = rows(maker(), [group(ONE, 1.0, 0.0)], [Route.DISTIL], ("teacher", "full", "answer", "base"))
     read = hints().teacher_ids
