@@ -8,6 +8,7 @@ import pytest
 
 from atesd.exposure.prompt import donors
 from atesd.facts import RunFacts
+from atesd.losses.target import View
 from atesd.recipe import build_config
 from atesd.rollout.render import Renderer
 from atesd.routing.route import Route
@@ -133,6 +134,18 @@ def test_all_prompts_of_a_step_are_rendered_in_one_batch_and_each_row_has_its_ow
     assert [row.ratio for row in found[4:]] == [1.0, 1.0]
     made.build(groups, routes, [0.5, 0.5, 1.0], ("teacher", "full"))
     assert calls == [4, 1], "only the second problem's at another ratio is new"
+
+
+def test_every_view_reads_what_the_environment_said_first_in_its_own_attempt() -> None:
+    turn = Turn((1, 2), (3, 4), (), "", StopReason.EOS, 0)
+    attempts = tuple(Trajectory((turn,), 1.0, opening=each) for each in (" left", "", " right"))
+    found = rows(maker(), [Group(ONE, attempts)], [Route.DISTIL], ("teacher", "full"))
+    renderer = Renderer(byte_tokenizer())
+    for row, opening in zip(found, (" left", "", " right"), strict=True):
+        texts: dict[View, str] = {"teacher": "l1 =2", "full": "l1\nl2"}
+        for view, hint in texts.items():
+            text = renderer.prompt_text(row.view_prompts[view])
+            assert text == f"<|im_start|>user\nfirst|{hint}{opening}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_further_views_have_prompts_of_their_own_and_the_base_reads_the_students() -> None:
