@@ -16,7 +16,7 @@ from atesd.types import Message, UserError
 KEPT = 4096
 """Prompts whose ids are kept: students read the same ones again, teachers where the same part is visible."""
 AT_ONCE = 64
-"""Prompts rendered in one call: more save little, and a tokenizer has some hundred bytes a token in hand meanwhile."""
+"""Prompts rendered in one call: more save little, and a tokenizer holds about 100 bytes a token meanwhile."""
 
 
 class Renderer:
