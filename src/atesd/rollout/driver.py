@@ -154,8 +154,7 @@ class Driver:
         environment fails that says more than fits the context before a reply of the longest kind.
         """
         prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
-        rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
-        ids = self.renderer.teacher_ids if self.of_teacher else self.renderer.student_ids
+        batch = self.renderer.teacher_batch if self.of_teacher else self.renderer.student_batch
         episodes = (
             self.environment.episode(problem, derive_seed(seed, "episode", place))
             for place, problem in zip(range(len(asked)) if places is None else places, asked, strict=True)
@@ -164,13 +163,9 @@ class Driver:
         attempts = [Attempt(episode) for episode in episodes]
         for attempt in attempts:
             attempt.begin(None)
-        for attempt, problem in zip(attempts, asked, strict=True):
-            messages = attempt.reset(prompts[problem])
-            key = tuple((message["role"], message["content"]) for message in messages)
-            if key not in rendered:
-                rendered[key] = ids(messages)
-            attempt.prompt = rendered[key]
-            attempt.reference = known[problem]
+        said = [attempt.reset(prompts[problem]) for attempt, problem in zip(attempts, asked, strict=True)]
+        for attempt, problem, ids in zip(attempts, asked, batch(said), strict=True):
+            attempt.prompt, attempt.reference = ids, known[problem]
             if attempt.opening and self.room is not None and len(attempt.prompt) + longest > self.room:
                 attempt.fail(
                     Ending.ERROR,
@@ -238,7 +233,9 @@ class Driver:
         """
         if any(problem.expert for problem in problems):
             return self.replay(problems)
-        return self.grade([Group(problem, (Trajectory((self._reference(problem, limit),)),)) for problem in problems])
+        prompts = self.renderer.student_batch([self.student_messages(problem) for problem in problems])
+        turns = [self._spoken(ids, each.solution, limit) for ids, each in zip(prompts, problems, strict=True)]
+        return self.grade([Group(each, (Trajectory((turn,)),)) for each, turn in zip(problems, turns, strict=True)])
 
     def grade(self, groups: Sequence[Group]) -> list[Group]:
         """Fill in the rewards, all in one call of the reward function.
@@ -272,9 +269,6 @@ class Driver:
                 "ungradable, never as wrong; check that problems have answers that the grader can read",
                 stacklevel=2,
             )
-
-    def _reference(self, problem: Problem, limit: int) -> Turn:
-        return self._spoken(self.renderer.student_ids(self.student_messages(problem)), problem.solution, limit)
 
     def _spoken(self, prompt: Sequence[int], text: str, limit: int | None = None) -> Turn:
         """Return a text, closed by the end token, as if it had been sampled."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import cast
+from typing import NamedTuple, cast
 
 from atesd.exposure.prompt import (
     PromptConfig,
@@ -39,6 +39,23 @@ class Hint:
     """Which of its tokens are hidden from attention; None for none."""
 
 
+class Asked(NamedTuple):
+    """What a hint is for: a problem at a ratio, and the rollout that the teacher is about to score, if any."""
+
+    problem: Problem
+    ratio: float
+    rollout: Trajectory | None = None
+    opening: str | None = None
+    """What an environment said first, behind the prompt; unset, the rollout's."""
+
+    @property
+    def first_said(self) -> str:
+        """Return what an environment said first."""
+        if self.opening is None:
+            return self.rollout.opening if self.rollout is not None else ""
+        return self.opening
+
+
 class Hints:
     """Builds prompts. `donors` gives a problem the one whose solution its teacher is shown, where that is another."""
 
@@ -54,16 +71,21 @@ class Hints:
     def hint(
         self, problem: Problem, ratio: float, rollout: Trajectory | None = None, *, opening: str | None = None
     ) -> Hint:
-        """Return the hint at a ratio, for a rollout where there is one.
+        """Return the hint at a ratio, for a rollout where there is one."""
+        return self.hints([Asked(problem, ratio, rollout, opening)])[0]
 
-        `opening` is what an environment said first, behind the prompt: unset, the rollout's.
-        """
-        text, shown = self._text(problem, ratio, rollout)
-        if opening is None:
-            opening = rollout.opening if rollout is not None else ""
-        messages = with_opening(teacher_messages(problem, text, self._prompt), opening)
-        ids = tuple(self._renderer.teacher_ids(messages))
-        return Hint(text, shown.ratio, ids, self._veil(problem, shown, ids) if shown.masked else None)
+    def hints(self, asked: Sequence[Asked]) -> list[Hint]:
+        """Return hints, all their prompts rendered in one batch."""
+        told = [self._text(each.problem, each.ratio, each.rollout) for each in asked]
+        prompts = [
+            with_opening(teacher_messages(each.problem, text, self._prompt), each.first_said)
+            for each, (text, _) in zip(asked, told, strict=True)
+        ]
+        read = map(tuple, self._renderer.teacher_batch(prompts))
+        return [
+            Hint(text, shown.ratio, ids, self._veil(each.problem, shown, ids) if shown.masked else None)
+            for each, (text, shown), ids in zip(asked, told, read, strict=True)
+        ]
 
     def teacher_messages(self, problem: Problem, ratio: float) -> list[Message]:
         """Return the teacher's prompt at a ratio as messages, whatever the rollout."""

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from atesd.exposure.controller import Controller
 from atesd.losses.policy import PolicyConfig, group_advantages
 from atesd.losses.target import View
 from atesd.routing.route import Route
-from atesd.train.batch import Row, Veil
-from atesd.train.hints import Hints
+from atesd.train.batch import Row
+from atesd.train.hints import Asked, Hint, Hints
 from atesd.train.outcomes import Outcomes
 from atesd.types import Group, NonFiniteError, Problem, Trajectory, Turn, UserError
 
 OWN_RATIO: dict[View, float] = {"full": 1.0, "answer": 0.0}
 """Views with an exposure ratio of their own."""
 _ROUNDING = 1e-9
+
+
+class _Fed(NamedTuple):
+    """An attempt and what it feeds."""
+
+    place: int
+    group: Group
+    attempt: Trajectory
+    components: tuple[str, ...]
+    ratio: float
+    advantage: float | None
+    outcome: float | None
 
 
 class Rows:
@@ -43,51 +54,46 @@ class Rows:
         self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], views: Sequence[View]
     ) -> list[Row]:
         """Return one row a turn, group by group and attempt by attempt, with what the given teacher views read."""
-        rows = []
-        for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True)):
-            advantages = self._advantages(group, route)
-            outcomes = self._outcomes.of(group)
-            for attempt, advantage, outcome in zip(group.trajectories, advantages, outcomes, strict=True):
-                built = self._attempt_rows(index, group, attempt, route, ratio, views, advantage)
-                rows += [replace(row, outcome=outcome or 0.0) for row in built]
-        return rows
+        fed = [
+            _Fed(index, group, attempt, self._components(attempt, route, reinforced=gain is not None), ratio, gain, won)
+            for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True))
+            for attempt, gain, won in zip(
+                group.trajectories, self._advantages(group, route), self._outcomes.of(group), strict=True
+            )
+        ]
+        asked = [self._asked(each, views) for each in fed]
+        hints = iter(self._hints.hints([one for wanted in asked for one in wanted.values()]))
+        read = [{view: next(hints) for view in wanted} for wanted in asked]
+        return [row for each, told in zip(fed, read, strict=True) for row in self._rows(each, told)]
 
-    def _attempt_rows(
-        self,
-        index: int,
-        group: Group,
-        attempt: Trajectory,
-        route: Route,
-        ratio: float,
-        views: Sequence[View],
-        advantage: float | None,
-    ) -> list[Row]:
+    def _asked(self, fed: _Fed, views: Sequence[View]) -> dict[View, Asked]:
+        """Return what the teacher's views read first in an attempt; nothing where it is not distilled."""
+        if "distil" not in fed.components:
+            return {}
+        problem, opening = fed.group.problem, fed.attempt.opening
+        own = {view: Asked(problem, OWN_RATIO[view], opening=opening) for view in views if view in OWN_RATIO}
+        return {"teacher": Asked(problem, fed.ratio, fed.attempt), **own}
+
+    def _rows(self, fed: _Fed, read: Mapping[View, Hint]) -> list[Row]:
         """Return the rows of one attempt. All its turns share hint, advantage and weight.
 
         A teacher's prompt for a later turn is its prompt for the first one and, verbatim, what followed there.
         """
-        components = self._components(attempt, route, reinforced=advantage is not None)
-        hint = self._hints.hint(group.problem, ratio, attempt) if "distil" in components else None
-        first: dict[View, tuple[int, ...]] = {}
-        if hint is not None:
-            own = {view: OWN_RATIO[view] for view in views if view in OWN_RATIO}
-            opening = attempt.opening
-            first = {view: self._hints.teacher_ids(group.problem, fixed, opening) for view, fixed in own.items()}
-            first["teacher"] = hint.prompt_ids
-        veils: dict[View, Veil] = {"teacher": hint.veil} if hint is not None and hint.veil is not None else {}
+        hint, attempt = read.get("teacher"), fed.attempt
         return [
             Row(
                 prompt=turn.prompt_ids,
                 completion=turn.completion_ids,
-                components=components,
-                group=index,
-                ratio=hint.ratio if hint else ratio,
+                components=fed.components,
+                group=fed.place,
+                ratio=hint.ratio if hint else fed.ratio,
                 hint=hint.text if hint else "",
-                view_prompts={view: prompt + attempt.told(turn) for view, prompt in first.items()},
-                veils=veils,
+                view_prompts={view: each.prompt_ids + attempt.told(turn) for view, each in read.items()},
+                veils={"teacher": hint.veil} if hint is not None and hint.veil is not None else {},
                 sampler_logprobs=turn.logprobs,
-                advantage=advantage or 0.0,
-                weight=self._weight(group),
+                advantage=fed.advantage or 0.0,
+                weight=self._weight(fed.group),
+                outcome=fed.outcome or 0.0,
             )
             for turn in attempt.turns
         ]

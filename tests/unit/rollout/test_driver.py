@@ -11,6 +11,7 @@ import torch
 
 from atesd.losses.policy import group_advantages
 from atesd.rollout.driver import Driver
+from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import ExpertTurn, Group, Message, Problem, StopReason, UserError
 
@@ -214,6 +215,39 @@ def test_attempts_advance_together_and_leave_when_they_are_over() -> None:
     assert len(set(environment.seeds)) == 4
     assert [[len(attempt.turns) for attempt in group.trajectories] for group in groups] == [[1, 1], [2, 2]]
     assert rewards(groups) == [[1.0, 1.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("of_teacher", [False, True])
+def test_first_prompts_are_rendered_in_one_batch_and_each_attempt_has_its_own(
+    of_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, _ = fake_driver(count_down, exact, Countdown())
+    driver = replace(driver, of_teacher=of_teacher)
+    tokenizer, calls = driver.renderer._tokenizer, []
+    apply = tokenizer.apply_chat_template
+
+    def counting(asked: Any, **options: Any) -> Any:
+        if options["tokenize"]:
+            calls.append(len(asked))
+        return apply(asked, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    groups = driver.rollout(PROBLEMS, sampling(2), seed=0)
+    assert calls == [2], "equal prompts once"
+    for group, name in zip(groups, ("one", "two"), strict=True):
+        for attempt in group.trajectories:
+            text = driver.renderer.prompt_text(attempt.turns[0].prompt_ids)
+            assert text.startswith(f"<|im_start|>user\n{name} down!<|im_end|>")
+
+
+def test_references_are_answers_to_prompts_rendered_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, asked = reference_driver(), []
+    batch = Renderer.student_batch
+    monkeypatch.setattr(Renderer, "student_batch", lambda self, each: asked.append(len(each)) or batch(self, each))
+    groups = driver.reference(PROBLEMS, 99)
+    assert asked == [len(PROBLEMS)]
+    texts = [driver.renderer.prompt_text(group.trajectories[0].turns[0].prompt_ids) for group in groups]
+    assert texts == [f"<|im_start|>user\n{each}<|im_end|>\n<|im_start|>assistant\n" for each in ("one", "two")]
 
 
 def test_a_later_prompt_is_what_was_sampled_and_then_what_the_environment_said() -> None:

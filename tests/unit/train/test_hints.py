@@ -8,6 +8,7 @@ import pytest
 
 from atesd.exposure.prompt import donors
 from atesd.facts import RunFacts
+from atesd.losses.target import View
 from atesd.recipe import build_config
 from atesd.rollout.render import Renderer
 from atesd.routing.route import Route
@@ -104,6 +105,47 @@ def test_paced_weighs_by_p_times_1_minus_p() -> None:
     found = rows(made, groups, [Route.DISTIL] * 4)
     assert [row.weight for row in found] == [0.25, 0.25, *[0.1875] * 4, 0.0, 0.0, 0.25, 0.25]
     assert {row.weight for row in rows(maker(), groups, [Route.DISTIL] * 4)} == {1.0}
+
+
+def test_all_prompts_of_a_step_are_rendered_in_one_batch_and_each_row_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two attempts at a problem read the same; what is not distilled asks for nothing."""
+    tokenizer = byte_tokenizer()
+    config = build_config(SECTIONS)
+    made = Rows(
+        Hints(config.prompt, config.reveal.build(RunFacts()), Renderer(tokenizer), {}),
+        outcomes=Outcomes(1),
+        policy=config.rl,
+    )
+    calls = []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda asked, **options: calls.append(len(asked)) or apply(asked, **options)
+    )
+    groups, routes = [group(each, 1.0, 0.0) for each in (ONE, TWO, ONE)], [Route.BOTH, Route.DISTIL, Route.RL]
+    found = made.build(groups, routes, [0.5, 0.0, 1.0], ("teacher", "full"))
+    assert calls == [4], "two problems, at their ratio and whole"
+    read = hints().teacher_ids
+    for row, problem, ratio in zip(found, [ONE, ONE, TWO, TWO], [0.5, 0.5, 0.0, 0.0], strict=False):
+        assert row.view_prompts == {"teacher": read(problem, ratio), "full": read(problem, 1.0)}
+        assert (row.hint, row.ratio) == (hints().hint(problem, ratio).text, ratio)
+    assert [dict(row.view_prompts) for row in found[4:]] == [{}, {}]
+    assert [row.ratio for row in found[4:]] == [1.0, 1.0]
+    made.build(groups, routes, [0.5, 0.5, 1.0], ("teacher", "full"))
+    assert calls == [4, 1], "only the second problem's at another ratio is new"
+
+
+def test_every_view_reads_what_the_environment_said_first_in_its_own_attempt() -> None:
+    turn = Turn((1, 2), (3, 4), (), "", StopReason.EOS, 0)
+    attempts = tuple(Trajectory((turn,), 1.0, opening=each) for each in (" left", "", " right"))
+    found = rows(maker(), [Group(ONE, attempts)], [Route.DISTIL], ("teacher", "full"))
+    renderer = Renderer(byte_tokenizer())
+    for row, opening in zip(found, (" left", "", " right"), strict=True):
+        texts: dict[View, str] = {"teacher": "l1 =2", "full": "l1\nl2"}
+        for view, hint in texts.items():
+            text = renderer.prompt_text(row.view_prompts[view])
+            assert text == f"<|im_start|>user\nfirst|{hint}{opening}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_further_views_have_prompts_of_their_own_and_the_base_reads_the_students() -> None:
