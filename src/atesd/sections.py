@@ -34,7 +34,8 @@ class ModelConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub id; its main branch where unset."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Precision of the loaded weights; adapters are float32 whatever this says. Where all weights train in bfloat16,
+    """Precision of the loaded weights; adapters are kept in float32 whatever this says, and take part in products in
+    this precision. Where all weights train in bfloat16,
     the optimizer moves copies of them in float32: faster, with smaller activations, and as much memory for weights.
     `auto`: bfloat16 where it computes at least 1.3 times as fast, else float32; config.json says which, and a resumed
     run keeps it."""
