@@ -119,6 +119,7 @@ ORDERS: dict[str, list[str]] = {
         "smollm2",
         "attention",
         "lora",
+        "compiled",
         "model",
         "optim",
         "teacher",
