@@ -129,10 +129,11 @@ def test_a_plain_model_needs_no_compiler() -> None:
         assert stance is None
 
 
-def test_a_pass_can_be_derived_more_than_once() -> None:
+def test_a_pass_can_be_derived_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As credit does: compiled backward passes must not use up what they read."""
     from torch._functorch import config
 
+    monkeypatch.setattr(compiled, "_try", lambda: None)
     config.donated_buffer = True
     compile_layers(family("qwen3"))
     assert config.donated_buffer is False
