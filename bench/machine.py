@@ -29,8 +29,9 @@ from bench.timing import interleaved, spread
 BODY = Case("body", 1_024, 8_192, 8, 128, layers=3, prompt=64, hint=128)
 GROWING = Case("growing", 256, 49_152, 2, 64)
 SEQUENCES = (2, 4, 8, 16)
-SIDES = {"float32": 1536, "bfloat16": 512}
-"""Of the square matrices whose product sets the rate; without units of its own bfloat16 is slow at any."""
+PRECISIONS = ("float32", "bfloat16")
+SIDE = 1536
+"""Of the square matrices whose product sets the rate: it must take longer than threads take to wake up."""
 
 
 def description() -> dict[str, Any]:
@@ -79,16 +80,16 @@ def operations(case: Case) -> float:
 def fraction(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Return rates and the fraction that atesd's scoring pass reaches, also with `model.compile`, and the dense one."""
     case = replace(BODY, hidden=128, layers=2, sequences=2) if quick else BODY
-    sides = dict.fromkeys(SIDES, 512) if quick else SIDES
+    side = 512 if quick else SIDE
     pair = load_pair(case, write_model(case, folder))
     arms = {name: one_pass(pair.student, loss) for name, loss in own_arms(pair, random_batch(case)).items()}
     compiled = load_pair(case, folder / case.name)
     for model in (compiled.student, compiled.teacher):
         compile_layers(model)
     arms["atesd_compiled"] = one_pass(compiled.student, own_arms(compiled, random_batch(case))["atesd"])
-    products = {name: matmul(getattr(torch, name), side) for name, side in sides.items()}
+    products = {name: matmul(getattr(torch, name), side) for name in PRECISIONS}
     seconds = interleaved(products | arms, 3 if quick else 7)
-    rates = {name: [2 * side**3 / taken for taken in seconds[name]] for name, side in sides.items()}
+    rates = {name: [2 * side**3 / taken for taken in seconds[name]] for name in PRECISIONS}
     needed = operations(case)
     fractions = {
         name: spread([needed / taken / rate for taken, rate in zip(seconds[name], rates["float32"], strict=True)])

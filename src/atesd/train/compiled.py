@@ -44,7 +44,7 @@ def _try() -> None:
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        cast("object", torch.compile(doubled)(torch.ones(2, device=device)))
+        torch.compile(doubled)(torch.ones(2, device=device))
     except Exception as error:  # of torch, the compiler or the system, each with a class of its own
         raise UserError(
             f"model.compile = true, and torch.compile does not work here ({first_line(error)}): on a CPU it needs a "
