@@ -46,7 +46,9 @@ class ModelConfig(Config):
     compile: bool = False
     """Have torch.compile fuse what decoder layers do between their products, in all passes but sampling's: updates and
     probes some 1.3 to 1.5 times as fast on a CPU, after half a minute at their first (seconds where torch has it in its
-    cache). Needs a C++ compiler on a CPU, Triton on a GPU. Changes results by rounding."""
+    cache: $TORCHINDUCTOR_CACHE_DIR, else a folder for temporary files). Needs a C++ compiler on a CPU, Triton on a GPU.
+    Changes results by rounding, so that a resumed run keeps it. Not with [codes], masked hints (`reveal`), gradient
+    rules, `shard` or `quantization`."""
     attn_implementation: str | None = None
     """Passed to transformers where set, such as eager, sdpa or flash_attention_2; the library's choice where unset.
     With sdpa in bfloat16 on a CPU, gradients of short rows are taken by its formula (docs/performance.md)."""

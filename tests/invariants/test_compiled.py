@@ -139,9 +139,20 @@ def test_a_pass_can_be_derived_more_than_once(monkeypatch: pytest.MonkeyPatch) -
     assert config.donated_buffer is False
 
 
-def test_a_machine_that_cannot_compile_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+class _WrappedError(Exception):
+    """As torch wraps what a backend raised."""
+
+    def __init__(self, inner: Exception) -> None:
+        super().__init__("\nbackend='inductor' raised:")
+        self.inner_exception = inner
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _WrappedError])
+def test_a_machine_that_cannot_compile_is_told_what_it_lacks(
+    wrap: Callable[[Exception], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found\nand much more")
+        raise wrap(RuntimeError("No working C++ compiler found\nand much more"))
 
     model = family("qwen3")
     monkeypatch.setattr(torch, "compile", broken)

@@ -32,10 +32,18 @@ def user_line(error: Exception) -> str | None:
     if number in _FULL:
         return f"disk full while writing {what}: what was complete before is untouched; free some space{notes}"
     if number in _REFUSED:
-        return f"no permission to write {what} ({os.strerror(number)}): choose another place with --out{notes}"
+        return f"no permission to write {what} ({os.strerror(number)}): {_elsewhere(what)}{notes}"
     if number in _MISPLACED:
-        return f"{what} cannot be written ({os.strerror(number)}): choose another place with --out{notes}"
+        return f"{what} cannot be written ({os.strerror(number)}): {_elsewhere(what)}{notes}"
     return None
+
+
+def _elsewhere(path: str | bytes) -> str:
+    """Say how something is written to another place: torch keeps what it compiles in a cache of its own."""
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if cache and os.fsdecode(path).startswith(cache):
+        return "let TORCHINDUCTOR_CACHE_DIR name another place"
+    return "choose another place with --out"
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -46,7 +46,9 @@ def _try() -> None:
     try:
         torch.compile(doubled)(torch.ones(2, device=device))
     except Exception as error:  # of torch, the compiler or the system, each with a class of its own
+        cause = getattr(error, "inner_exception", error)  # torch's own says no more than where it was met
         raise UserError(
-            f"model.compile = true, and torch.compile does not work here ({first_line(error)}): on a CPU it needs a "
-            "C++ compiler (g++), on a GPU Triton and a C compiler; install one, or remove model.compile"
+            f"model.compile = true, and torch.compile does not work here ({first_line(cause)}): on a CPU it needs a "
+            "C++ compiler (g++, or what CXX names), on a GPU Triton and a C compiler; install one, or remove "
+            "model.compile"
         ) from error

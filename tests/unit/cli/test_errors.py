@@ -41,6 +41,15 @@ def test_refused_and_misplaced_writes_name_another_place() -> None:
     assert "/x cannot be written (Not a directory)" in str(user_line(system_error(errno.ENOTDIR, "/x")))
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR])
+def test_torchs_own_cache_is_not_what_out_moves(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    assert str(user_line(system_error(number, "/cache/x"))).endswith("let TORCHINDUCTOR_CACHE_DIR name another place")
+    assert str(user_line(system_error(number, "/run/x"))).endswith("choose another place with --out")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert str(user_line(system_error(number, "/cache/x"))).endswith("choose another place with --out")
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("shapes differ"), system_error(errno.EIO), FileNotFoundError(errno.ENOENT, "no", "a.py")]
 )
