@@ -58,3 +58,25 @@ def test_a_run_is_resumed(dtype: str, device: torch.device, tmp_path: Path, say:
         assert found.get("loss/distil", 0.0) == pytest.approx(loss, rel=0.02)
     if device.type == "cpu":
         assert equal
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_train_as_written_ones(
+    dtype: str, device: torch.device, tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    """The same losses, within rounding: completions are drawn by layers as written, from weights that moved by it."""
+    losses: list[list[float]] = []
+    seconds: list[float] = []
+    for name, is_compiled in (("written", False), ("compiled", True)):
+        model = TREE["model"] | {"dtype": dtype, "compile": is_compiled}
+        trainer = Trainer.start(build_config(TREE | {"model": model}), tmp_path / name)
+        trainer.train()
+        assert {each.device.type for each in trainer.parts.model.parameters()} == {device.type}
+        rows = trainer.run.metrics()
+        losses.append([row["loss/distil"] for row in rows if "loss/distil" in row])
+        seconds.append(sum(row.get("time/update_s", 0.0) for row in rows))
+    torch._dynamo.reset()
+    say(f"model.compile, {dtype}: updates of three steps {seconds[0]:.2f} s as written, {seconds[1]:.1f} s compiling")
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == "float32" else 0.1)
