@@ -6,6 +6,11 @@ from the families' published formats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 QWEN3 = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role + '\\n' + message.content }}<|im_end|>{{ '\\n' }}
@@ -85,3 +90,13 @@ CONTROLS = {
     "mistral": (MISTRAL, "<s>", "</s>", []),
 }
 """Template, first token, end token and further control tokens, by family."""
+
+
+def tokenizer_of(template: str, bos: str | None, eos: str, controls: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a byte tokenizer with a family's control tokens."""
+    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*([bos] if bos else []), eos, *controls])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
 from atesd.rollout import render
@@ -16,7 +15,7 @@ from atesd.rollout.render import Renderer
 from atesd.types import Message, UserError
 
 from support.rollouts import CHAT_TEMPLATE, END, FORGETFUL_TEMPLATE, PLAIN_TEMPLATE, byte_tokenizer
-from support.templates import CONTROLS
+from support.templates import CONTROLS, tokenizer_of
 
 THINKING = {"qwen3", "smollm3"}
 REFUSING = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}" + CHAT_TEMPLATE
@@ -34,15 +33,12 @@ PLAIN = [said("1 + 1 = ?"), said(""), said(" a \n\n b "), said("\u221a2\u00e9"),
 
 def with_tokens(template: str, first: str | None, end: str, controls: Sequence[str]) -> Any:
     """Return a byte tokenizer that itself writes its first token before a text, unless told not to."""
-    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    engine = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens([*([first] if first else []), end, *controls])
+    made = tokenizer_of(template, first, end, controls)
     begins = first or end
-    number = engine.token_to_id(begins)
-    engine.post_processor = processors.TemplateProcessing(single=f"{begins} $A", special_tokens=[(begins, number)])
-    return PreTrainedTokenizerFast(tokenizer_object=engine, bos_token=first, eos_token=end, chat_template=template)
+    number = made.convert_tokens_to_ids(begins)
+    post = processors.TemplateProcessing(single=f"{begins} $A", special_tokens=[(begins, number)])
+    made.backend_tokenizer.post_processor = post
+    return made
 
 
 def in_python(template: str = CHAT_TEMPLATE) -> Any:

@@ -5,29 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from atesd.exposure.prompt import PromptConfig, evaluation_messages, student_messages, teacher_messages
 from atesd.rollout.render import Renderer
 from atesd.train.tokens import chosen_template
 from atesd.types import Problem, UserError
 
-from support.templates import CONTROLS
+from support.templates import CONTROLS, tokenizer_of
 
 PROBLEM = Problem(id="p", problem="1 + 1 = ?", solution="2", answer="2")
 PROMPT = {"student": "Q: {problem}", "teacher": "Q: {problem}\nRef: {hint}\nNow you."}
 STUDENT, TEACHER = "Q: 1 + 1 = ?", "Q: 1 + 1 = ?\nRef: It is 2.\nNow you."
-
-
-def tokenizer_of(template: str, bos: str | None, eos: str, controls: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte tokenizer with a family's control tokens."""
-    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*([bos] if bos else []), eos, *controls])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
 
 
 def texts(family: str, thinking: dict[str, bool] | None = None, **prompt: Any) -> tuple[str, str]:
