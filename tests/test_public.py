@@ -66,6 +66,23 @@ def test_light_commands_do_not_load_torch(arguments: list[str], tmp_path: Path) 
     assert loaded(command(*arguments), {"torch", "transformers"}) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "pcio"],
+        ["compare", "pcio"],
+        ["show", "pcio"],
+        ["plan", "pcio"],
+        ["eval", "run", "--recipe", "pcio"],
+        ["warmup", "--model", "pico", "--data", "pico", "--recipe", "pcio"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_recipe_that_is_nowhere_is_told_at_once(arguments: list[str]) -> None:
+    code = command(*arguments).replace("main()", "try: main()\nexcept SystemExit as ended: assert ended.code == 2")
+    assert loaded(code, {"torch", "transformers", "pandas"}) == []
+
+
 def test_the_loop_leaves_to_a_run_what_only_a_run_needs() -> None:
     """A mistake in a recipe or a question about its prompts does not wait for the code of models."""
     late = {"transformers.modeling_utils", "torch._dynamo", "sympy", "scipy", "peft", "plotly", "math_verify"}

@@ -34,8 +34,19 @@ def _recipe_names(incomplete: str) -> list[str]:
     return [name for name in [*packaged_recipes(), *sorted(files)] if name.startswith(incomplete)]
 
 
+def _seen(recipe: Path | None) -> Path | None:
+    """UserError for a recipe that is nowhere, before anything of weight is imported."""
+    from atesd.packaged import find_recipe
+
+    if recipe is not None:
+        find_recipe(recipe)
+    return recipe
+
+
 _RECIPE_HELP = "Recipe: a TOML file, or the name of a packaged one."
-Recipe = Annotated[Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names)]
+Recipe = Annotated[
+    Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names, callback=_seen)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
 ]
@@ -86,6 +97,8 @@ def train(
     With --resume, overrides may ask for more steps (`step.num_steps=300`) where nothing depends on the length of the
     run, and change what is saved (`save.*`) and how much memory is used (`step.token_budget`, `rollout.batch_tokens`).
     """
+    if resume is None:  # else the first word may be an override
+        _seen(recipe)
     from atesd.cli.train import run_train
 
     run_train(recipe, overrides or [], out, resume)
@@ -127,7 +140,9 @@ def evaluate(
     *,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Prompts and task; default a run directory's own.", autocompletion=_recipe_names),
+        typer.Option(
+            help="Prompts and task; default a run directory's own.", autocompletion=_recipe_names, callback=_seen
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -351,7 +366,11 @@ def warmup(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Recipe that is to train the model; default --data, where that is one.", show_default=False),
+        typer.Option(
+            help="Recipe that is to train the model; default --data, where that is one.",
+            show_default=False,
+            callback=_seen,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the model; default runs/pico-warm-start, or runs/MODEL-warm.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,11 +83,15 @@ def memory_table(plan: Plan, device: Device) -> Table:
         table.add_column(phase, justify="right")
     for part, size in plan.always.items():
         if size:
-            table.add_row(part, *[f"{size / GIB:.2f}"] * len(plan.phases))
+            table.add_row(part, *[_gib(size / GIB)] * len(plan.phases))
     for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
-        table.add_row(part, *[f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in plan.phases.values()])
-    table.add_row("all", *[f"{plan.total(phase) / GIB:.2f}" for phase in plan.phases])
+        table.add_row(part, *[_gib(parts[part] / GIB) if part in parts else "" for parts in plan.phases.values()])
+    table.add_row("all", *[_gib(plan.total(phase) / GIB) for phase in plan.phases])
     return table
+
+
+def _gib(size: float) -> str:
+    return "< 0.01" if 0 < size < 0.005 else f"{size:.2f}"
 
 
 def time_line(plan: Plan, config: RunConfig) -> str:
@@ -102,11 +106,20 @@ def time_line(plan: Plan, config: RunConfig) -> str:
 def assumptions(config: RunConfig, device: Device, lengths: Lengths, plan: Plan) -> str:
     """Say what the numbers rest on."""
     return (
-        f"{plan.parameters / 1e6:,.0f} million weights, {plan.trained / 1e6:,.1f} train; assumed: prompts of "
+        f"{plan.parameters / 1e6:,.1f} million weights, {plan.trained / 1e6:,.1f} train; assumed: prompts of "
         f"{lengths.prompt} tokens, solutions of {lengths.solution}, completions of full length "
         f"({config.rollout.max_new_tokens}), {plan.rows} rows a micro-batch; {device.flops / 1e12:,.3g} x 10^12 "
         f"operations and {device.bandwidth / 1e9:,.0f} x 10^9 bytes a second, of which {device.share:.0%} are reached"
+        + "".join(f"; {each}" for each in _unreckoned(config, device))
     )
+
+
+def _unreckoned(config: RunConfig, device: Device) -> Iterator[str]:
+    """Say what of the recipe the numbers do not know."""
+    if config.model.compile:
+        yield "model.compile is left out: its first steps take longer, the others less"
+    if device.is_gpu and config.model.dtype == "float32":
+        yield "the rate is bfloat16's: give that of float32 with --flops"
 
 
 def _seconds(seconds: float) -> str:

@@ -57,6 +57,26 @@ def test_one_that_does_not_is_told_what_to_lower_and_that_is_enough(
     assert "take a smaller model" in capsys.readouterr().out
 
 
+def test_what_the_numbers_do_not_know_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(model)
+    plain = capsys.readouterr().out
+    assert "model.compile" not in plain
+    assert "--flops" not in plain
+    plan(model, "model.compile=true")
+    assert "model.compile is left out" in capsys.readouterr().out
+    plan(model, "model.dtype=float32")
+    assert "the rate is bfloat16's: give that of float32 with --flops" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tiny_model_takes_little_and_not_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(Path("pico"), [], device=None, memory=None, flops=None, bandwidth=None, prompt=28, solution=30)
+    printed = capsys.readouterr().out
+    (weights,) = (line for line in printed.splitlines() if line.startswith("\u2502 weights"))
+    assert [cell.strip() for cell in weights.split("\u2502")[2:-1]] == ["< 0.01"] * 3
+    assert "0.4 million weights, 0.4 train" in printed
+    assert "bfloat16's" not in printed, "this machine's rate is measured in float32"
+
+
 def test_devices_by_name_and_by_numbers() -> None:
     assert device_of("H100", None, None, None) == DEVICES["h100"]
     mine = device_of("h100", 24, 80, 900)
