@@ -15,12 +15,17 @@ from atesd.tasks.rows import Numbered, Source
 from atesd.types import UserError
 
 
+_TABLES = (".csv", ".tsv", ".parquet")
+
+
 def jsonl_source(path: str, longest: int) -> Source:
     """Return the source of a file with one JSON object a line, at most `longest` bytes each."""
     return Source(path, lambda: _rows(Path(path), longest), unit="line", word="field")
 
 
 def _rows(path: Path, longest: int) -> Iterator[Numbered]:
+    if path.suffix in _TABLES:
+        raise UserError(f'{path} is no JSON Lines file: set task.kind = "dataset", which reads {path.suffix} files too')
     for number, line in _lines(path, longest):
         try:
             yield number, _object(line, longest)

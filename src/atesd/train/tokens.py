@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from atesd.train.hub import base_of_adapter, cached_in_part, first_line, locate
 from atesd.types import UserError
 
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 PLAIN = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}{{ message['content'] + eos_token }}
@@ -60,6 +61,7 @@ def load_tokenizer(path: str, revision: str | None = None, template: str | None 
         raise UserError(f"the tokenizer in {path!r} has no EOS token: completions could never end; set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.deprecation_warnings[_TOO_LONG] = True  # as if told already: texts that do not fit are named elsewhere
     _try_chat_template(path if template is None else None, tokenizer)
     return cast("PreTrainedTokenizerBase", tokenizer)
 

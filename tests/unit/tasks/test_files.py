@@ -40,6 +40,13 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert (problem.problem, problem.answer) == ("1+1?", "2")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_table_is_sent_to_the_reader_of_tables(tmp_path: Path, suffix: str) -> None:
+    config = write(tmp_path / f"a{suffix}", b"problem,solution\n1+1?,2\n")
+    with pytest.raises(UserError, match=rf'task.kind = "dataset", which reads \{suffix} files too'):
+        read_problems(tmp_path / f"a{suffix}", config)
+
+
 def test_a_line_of_exactly_the_limit_is_read_with_its_line_end(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", GOOD)
     length = len(json.dumps(GOOD))

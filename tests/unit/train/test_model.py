@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import head, output_layer
@@ -103,6 +104,18 @@ def test_a_tokenizer_that_encodes_nothing_is_refused(folder: Path) -> None:
     edit(folder / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
     with pytest.raises(UserError, match="encodes nothing: its files are missing or damaged; save them again"):
         load_tokenizer(str(folder))
+
+
+def test_texts_beyond_the_models_length_are_not_warned_of_by_transformers(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    edit(folder / "tokenizer_config.json", model_max_length=8)
+    AutoTokenizer.from_pretrained(folder).encode("1" * 40)
+    assert "longer than the specified maximum" in caplog.text, "else this test sees nothing"
+    caplog.clear()
+    load_tokenizer(str(folder)).encode("1" * 40)
+    assert not caplog.text
 
 
 def test_a_missing_pad_token_becomes_the_end_token_and_any_other_stays(folder: Path) -> None:
