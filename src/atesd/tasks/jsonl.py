@@ -14,7 +14,6 @@ from typing import Any
 from atesd.tasks.rows import Numbered, Source
 from atesd.types import UserError
 
-
 _TABLES = (".csv", ".tsv", ".parquet")
 
 
