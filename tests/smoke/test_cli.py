@@ -546,6 +546,26 @@ def test_check_names_texts_that_pass_for_control(
     assert "warning: these look like control tokens; --model MODEL tells" in text
 
 
+@pytest.mark.filterwarnings("always:.*knows no token:UserWarning")
+def test_texts_beyond_a_models_vocabulary_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, known = tmp_path / "mine.jsonl", tmp_path / "known.jsonl"
+    path.write_text('{"problem": "Who?", "solution": "1\\n#1"}\n{"problem": "1+1", "solution": "2\\n#2"}\n')
+    known.write_text('{"problem": "2+1", "solution": "3\\n#3"}\n{"problem": "1+2", "solution": "3\\n#3"}\n')
+    said = "the model's tokenizer knows no token for 'W', 'o', '?', which 1 of 2 problems hold"
+    few = ["step.num_steps=1", "step.problems=1", 'exposure={kind="fixed"}', 'routing={kind="distil"}', "eval.k=1"]
+    for file, warned in ((path, True), (known, False)):
+        assert run(monkeypatch, "check", str(file), "--grader", "exact", "--model", "pico") == 0
+        assert (f"warning: {said}" in capsys.readouterr().out) == warned
+        task = f'task={{kind="jsonl", path="{file}", eval_path="{known}", probe_size=0, on_missing_answer="keep"}}'
+        if file is known:
+            task = task.replace(f'eval_path="{known}"', "eval_size=1")
+        assert run(monkeypatch, "train", PICO, task, *few, "--out", str(tmp_path / file.stem)) == 0
+        printed = capsys.readouterr()
+        assert (said in printed.out + printed.err) == warned
+
+
 def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

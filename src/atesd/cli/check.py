@@ -22,7 +22,7 @@ from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import DoorsConfig, PicoConfig
-from atesd.tasks.texts import control_look, fences, flaws
+from atesd.tasks.texts import control_look, fences, flaws, unread
 from atesd.tasks.textworld import TextWorldConfig
 from atesd.types import Problem, UserError
 
@@ -138,6 +138,9 @@ def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem
 
     _show(console, f"control tokens of {model}, spelt in these texts and kept text", list(flaws(task, sets, kept)))
     _show(console, f"control tokens of {model} that cannot be kept text", refused)
+    missing = unread([problem for problems in sets.values() for problem in problems], renderer.unknown)
+    if missing:
+        console.print(f"warning: {missing}")
     return len(refused)
 
 

@@ -142,6 +142,20 @@ class Renderer:
             return str(error)
         return None
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the pieces of a text that the tokenizer reads as its unknown token, in their order."""
+        sign, token = self._tokenizer.unk_token_id, self._tokenizer.unk_token
+        if sign is None or self.controls(text):
+            return []
+        if not self._tokenizer.is_fast:  # which keeps no places
+            return [token] if sign in self.text_ids(text) else []
+        read = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            text[start:end]
+            for id_, (start, end) in zip(read.input_ids, read.offset_mapping, strict=True)
+            if id_ == sign
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a completion without special tokens."""
         return self._decode(ids, skip_special_tokens=True)

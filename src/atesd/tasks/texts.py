@@ -25,6 +25,7 @@ LOOKS_LIKE_CONTROL = re.compile(
 """How well-known models spell their control tokens: for texts whose model is not known yet."""
 
 _MOST_NAMED = 10
+_MOST_READ = 100  # problems, spread over all: a tokenizer without a letter shows in any of them
 _SHORTEST = 3  # characters of a fence
 
 
@@ -80,6 +81,23 @@ def refuse_texts(task: object, sets: Mapping[str, Sequence[Problem]], flaw: Flaw
     if found:
         more = [f"and {len(found) - _MOST_NAMED} more"] if len(found) > _MOST_NAMED else []
         raise UserError("\n".join(found[:_MOST_NAMED] + more))
+
+
+def unread(problems: Sequence[Problem], unknown: Callable[[str], Sequence[str]]) -> str | None:
+    """Say what of the problems a tokenizer knows no token for, as `unknown` finds it in a text; None where nothing.
+
+    The model reads all of it as one token, and cannot write it. Of many problems some are looked at.
+    """
+    looked = problems[:: -(-len(problems) // _MOST_READ) or 1]
+    found = [dict.fromkeys([*unknown(each.problem), *unknown(each.solution)]) for each in looked]
+    pieces = list(dict.fromkeys(piece for pieces in found for piece in pieces))
+    if not pieces:
+        return None
+    named = ", ".join(map(repr, pieces[:_MOST_NAMED])) + (" ..." if len(pieces) > _MOST_NAMED else "")
+    return (
+        f"the model's tokenizer knows no token for {named}, which {sum(map(bool, found))} of {len(looked)} problems "
+        "hold: the model reads and writes one sign for all of them; take a model whose vocabulary holds your texts"
+    )
 
 
 def place_of(task: object, name: str, problem: Problem, field: Field) -> str:

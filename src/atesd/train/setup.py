@@ -30,7 +30,7 @@ from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
-from atesd.tasks.texts import fences, refuse_texts
+from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Row
 from atesd.train.compiled import compile_layers
@@ -443,7 +443,11 @@ def _warn(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) ->
             "was sampled, in training and evaluation: a server that renders the template anew will not do so",
             stacklevel=2,
         )
-    for warning in (config.reveal.warning([problem.solution for problem in problems]), config.gate.warning()):
+    for warning in (
+        config.reveal.warning([problem.solution for problem in problems]),
+        config.gate.warning(),
+        unread(problems, renderer.unknown),
+    ):
         if warning:
             warnings.warn(warning, stacklevel=2)
     unanswered = sum(problem.answer is None for problem in problems)

@@ -230,3 +230,31 @@ def test_the_bound_is_a_token_a_letter_of_plain_text() -> None:
     assert renderer.most_tokens("\ufdfa") == 33 + 2
     assert Renderer(sentencepiece("\n")).most_tokens("2 + 3 = 5") == 2 * 9 + 2
     assert len(sentencepiece("\n").encode("a\n" * 10, add_special_tokens=False)) == 30, "or the two tell nothing"
+
+
+def letter_tokenizer(known: str, unknown: str | None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a few letters, which reads others as `unknown`."""
+    words = {letter: index for index, letter in enumerate(known)}
+    words |= {name: len(words) + place for place, name in enumerate(("<end>", "<unknown>"))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", unk_token=unknown, chat_template=PLAIN_TEMPLATE
+    )
+
+
+def test_pieces_without_a_token_are_found() -> None:
+    renderer = Renderer(letter_tokenizer("ab ", "<unknown>"))
+    assert renderer.unknown("a cab\u00e9 b") == ["c", "\u00e9"]
+    assert renderer.unknown("ab a") == []
+    assert renderer.unknown("") == []
+    assert renderer.unknown("c<end>") == [], "what spells a control token is refused elsewhere"
+    assert Renderer(byte_tokenizer()).unknown("a cab\u00e9 b") == [], "bytes spell everything"
+
+
+def test_a_tokenizer_without_an_unknown_token_or_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Renderer(letter_tokenizer("ab ", None)).unknown("c") == []
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    slow = Renderer(letter_tokenizer("ab ", "<unknown>"))
+    assert slow.unknown("cab") == ["<unknown>"]
+    assert slow.unknown("ab") == []

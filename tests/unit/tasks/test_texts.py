@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from atesd.exposure.prompt import OPSD_TEACHER, PromptConfig
 from atesd.facts import RunFacts
 from atesd.tasks.files import Columns, JsonlConfig
 from atesd.tasks.kinds import PicoConfig
-from atesd.tasks.texts import control_look, fence_flaw, fences, flaws, refuse_texts
+from atesd.tasks.texts import control_look, fence_flaw, fences, flaws, refuse_texts, unread
 from atesd.types import Problem, UserError
 
 BEGIN, CLOSE = "=== Reference Solution Begin ===", "=== Reference Solution End ==="
@@ -113,3 +114,29 @@ def test_spellings_of_known_models_look_like_control(text: str) -> None:
 @pytest.mark.parametrize("text", ["a < b > c", "|x| < 3", "f<|x|", "<p>html</p>", "[1, 2]", "P(A|B) > 0", "<|a|<|b|"])
 def test_mathematics_does_not(text: str) -> None:
     assert control_look(text) is None
+
+
+def letters_beyond(known: str) -> Callable[[str], list[str]]:
+    return lambda text: [letter for letter in text if letter not in known]
+
+
+def test_what_a_tokenizer_does_not_know_is_named_and_counted() -> None:
+    problems = [Problem("a", "1+1", "2"), Problem("b", "xy", "3"), Problem("c", "1", "yz")]
+    assert unread(problems, letters_beyond("123+xyz")) is None
+    assert unread([], letters_beyond("")) is None
+    said = str(unread(problems, letters_beyond("123+")))
+    assert "knows no token for 'x', 'y', 'z', which 2 of 3 problems hold" in said
+    many = str(unread([Problem("a", "abcdefghijkl", "1")], letters_beyond("1")))
+    assert "'i', 'j' ..., which 1 of 1 problems" in many
+
+
+def test_of_many_problems_some_from_all_over_are_looked_at() -> None:
+    problems = [Problem(str(index), "?" if index >= 240 else "1", "1") for index in range(250)]
+    seen: list[str] = []
+
+    def unknown(text: str) -> list[str]:
+        seen.append(text)
+        return letters_beyond("1")(text)
+
+    assert "which 4 of 84 problems hold" in str(unread(problems, unknown))  # every third: 240, 243, 246, 249
+    assert len(seen) == 2 * 84
