@@ -55,7 +55,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"recipe {path} holds a number of thousands of digits: write one that can be meant") from error
     except RecursionError as error:
         raise UserError(f"recipe {path} is nested too deeply: a section lies three levels deep at most") from error
-    return build_config(apply_overrides(tree, overrides, source=f"recipe {path}"), source=str(path))
+    merged = apply_overrides(tree, overrides, source=f"recipe {path}")
+    return build_config(merged, source=f"{path}, with the overrides" if overrides else str(path))
 
 
 def build_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:

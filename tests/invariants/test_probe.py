@@ -192,3 +192,33 @@ def test_where_no_problem_fits_the_line_does_not_name_what_is_set_already(monkey
     monkeypatch.setattr(Hints, "longest", lambda *_: 10**6)
     with pytest.raises(UserError, match=r"none of the \d+ training problems fits .* shorten rollout.max_new_tokens"):
         assemble(build_config(TREE | {"step": {"overlong": "drop"}}))
+
+
+def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = assemble(build_config(TREE))
+    named, student_ids = whole.eval_problems[0].id, Hints.student_ids
+    asked: list[tuple[int | None, int]] = []
+    answerable = Hints.answerable
+
+    def watch(self: Hints, problems: Any, context: int | None, completion: int) -> Any:
+        asked.append((context, completion))
+        return answerable(self, problems, context, completion)
+
+    monkeypatch.setattr(Hints, "answerable", watch)
+    monkeypatch.setattr(
+        Hints, "student_ids", lambda self, each: (0,) * 246 if each.id == named else student_ids(self, each)
+    )
+    tree = TREE | {"eval": {**TREE.get("eval", {}), "max_new_tokens": 11}}
+    with pytest.raises(
+        UserError,
+        match=rf"1 evaluation problems \({re.escape(named)}\) do not fit .* 256 tokens with a completion of 11",
+    ):
+        assemble(build_config(tree))
+    assert asked == [(256, 11)]
+    dropping = tree | {"step": {**TREE.get("step", {}), "overlong": "drop"}}
+    with pytest.warns(UserWarning, match=rf"dropped 1 evaluation problems \({re.escape(named)}\) which do not fit"):
+        parts = assemble(build_config(dropping))
+    assert [each.id for each in parts.eval_problems] == [each.id for each in whole.eval_problems[1:]]
+    monkeypatch.setattr(Hints, "answerable", lambda _, problems, *__: ([], [each.id for each in problems]))
+    with pytest.raises(UserError, match="and no others are left"):
+        assemble(build_config(dropping))

@@ -566,6 +566,24 @@ def test_texts_beyond_a_models_vocabulary_are_warned_of(
         assert (said in printed.out + printed.err) == warned
 
 
+def test_check_advises_to_keep_problems_without_an_answer_where_they_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, advice = tmp_path / "mine.jsonl", 'training refuses them unless task.on_missing_answer = "keep"'
+    path.write_text('{"problem": "1+1", "solution": "two"}\n{"problem": "1+2", "solution": "three"}\n')
+    task = f'kind = "jsonl", path = "{path}", probe_size = 0, eval_size = 0, on_missing_answer'
+    keeping = tmp_path / "keeping.toml"
+    keeping.write_text(f'task = {{{task} = "keep"}}\n')
+    for arguments, advised in (
+        ([str(path)], True),
+        ([str(path), "task.on_missing_answer=keep"], False),
+        ([str(keeping)], False),
+    ):
+        assert run(monkeypatch, "check", *arguments) == 0
+        printed = capsys.readouterr().out
+        assert (advice in printed, "no reward can grade them" in printed) == (advised, not advised)
+
+
 def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,16 @@ def test_an_unknown_key_gets_the_nearest_one(override: str, expected: str) -> No
     assert expected in error_of(override)
 
 
+def test_a_file_is_not_blamed_alone_for_what_overrides_say(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('model.path = "pico"\ntask.kind = "pico"\n')
+    with pytest.raises(UserError, match=r"mine\.toml, with the overrides: unknown key 'step\.numsteps'"):
+        load_config(path, ["step.numsteps=3"])
+    path.write_text('model.path = "pico"\ntask.kind = "pico"\nstep.numsteps = 3\n')
+    with pytest.raises(UserError, match=r"mine\.toml: unknown key"):
+        load_config(path)
+
+
 def test_another_kind_over_the_keys_of_the_old_one_is_refused() -> None:
     assert "unknown key 'exposure.random.ratio'" in error_of("exposure.kind=random")
 

@@ -43,6 +43,7 @@ _KINDS: dict[str, type[_Section]] = {
     "dataset": DatasetConfig,
 }
 _MOST_NAMED = 10
+_REFUSED_UNANSWERED = 'training refuses them unless task.on_missing_answer = "keep"'
 
 
 def run_check(task: str, overrides: Sequence[str], grader: str | None, model: str | None = None) -> None:
@@ -69,7 +70,8 @@ def run_check(task: str, overrides: Sequence[str], grader: str | None, model: st
             if ids:
                 console.print(f"{name}, {label}: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}")
     console.print(table)
-    for warning in warnings_of([problem for problems in sets.values() for problem in problems]):
+    every, keeps = [problem for problems in sets.values() for problem in problems], _keeps_unanswered(task, overrides)
+    for warning in warnings_of(every, keeps_unanswered=keeps):
         console.print(f"warning: {warning}")
     if show_texts(console, chosen, sets, model):
         raise UserError(f"{model} cannot read the texts named above as text: take the control tokens out of them")
@@ -208,14 +210,23 @@ def _section_with(section: Mapping[str, Any], overrides: Sequence[str]) -> TaskS
     return build_config(tree, source="override").task
 
 
-def warnings_of(problems: Sequence[Problem]) -> list[str]:
+def _keeps_unanswered(task: str, overrides: Sequence[str]) -> bool:
+    """Whether the user's own settings keep problems without an answer, as checking a file by itself always does."""
+    if not task.endswith(".toml"):
+        return any(override.partition("=")[0].strip() == "task.on_missing_answer" for override in overrides)
+    from atesd.recipe import load_config
+
+    return getattr(load_config(Path(task), overrides).task, "on_missing_answer", "") == "keep"
+
+
+def warnings_of(problems: Sequence[Problem], *, keeps_unanswered: bool = False) -> list[str]:
     """Return what is allowed but probably not meant."""
     found = []
     missing = [problem.id for problem in problems if problem.answer is None]
     if missing:
         found.append(
-            f"{len(missing)} solutions state no answer that can be recognised ({', '.join(missing[:5])}): training "
-            'refuses them unless task.on_missing_answer = "keep"'
+            f"{len(missing)} solutions state no answer that can be recognised ({', '.join(missing[:5])}): "
+            + ("no reward can grade them" if keeps_unanswered else _REFUSED_UNANSWERED)
         )
     segments = segmentation_warning([problem.solution for problem in problems])
     return [*found, segments] if segments else found

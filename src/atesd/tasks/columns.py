@@ -206,7 +206,8 @@ def _text(row: Mapping[str, Any], name: str, *, word: str, default: str | None =
     if default is not None and isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise UserError(f"{word} {name!r} is too large a number, or none: write it as text")
-        return str(value)
+        # A column with gaps makes floats of whole numbers in Parquet and pandas; larger ones are not exact as floats.
+        return f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
     if not isinstance(value, str):
         raise UserError(f"{word} {name!r} is a {type(value).__name__}, expected text: quote it")
     if any("\ud800" <= character <= "\udfff" for character in value):

@@ -274,6 +274,7 @@ def _csv_lines(path: Path, separator: str) -> tuple[list[str], list[int]]:
         names = next(records, [])
         if not any(name.strip() for name in names):
             raise UserError(f"{path} is empty: write a header with the names of the columns, then a row a problem")
+        names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls its index
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise UserError(f"{path}:1: column {twice[0]!r} stands twice in the header: rename one of them")

@@ -150,6 +150,15 @@ class Hints:
                 overlong.append(problem.id)
         return fitting, overlong
 
+    def answerable(
+        self, problems: Sequence[Problem], context: int | None, completion: int
+    ) -> tuple[list[Problem], list[str]]:
+        """Split problems into those whose student's prompt and a full completion fit, and the others' ids."""
+        lengths = [0 if context is None else len(self.student_ids(problem)) + completion for problem in problems]
+        fits = [context is None or length <= context for length in lengths]
+        overlong = [problem.id for problem, is_short in zip(problems, fits, strict=True) if not is_short]
+        return [problem for problem, is_short in zip(problems, fits, strict=True) if is_short], overlong
+
     def _surely_fits(self, problem: Problem, room: int) -> bool:
         """Tell from texts alone that prompts fit: a tokenizer takes minutes for tens of thousands of long solutions.
 

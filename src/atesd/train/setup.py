@@ -167,7 +167,7 @@ def assemble(config: RunConfig) -> Parts:
     facts = config.facts()
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
-    problems, sets["probe"], dropped = _fitting(config, hints, train, sets["probe"], model)
+    problems, sets, dropped = _fitting(config, hints, sets, model)
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],
@@ -415,12 +415,12 @@ def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, P
 
 
 def _fitting(
-    config: RunConfig, hints: Hints, train: Sequence[Problem], probe: Sequence[Problem], model: nn.Module
-) -> tuple[list[Problem], list[Problem], list[str]]:
-    """Keep the problems of both sets whose prompts fit, before step 0; return the training problems left out, too."""
+    config: RunConfig, hints: Hints, sets: Mapping[str, Sequence[Problem]], model: nn.Module
+) -> tuple[list[Problem], dict[str, list[Problem]], list[str]]:
+    """Return the training problems and the other sets without what does not fit, and the training problems left out."""
     context = context_length(model)
-    problems, overlong = hints.fitting(train, context, config.rollout.max_new_tokens)
-    probing, overlong_probe = hints.fitting(probe, context, config.rollout.max_new_tokens)
+    problems, overlong = hints.fitting(sets["train"], context, config.rollout.max_new_tokens)
+    probing, overlong_probe = hints.fitting(sets["probe"], context, config.rollout.max_new_tokens)
     if config.step.overlong == "error":
         refuse_overlong([*overlong, *overlong_probe], context)
     if overlong and not problems:
@@ -433,7 +433,27 @@ def _fitting(
     for what, names in (("", overlong), ("probe ", overlong_probe)):
         if names:
             warnings.warn(f"dropped {len(names)} overlong {what}problems: {', '.join(names[:20])}", stacklevel=2)
-    return problems, probing, overlong
+    evaluation = _answerable(config, hints, sets["evaluation"], context)
+    return problems, {"probe": probing, "evaluation": evaluation}, overlong
+
+
+def _answerable(config: RunConfig, hints: Hints, problems: Sequence[Problem], context: int | None) -> list[Problem]:
+    """Keep the evaluation problems whose prompts leave room for a full completion."""
+    longest = config.eval.sampling(config.rollout).max_new_tokens
+    kept, overlong = hints.answerable(problems, context, longest)
+    if not overlong:
+        return kept
+    named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")
+    what = f"{len(overlong)} evaluation problems ({named}) do not fit the model's context of {context} tokens"
+    if config.step.overlong == "error":
+        raise UserError(
+            f"{what} with a completion of {longest}: shorten eval.max_new_tokens where that is too long, or leave them "
+            'out with step.overlong = "drop"'
+        )
+    if not kept:
+        raise UserError(f"{what}, and no others are left: take shorter ones, or a model with a longer context")
+    warnings.warn(f"dropped {what.replace('do not', 'which do not')}", stacklevel=2)
+    return kept
 
 
 def _warn(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:

@@ -105,3 +105,14 @@ def test_without_solutions_the_answer_must_stand_in_its_column() -> None:
     assert problem_of({"problem": "p", "answer": 7}, 1, rules(Columns()), solved=False).answer == "7"
     with pytest.raises(UserError, match="column 'answer' is empty"):
         problem_of({"problem": "p", "answer": ""}, 1, rules(Columns()), word="column", solved=False)
+
+
+def test_whole_numbers_that_gaps_made_floats_are_written_whole() -> None:
+    def answer(value: object) -> str | None:
+        row = {"problem": "p", "solution": "s", "answer": value, "level": value}
+        problem = problem_of(row, 1, rules(Columns()))
+        assert problem.level == problem.answer
+        return problem.answer
+
+    assert [answer(value) for value in (21.0, -3.0, 21, 2.5, 1e300)] == ["21", "-3", "21", "2.5", "1e+300"]
+    assert answer(9007199254740992.0) == "9007199254740992.0", "larger ones are not exact"

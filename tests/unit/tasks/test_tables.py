@@ -101,6 +101,12 @@ def test_cells_of_a_csv_file_keep_their_lines(tmp_path: Path) -> None:
     assert config.place(second, "problem") == f"{path}:6: column 'problem'"
 
 
+def test_a_csv_file_with_the_index_of_pandas_is_read(tmp_path: Path) -> None:
+    path = csv(tmp_path, ",problem,solution,\n0,a,#### 1,x\n1,b,#### 2,y\n")
+    config = DatasetConfig(path=str(path), probe_size=0, eval_size=0).build(RunFacts())
+    assert sorted((each.id, each.problem, each.answer) for each in config.train()) == [("2", "a", "1"), ("3", "b", "2")]
+
+
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
