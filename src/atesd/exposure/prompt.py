@@ -14,9 +14,10 @@ with an empty line, and a line-by-line template such as "\\n#{answer}" gives one
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -41,7 +42,8 @@ OPSD_TEACHER = (
 class PromptConfig(Config):
     """Prompts of both roles: a user turn each, and what stands around it. Defaults are OPSD v3's texts.
 
-    `{problem}`, `{hint}` and `{answer}` are filled literally and in one pass; all other braces are plain text.
+    `{problem}`, `{hint}` and `{answer}` are filled literally and in one pass; all other braces are plain text. A word
+    in braces that nearly is one, such as `{hnt}`, is refused.
     """
 
     student: str = OPSD_STUDENT
@@ -91,10 +93,22 @@ class PromptConfig(Config):
             for name in names:
                 if f"{{{name}}}" not in template:
                     raise ValueError(f"template {field!r} lacks the placeholder {{{name}}}; add it where it belongs")
+            for word, meant in _misspelt(template, names):
+                raise ValueError(
+                    f"template {field!r} contains {{{word}}}, which nothing is filled in for: did you mean {{{meant}}}?"
+                )
         for field in ("student", "hint_none", "evaluation"):
             if "{hint}" in (getattr(self, field) or ""):
                 raise ValueError(f"template {field!r} contains {{hint}}, which only the teacher may see; remove it")
         return self
+
+
+def _misspelt(template: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    r"""Yield words in braces that are nearly a placeholder, and which. The argument of a command is text."""
+    for command, word in re.findall(r"(\\\w+)?\{(\w+)\}", template):
+        near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.7)
+        if near and word not in names and not command:
+            yield word, near[0]
 
 
 def student_messages(problem: Problem, config: PromptConfig) -> list[Message]:

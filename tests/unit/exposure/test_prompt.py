@@ -169,3 +169,23 @@ def test_donors_need_two_different_problems() -> None:
         donors([HALF], 0)
     with pytest.raises(UserError, match="different ids"):
         donors([HALF, HALF], 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "template", "meant"),
+    [
+        ("teacher", "{problem}{hnt}{hint}", "{hnt}, which nothing is filled in for: did you mean {hint}?"),
+        ("teacher", "{problem} {hint} {Hint}", "{Hint}, which nothing is filled in for: did you mean {hint}?"),
+        ("student", "{problem} {problems}", "did you mean {problem}?"),
+        ("answer", "#{answer} {anwser}", "did you mean {answer}?"),
+    ],
+)
+def test_a_misspelt_placeholder_is_no_text(field: str, template: str, meant: str) -> None:
+    with pytest.raises(ValidationError) as found:
+        PromptConfig.model_validate({field: template})
+    assert meant in str(found.value)
+
+
+def test_other_braces_are_text() -> None:
+    text = "{problem} {hint} {point} {answer} {{hint}} \\boxed{hints} \\text{problems} {} {a b}"
+    assert PromptConfig(teacher=text).teacher == text
