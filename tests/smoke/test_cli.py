@@ -564,6 +564,11 @@ def test_texts_beyond_a_models_vocabulary_are_warned_of(
         assert run(monkeypatch, "train", PICO, task, *few, "--out", str(tmp_path / file.stem)) == 0
         printed = capsys.readouterr()
         assert (said in printed.out + printed.err) == warned
+        held_out = f'eval_path="{path}"' if warned else "eval_size=1"
+        task = f'task={{kind="jsonl", path="{known}", {held_out}, probe_size=0, on_missing_answer="keep"}}'
+        assert run(monkeypatch, "eval", "pico", "--recipe", PICO, task, "eval.k=1") == 0
+        printed = capsys.readouterr()
+        assert ("knows no token for" in printed.out + printed.err) == warned
 
 
 def test_check_advises_to_keep_problems_without_an_answer_where_they_are_not_kept(

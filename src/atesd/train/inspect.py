@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
+from atesd.tasks.texts import unread
 from atesd.train.hints import Hints
 from atesd.train.hub import commit_of, fetched
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
@@ -126,6 +128,9 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
     driver = for_evaluation(driver, config)
     problems = task.evaluation()[: config.eval.problems]
     refuse_hostile(config, renderer, task, {"evaluation": problems})
+    missing = unread(problems, renderer.unknown)
+    if missing:
+        warnings.warn(missing, stacklevel=2)
     sampling, seed = config.eval.sampling(config.rollout), derive_seed(config.seed, "eval")
     if keep is None:
         return evaluate(task.name, problems, driver, sampling, seed=seed, traits=task.traits)
