@@ -184,7 +184,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["recipes", "pcio"], "did you mean 'pico'?"),
         (["train", PICO, "--out", "file"], "file is no folder and is left as it is"),
         (["report", "file"], "file is no directory"),
-        (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf'"),
+        (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf': did you mean 'half'? the recipe"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
         (

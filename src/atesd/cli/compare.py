@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import os
 import re
@@ -197,7 +198,9 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
     automatic: dict[str, RunConfig] = {}
     for arm in (name.strip() for name in arms or tuple(config.arms) or DEFAULT_ARMS):
         if arm not in known:
-            raise UserError(f"unknown arm {arm!r}: the recipe and the built-in arms are {', '.join(known)}")
+            near = difflib.get_close_matches(arm[:100], known, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown arm {arm!r}: {meant}the recipe and the built-in arms are {', '.join(known)}")
         if not re.fullmatch(r"\w[\w.+-]*", arm):
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
         chosen[arm] = known[arm]

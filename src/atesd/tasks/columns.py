@@ -137,6 +137,9 @@ def _remedy(names: Sequence[str], columns: Columns) -> str:
                 return f"for chats set task.columns.messages={name}, or name yours in task.columns"
         if {"question", "answer"} <= set(names):
             return "name yours in task.columns, such as task.columns.problem=question task.columns.solution=answer"
+    separator = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    if separator:
+        return f"the header is one column with {separator!r} in it: save the table with commas, or as .tsv with tabs"
     return "add it, or name yours in task.columns"
 
 

@@ -107,6 +107,14 @@ def test_a_csv_file_with_the_index_of_pandas_is_read(tmp_path: Path) -> None:
     assert sorted((each.id, each.problem, each.answer) for each in config.train()) == [("2", "a", "1"), ("3", "b", "2")]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_with_another_separator_is_told_how_to_be_saved(separator: str, tmp_path: Path) -> None:
+    path = csv(tmp_path, f"problem{separator}solution\na{separator}#### 1\n")
+    told = f"the header is one column with {separator!r} in it: save the table with commas, or as .tsv with tabs"
+    with pytest.raises(UserError, match=re.escape(told)):
+        DatasetConfig(path=str(path), probe_size=0, eval_size=0).build(RunFacts()).train()
+
+
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
@@ -117,6 +125,11 @@ def test_a_csv_file_with_the_index_of_pandas_is_read(tmp_path: Path) -> None:
         ("problem,solution\n", [" holds no row: name one with rows"]),
         ("problem,problem\na,b\n", [":1: column 'problem' stands twice in the header"]),
         ("problem,cot\na,b\n", [" has no column 'solution' (columns here: 'problem', 'cot'): add it"]),
+        (
+            "problem;solution\na;b\n",
+            ["the header is one column with ';' in it: save the table with commas, or as .tsv"],
+        ),
+        ("problem\tsolution\na\tb\n", ["the header is one column with '\\t' in it"]),
         ("problem,solution\na,\nb,#### 1\n", [":2: column 'solution' is empty"]),
         ("problem,solution,id\na,#### 1,x\nb,#### 1,x\n", [":3: id 'x' stands in line 2 already"]),
         ("problem,solution\na,#### 1\na,#### 2\n", [":3: column 'problem' repeats line 2"]),
