@@ -175,7 +175,7 @@ def test_donors_need_two_different_problems() -> None:
     ("field", "template", "meant"),
     [
         ("teacher", "{problem}{hnt}{hint}", "{hnt}, which nothing is filled in for: did you mean {hint}?"),
-        ("teacher", "{problem} {hint} {Hint}", "{Hint}, which nothing is filled in for: did you mean {hint}?"),
+        ("teacher", "{problem} {hint} {HINT}", "{HINT}, which nothing is filled in for: did you mean {hint}?"),
         ("student", "{problem} {problems}", "did you mean {problem}?"),
         ("answer", "#{answer} {anwser}", "did you mean {answer}?"),
     ],
