@@ -70,6 +70,7 @@ def collect(source: Source, rules: RowsMethod, *, solved: bool = True) -> list[t
             if len(reading.defects) < _MOST_DEFECTS:
                 reading.defects.append(f"{source.place(number)}: {error}")
             if len(reading.defects) == _MOST_DEFECTS and rules.on_bad_row == "error":
+                reading.defects.append(f"{source.name}: reading stopped here, and more may follow")
                 break
     if reading.defects and rules.on_bad_row == "error":
         raise UserError("\n".join(reading.defects))

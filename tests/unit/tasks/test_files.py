@@ -101,7 +101,13 @@ def test_defects_are_reported_together_ten_at_most(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", *[{"problem": "a"}] * 12)
     with pytest.raises(UserError) as caught:
         read_problems(tmp_path / "a.jsonl", config)
-    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == [str(n) for n in range(1, 11)]
+    *named, last = str(caught.value).splitlines()
+    assert [line.split(":")[1] for line in named] == [str(n) for n in range(1, 11)]
+    assert last == f"{tmp_path / 'a.jsonl'}: reading stopped here, and more may follow"
+    write(tmp_path / "b.jsonl", *[{"problem": "a"}] * 9)
+    with pytest.raises(UserError) as caught:
+        read_problems(tmp_path / "b.jsonl", config)
+    assert len(str(caught.value).splitlines()) == 9
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
