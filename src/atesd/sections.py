@@ -154,7 +154,7 @@ class StepConfig(Config):
     """Padded input positions that go through the model together: what bounds memory."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a training or probe problem whose teacher prompt plus a full completion exceeds the model's
-    context, and with an evaluation problem whose student prompt does. Solutions that the probe reads behind such a
+    context, and with an evaluation problem whose own prompt does. Solutions that the probe reads behind such a
     prompt are cut to the context."""
     truncated: Literal["train", "mask"] = "train"
     """Whether completions that hit the length limit are trained on. They always grade as wrong."""

@@ -12,6 +12,7 @@ import torch
 
 from atesd.recipe import build_config
 from atesd.rollout.hf import HFSampler
+from atesd.rollout.render import Renderer
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
 from atesd.train.setup import Parts, assemble, for_evaluation
@@ -196,7 +197,7 @@ def test_where_no_problem_fits_the_line_does_not_name_what_is_set_already(monkey
 
 def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = assemble(build_config(TREE))
-    named, student_ids = whole.eval_problems[0].id, Hints.student_ids
+    named = whole.eval_problems[0].id
     asked: list[tuple[int | None, int]] = []
     answerable = Hints.answerable
 
@@ -205,9 +206,17 @@ def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch
         return answerable(self, problems, context, completion)
 
     monkeypatch.setattr(Hints, "answerable", watch)
-    monkeypatch.setattr(
-        Hints, "student_ids", lambda self, each: (0,) * 246 if each.id == named else student_ids(self, each)
-    )
+    batch = Renderer.student_batch
+    asking = {whole.eval_problems[0].problem}
+
+    def lengthened(self: Renderer, prompts: Any) -> list[list[int]]:
+        found = batch(self, prompts)
+        return [
+            [0] * 246 if any(text in turn["content"] for turn in messages for text in asking) else ids
+            for messages, ids in zip(prompts, found, strict=True)
+        ]
+
+    monkeypatch.setattr(Renderer, "student_batch", lengthened)
     tree = TREE | {"eval": {**TREE.get("eval", {}), "max_new_tokens": 11}}
     with pytest.raises(
         UserError,

@@ -338,3 +338,6 @@ def test_what_an_evaluation_asks_must_fit_with_a_full_completion() -> None:
     assert made.answerable([longer, ONE], room + 10, 10) == ([ONE], ["longer"])
     assert made.answerable([longer, ONE], room + 11, 10) == ([longer, ONE], [])
     assert made.answerable([longer], None, 10**9) == ([longer], [])
+    wordy = hints(prompt={**SECTIONS.get("prompt", {}), "evaluation": "Say: {problem}"})
+    assert wordy.answerable([ONE], room + 10, 10) == ([], ["one"]), "the prompt of evaluation counts"
+    assert wordy.answerable([ONE], room + 10 + len("Say: "), 10) == ([ONE], [])
