@@ -40,7 +40,7 @@ BELOW_CONFIG = METHODS | {
     "own",
     "sections",
 }
-BELOW_TRAIN = BELOW_CONFIG | {"config", "packaged", "recipe", "runlog", "seals", "metrics", "launch"}
+BELOW_TRAIN = BELOW_CONFIG | {"tree", "config", "packaged", "recipe", "runlog", "seals", "metrics", "launch"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "metrics": set(),
@@ -70,9 +70,10 @@ ARROWS: dict[str, set[str]] = {
     "own": {"types"},
     "kinds": METHODS | {"own"},
     "sections": {"types"},
-    "config": BELOW_CONFIG,
+    "tree": BELOW_CONFIG,
+    "config": {"tree"},
     "packaged": {"types"},
-    "recipe": {"config", "own", "packaged", "types"},
+    "recipe": {"config", "tree", "own", "packaged", "types"},
     "train": BELOW_TRAIN,
     "flow": BELOW_TRAIN | {"train"},
     "trainers": BELOW_TRAIN | {"train", "flow"},

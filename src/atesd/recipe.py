@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from atesd.config import ONE, SEVERAL, RunConfig
+from atesd.config import RunConfig
 from atesd.own import named_class
 from atesd.packaged import find_recipe
+from atesd.tree import ONE, SEVERAL
 from atesd.types import UserError, one_line, shown
 
 # What to write instead of a kind that is one of another section: (section, kind) -> remedy.

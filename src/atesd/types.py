@@ -38,6 +38,10 @@ class Config(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, mistakes)
         return given
 
+    def differs(self, name: str) -> bool:
+        """Tell whether a field has another value than its default, which is the neutral one in the tree's sections."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
 
 _LARGEST = 2**63 - 1
 
