@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from time import monotonic, sleep
 from types import FrameType
@@ -22,7 +23,7 @@ from rich.table import Table
 from atesd.cli.nursery import Nursery, Process, spawn
 from atesd.cli.progress import Pace, accuracy, clock, number
 
-_POLL_S = 0.5
+_POLL_S = 0.1
 _PLAIN_EVERY_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How a run ends after SIGTERM: with its state saved, or before it had anything to save.
@@ -70,6 +71,7 @@ class Job:
     evaluated: float | None = None
     tail: Tail = field(init=False)
     pace: Pace = field(init=False)
+    begun: float = 0.0
 
     def __post_init__(self) -> None:
         self.tail = Tail(self.path / "metrics.jsonl")
@@ -112,6 +114,7 @@ class Job:
         words = ("--resume", str(self.path)) if (self.path / "config.json").is_file() else self.train
         if words is self.train:
             clear_stillborn(self.path)
+        self.begun = monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             forked = nursery.fork(words, log.fileno(), lock) if nursery is not None else None
@@ -130,6 +133,7 @@ class Runner:
         self._console = console
         self._nursery = nursery
         self._running: list[Job] = []
+        self._took: dict[str, float] = {}  # seconds of an arm's last run
         self._num_asked = self._num_passed_on = 0
         self._printed = self._begin = monotonic()
         for job in jobs:
@@ -147,12 +151,13 @@ class Runner:
         return self._num_asked > 0
 
     def run(self) -> None:
-        """Run everything that has no result yet, all arms of a seed before the next seed."""
+        """Run everything that has no result yet."""
         waiting = [job for job in self._jobs if not job.is_done]
         with self._stoppable(), self._shown() as show:
             while self._running or (waiting and not self.was_stopped):
                 while waiting and len(self._running) < self._at_once and not self.was_stopped and self._can_start:
-                    job = waiting.pop(0)
+                    job = self._next(waiting)
+                    waiting.remove(job)
                     job.launch(self._lock, self._nursery)
                     self._running.append(job)
                 sleep(_POLL_S)
@@ -165,6 +170,14 @@ class Runner:
                         self._collect(job, code)
                 show()
 
+    def _next(self, waiting: Sequence[Job]) -> Job:
+        """Return what to run next: all arms of a seed before the next seed, and of these the longest first.
+
+        So that no core waits long for the last run. An arm that has not ended yet may be the longest of all.
+        """
+        arms = [job for job in waiting if job.seed == waiting[0].seed]
+        return max(arms, key=lambda job: self._took.get(job.arm, inf))
+
     @property
     def _can_start(self) -> bool:
         return self._nursery is None or not self._nursery.is_loading
@@ -172,6 +185,7 @@ class Runner:
     def _collect(self, job: Job, code: int) -> None:
         """Say how a run ended."""
         if job.is_done:
+            self._took[job.arm] = monotonic() - job.begun
             value = "" if job.evaluated is None else f", accuracy {job.evaluated:.3f}"
             finished = sum(other.is_done for other in self._jobs)
             self._console.print(f"{job.name} done{value} ({finished} of {len(self._jobs)} runs)")

@@ -207,6 +207,25 @@ def test_runs_start_in_order_a_few_at_a_time_and_a_failing_one_stops_no_other(
     assert toys.out.getvalue().count(" done (") == 4
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_arms_of_a_further_seed_start_longest_first(known: bool, toy: Nursery, tmp_path: Path) -> None:
+    """By what they took with the seeds before; arms that have not ended yet come before all others."""
+    seconds = {"a": 0.05, "b": 0.5, "c": 0.25}
+    toys = Toys(tmp_path, {arm: done(tmp_path, arm, seconds[arm]) for arm in "abc"})
+    code = {seed: done(tmp_path, "{arm}", 0.0).replace("seed_0", f"seed_{seed}") for seed in (1, 2)}
+    toys.jobs += [
+        ToyJob(arm, seed, tmp_path / arm / f"seed_{seed}", (code[seed].replace("{arm}", arm),), num_steps=1)
+        for seed in (1, 2)
+        for arm in ("abc" if known else "abcd")
+    ]
+    for job in toys.jobs:
+        job.toys = toys
+    toys.run(toy, 1)
+    assert toys.started[:6] == (["a", "b", "c", "b", "c", "a"] if known else ["a", "b", "c", "d", "b", "c"])
+    assert sorted(toys.started[-3:]) == ["a", "b", "c"] or not known
+    assert all(job.is_done for job in toys.jobs)
+
+
 def test_ctrl_c_stops_what_runs_and_starts_nothing_more(toy: Nursery, tmp_path: Path) -> None:
     begun = [tmp_path / f"{name} begun" for name in "ab"]
     toys = Toys(tmp_path, {name: SAVES.format(str(tmp_path / f"{name} begun")) for name in "abc"})
