@@ -150,6 +150,7 @@ ORDERS: dict[str, list[str]] = {
         "fit",
         "export",
         "share",
+        "admit",
         "setup",
         "resume",
         "inspect",

@@ -97,9 +97,8 @@ def train(
     With --resume, overrides may ask for more steps (`step.num_steps=300`) where nothing depends on the length of the
     run, and change what is saved (`save.*`) and how much memory is used (`step.token_budget`, `rollout.batch_tokens`).
     """
-    if (
-        resume is None and launched()[1] == 1
-    ):  # the first word may be an override; processes tell each other of mistakes
+    is_alone = launched()[1] == 1  # several processes must all come as far as where they tell each other of mistakes
+    if resume is None and is_alone:  # with --resume, the first word may be an override
         _seen(recipe)
     from atesd.cli.train import run_train
 

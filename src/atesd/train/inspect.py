@@ -20,10 +20,11 @@ from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
 from atesd.tasks.texts import unread
+from atesd.train.admit import refuse_hostile, shown_instead
 from atesd.train.hints import Hints
 from atesd.train.hub import commit_of, fetched
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
-from atesd.train.setup import for_evaluation, make_renderer, refuse_hostile, sampling_side, shown_instead
+from atesd.train.setup import for_evaluation, make_renderer, sampling_side
 from atesd.train.tokens import load_tokenizer
 from atesd.types import Problem, Trajectory, Turn, UserError
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from atesd.codes.steer import Codes
 from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
-from atesd.exposure.prompt import donors, evaluation_messages, student_messages
+from atesd.exposure.prompt import evaluation_messages, student_messages
 from atesd.exposure.revealer import Masker, Revealer
 from atesd.gradients.rule import GradientRule
 from atesd.rewards.weighted import build_reward
@@ -30,7 +29,7 @@ from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
-from atesd.tasks.texts import fences, refuse_texts, unread
+from atesd.train.admit import fitting, refuse_hostile, shown_instead, warn_of_problems
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Row
 from atesd.train.compiled import compile_layers
@@ -38,7 +37,7 @@ from atesd.train.contract import Contract
 from atesd.train.credit import Credit
 from atesd.train.directions import Directions
 from atesd.train.gap import GapRule
-from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.hints import Hints
 from atesd.train.latent import CodeTraining
 from atesd.train.measure import Measurer
 from atesd.train.model import context_length, load, set_threads
@@ -167,14 +166,14 @@ def assemble(config: RunConfig) -> Parts:
     facts = config.facts()
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
-    problems, sets, dropped = _fitting(config, hints, sets, model)
+    problems, sets, dropped = fitting(config, hints, sets, model)
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],
         levels={problem.id: problem.level for problem in problems},
         has_probe=bool(sets["probe"]),
     )
-    _warn(config, problems, renderer)
+    warn_of_problems(config, problems, renderer)
     if driver.room is not None:
         driver = replace(driver, room=driver.room - hints.surplus([*problems, *sets["probe"]]))
 
@@ -402,78 +401,3 @@ def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: 
 def for_evaluation(driver: Driver, config: RunConfig) -> Driver:
     """Return the driver with the prompts of evaluation."""
     return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt))
-
-
-def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapping[str, Sequence[Problem]]) -> None:
-    """UserError naming the row whose text could be taken for the prompt's own: a control token, or a hint's fence."""
-    refuse_texts(task, sets, renderer.flaw, () if config.prompt.hint == "none" else fences(config.prompt.teacher))
-
-
-def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, Problem]:
-    """Return whose solution a problem's teacher is shown, where the recipe asks for another problem's."""
-    return donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {}
-
-
-def _fitting(
-    config: RunConfig, hints: Hints, sets: Mapping[str, Sequence[Problem]], model: nn.Module
-) -> tuple[list[Problem], dict[str, list[Problem]], list[str]]:
-    """Return the training problems and the other sets without what does not fit, and the training problems left out."""
-    context = context_length(model)
-    problems, overlong = hints.fitting(sets["train"], context, config.rollout.max_new_tokens)
-    probing, overlong_probe = hints.fitting(sets["probe"], context, config.rollout.max_new_tokens)
-    if config.step.overlong == "error":
-        refuse_overlong([*overlong, *overlong_probe], context)
-    if overlong and not problems:
-        raise UserError(
-            f"none of the {len(overlong)} training problems fits the model's context of {context} tokens with the "
-            "whole solution and a full completion: shorten rollout.max_new_tokens, or take a model with a longer one"
-        )
-    if not problems:
-        raise UserError("the task has no training problem: give it some, or lower its probe and evaluation sizes")
-    for what, names in (("", overlong), ("probe ", overlong_probe)):
-        if names:
-            warnings.warn(f"dropped {len(names)} overlong {what}problems: {', '.join(names[:20])}", stacklevel=2)
-    evaluation = _answerable(config, hints, sets["evaluation"], context)
-    return problems, {"probe": probing, "evaluation": evaluation}, overlong
-
-
-def _answerable(config: RunConfig, hints: Hints, problems: Sequence[Problem], context: int | None) -> list[Problem]:
-    """Keep the evaluation problems whose prompts leave room for a full completion."""
-    longest = config.eval.sampling(config.rollout).max_new_tokens
-    kept, overlong = hints.answerable(problems, context, longest)
-    if not overlong:
-        return kept
-    named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")
-    what = f"{len(overlong)} evaluation problems ({named}) do not fit the model's context of {context} tokens"
-    if config.step.overlong == "error":
-        raise UserError(
-            f"{what} with a completion of {longest}: shorten eval.max_new_tokens where that is too long, or leave them "
-            'out with step.overlong = "drop"'
-        )
-    if not kept:
-        raise UserError(f"{what}, and no others are left: take shorter ones, or a model with a longer context")
-    warnings.warn(f"dropped {what.replace('do not', 'which do not')}", stacklevel=2)
-    return kept
-
-
-def _warn(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:
-    if config.env.limit > 1 and renderer.rewrites_history():
-        warnings.warn(
-            "the chat template drops the thinking of earlier replies from a conversation; here every reply stays as it "
-            "was sampled, in training and evaluation: a server that renders the template anew will not do so",
-            stacklevel=2,
-        )
-    for warning in (
-        config.reveal.warning([problem.solution for problem in problems]),
-        config.gate.warning(),
-        unread(problems, renderer.unknown),
-    ):
-        if warning:
-            warnings.warn(warning, stacklevel=2)
-    unanswered = sum(problem.answer is None for problem in problems)
-    if unanswered:
-        warnings.warn(
-            f"{unanswered} of {len(problems)} training problems have no recognisable answer: their hints below ratio 1 "
-            "show the revealed part alone; add an `answer` column to show it",
-            stacklevel=2,
-        )

@@ -24,6 +24,7 @@ from atesd.runlog import dump_json
 from atesd.sections import OptimConfig
 from atesd.seeds import derive_seed
 from atesd.tasks.base import Task, content_of
+from atesd.train.admit import refuse_hostile, shown_instead
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Passage
 from atesd.train.checkpoint import save_model
@@ -32,7 +33,7 @@ from atesd.train.hints import Hints
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.scorer import Scorer
-from atesd.train.setup import make_renderer, make_scorer, refuse_hostile, shown_instead, with_codes
+from atesd.train.setup import make_renderer, make_scorer, with_codes
 from atesd.types import Config, NonFiniteError, Problem, UserError
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

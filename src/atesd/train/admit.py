@@ -1,0 +1,93 @@
+"""Which problems a run takes: what is refused, what is left out because it does not fit, and what is warned of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from atesd.config import RunConfig
+from atesd.exposure.prompt import donors
+from atesd.rollout.render import Renderer
+from atesd.tasks.base import Task
+from atesd.tasks.texts import fences, refuse_texts, unread
+from atesd.train.hints import Hints, refuse_overlong
+from atesd.train.model import context_length
+from atesd.types import Problem, UserError
+
+
+def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapping[str, Sequence[Problem]]) -> None:
+    """UserError naming the row whose text could be taken for the prompt's own: a control token, or a hint's fence."""
+    refuse_texts(task, sets, renderer.flaw, () if config.prompt.hint == "none" else fences(config.prompt.teacher))
+
+
+def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, Problem]:
+    """Return whose solution a problem's teacher is shown, where the recipe asks for another problem's."""
+    return donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {}
+
+
+def fitting(
+    config: RunConfig, hints: Hints, sets: Mapping[str, Sequence[Problem]], model: nn.Module
+) -> tuple[list[Problem], dict[str, list[Problem]], list[str]]:
+    """Return the training problems and the other sets without what does not fit, and the training problems left out."""
+    context = context_length(model)
+    problems, overlong = hints.fitting(sets["train"], context, config.rollout.max_new_tokens)
+    probing, overlong_probe = hints.fitting(sets["probe"], context, config.rollout.max_new_tokens)
+    if config.step.overlong == "error":
+        refuse_overlong([*overlong, *overlong_probe], context)
+    if overlong and not problems:
+        raise UserError(
+            f"none of the {len(overlong)} training problems fits the model's context of {context} tokens with the "
+            "whole solution and a full completion: shorten rollout.max_new_tokens, or take a model with a longer one"
+        )
+    if not problems:
+        raise UserError("the task has no training problem: give it some, or lower its probe and evaluation sizes")
+    for what, names in (("", overlong), ("probe ", overlong_probe)):
+        if names:
+            warnings.warn(f"dropped {len(names)} overlong {what}problems: {', '.join(names[:20])}", stacklevel=2)
+    evaluation = _answerable(config, hints, sets["evaluation"], context)
+    return problems, {"probe": probing, "evaluation": evaluation}, overlong
+
+
+def _answerable(config: RunConfig, hints: Hints, problems: Sequence[Problem], context: int | None) -> list[Problem]:
+    """Keep the evaluation problems whose prompts leave room for a full completion."""
+    longest = config.eval.sampling(config.rollout).max_new_tokens
+    kept, overlong = hints.answerable(problems, context, longest)
+    if not overlong:
+        return kept
+    named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")
+    what = f"{len(overlong)} evaluation problems ({named}) do not fit the model's context of {context} tokens"
+    if config.step.overlong == "error":
+        raise UserError(
+            f"{what} with a completion of {longest}: shorten eval.max_new_tokens where that is too long, or leave them "
+            'out with step.overlong = "drop"'
+        )
+    if not kept:
+        raise UserError(f"{what}, and no others are left: take shorter ones, or a model with a longer context")
+    warnings.warn(f"dropped {what.replace('do not', 'which do not')}", stacklevel=2)
+    return kept
+
+
+def warn_of_problems(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:
+    """Warn of what a run can be made with, and is mostly not meant."""
+    if config.env.limit > 1 and renderer.rewrites_history():
+        warnings.warn(
+            "the chat template drops the thinking of earlier replies from a conversation; here every reply stays as it "
+            "was sampled, in training and evaluation: a server that renders the template anew will not do so",
+            stacklevel=2,
+        )
+    for warning in (
+        config.reveal.warning([problem.solution for problem in problems]),
+        config.gate.warning(),
+        unread(problems, renderer.unknown),
+    ):
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+    unanswered = sum(problem.answer is None for problem in problems)
+    if unanswered:
+        warnings.warn(
+            f"{unanswered} of {len(problems)} training problems have no recognisable answer: their hints below ratio 1 "
+            "show the revealed part alone; add an `answer` column to show it",
+            stacklevel=2,
+        )
