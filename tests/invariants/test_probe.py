@@ -198,14 +198,6 @@ def test_where_no_problem_fits_the_line_does_not_name_what_is_set_already(monkey
 def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = assemble(build_config(TREE))
     named = whole.eval_problems[0].id
-    asked: list[tuple[int | None, int]] = []
-    answerable = Hints.answerable
-
-    def watch(self: Hints, problems: Any, context: int | None, completion: int) -> Any:
-        asked.append((context, completion))
-        return answerable(self, problems, context, completion)
-
-    monkeypatch.setattr(Hints, "answerable", watch)
     batch = Renderer.student_batch
     asking = {whole.eval_problems[0].problem}
 
@@ -223,11 +215,10 @@ def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch
         match=rf"1 evaluation problems \({re.escape(named)}\) do not fit .* 256 tokens with a completion of 11",
     ):
         assemble(build_config(tree))
-    assert asked == [(256, 11)]
     dropping = tree | {"step": {**TREE.get("step", {}), "overlong": "drop"}}
     with pytest.warns(UserWarning, match=rf"dropped 1 evaluation problems \({re.escape(named)}\) which do not fit"):
         parts = assemble(build_config(dropping))
     assert [each.id for each in parts.eval_problems] == [each.id for each in whole.eval_problems[1:]]
-    monkeypatch.setattr(Hints, "answerable", lambda _, problems, *__: ([], [each.id for each in problems]))
+    asking |= {each.problem for each in whole.eval_problems}
     with pytest.raises(UserError, match="and no others are left"):
         assemble(build_config(dropping))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
 from atesd.config import RunConfig
-from atesd.exposure.prompt import donors
+from atesd.exposure.prompt import donors, evaluation_messages
 from atesd.rollout.render import Renderer
 from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
-from atesd.train.model import context_length
 from atesd.types import Problem, UserError
 
 
@@ -28,10 +25,13 @@ def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, P
 
 
 def fitting(
-    config: RunConfig, hints: Hints, sets: Mapping[str, Sequence[Problem]], model: nn.Module
+    config: RunConfig,
+    hints: Hints,
+    renderer: Renderer,
+    sets: Mapping[str, Sequence[Problem]],
+    context: int | None,
 ) -> tuple[list[Problem], dict[str, list[Problem]], list[str]]:
     """Return the training problems and the other sets without what does not fit, and the training problems left out."""
-    context = context_length(model)
     problems, overlong = hints.fitting(sets["train"], context, config.rollout.max_new_tokens)
     probing, overlong_probe = hints.fitting(sets["probe"], context, config.rollout.max_new_tokens)
     if config.step.overlong == "error":
@@ -46,14 +46,24 @@ def fitting(
     for what, names in (("", overlong), ("probe ", overlong_probe)):
         if names:
             warnings.warn(f"dropped {len(names)} overlong {what}problems: {', '.join(names[:20])}", stacklevel=2)
-    evaluation = _answerable(config, hints, sets["evaluation"], context)
+    evaluation = answerable(config, renderer, sets["evaluation"], context)
     return problems, {"probe": probing, "evaluation": evaluation}, overlong
 
 
-def _answerable(config: RunConfig, hints: Hints, problems: Sequence[Problem], context: int | None) -> list[Problem]:
-    """Keep the evaluation problems whose prompts leave room for a full completion."""
+def answerable(
+    config: RunConfig, renderer: Renderer, problems: Sequence[Problem], context: int | None
+) -> list[Problem]:
+    """Return the evaluation problems whose prompts leave room for a full completion.
+
+    UserError for others, or a warning where the recipe drops what is overlong.
+    """
+    if context is None:
+        return list(problems)
     longest = config.eval.sampling(config.rollout).max_new_tokens
-    kept, overlong = hints.answerable(problems, context, longest)
+    prompts = renderer.student_batch([evaluation_messages(each, config.prompt) for each in problems])
+    fits = [len(ids) + longest <= context for ids in prompts]
+    kept = [each for each, fitting in zip(problems, fits, strict=True) if fitting]
+    overlong = [each.id for each, fitting in zip(problems, fits, strict=True) if not fitting]
     if not overlong:
         return kept
     named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")

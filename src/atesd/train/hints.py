@@ -15,7 +15,6 @@ from typing import NamedTuple, cast
 from atesd.exposure.prompt import (
     PromptConfig,
     before_hint,
-    evaluation_messages,
     hint_text,
     maskable,
     student_messages,
@@ -150,16 +149,6 @@ class Hints:
             else:
                 overlong.append(problem.id)
         return fitting, overlong
-
-    def answerable(
-        self, problems: Sequence[Problem], context: int | None, completion: int
-    ) -> tuple[list[Problem], list[str]]:
-        """Split problems into those whose prompt in evaluation and a full completion fit, and the others' ids."""
-        if context is None:
-            return list(problems), []
-        prompts = self._renderer.student_batch([evaluation_messages(each, self._prompt) for each in problems])
-        long = {each.id for each, ids in zip(problems, prompts, strict=True) if len(ids) + completion > context}
-        return [each for each in problems if each.id not in long], [each.id for each in problems if each.id in long]
 
     def _surely_fits(self, problem: Problem, room: int) -> bool:
         """Tell from texts alone that prompts fit: a tokenizer takes minutes for tens of thousands of long solutions.

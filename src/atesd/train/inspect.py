@@ -20,7 +20,7 @@ from atesd.seals import MANIFEST, seal
 from atesd.sections import ModelConfig
 from atesd.seeds import derive_seed
 from atesd.tasks.texts import unread
-from atesd.train.admit import refuse_hostile, shown_instead
+from atesd.train.admit import answerable, refuse_hostile, shown_instead
 from atesd.train.hints import Hints
 from atesd.train.hub import commit_of, fetched
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
@@ -133,6 +133,8 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
     if missing:
         warnings.warn(missing, stacklevel=2)
     sampling, seed = config.eval.sampling(config.rollout), derive_seed(config.seed, "eval")
+    if keep is None or not keep.fit:
+        problems = answerable(config, renderer, problems, context_length(loaded))
     if keep is None:
         return evaluate(task.name, problems, driver, sampling, seed=seed, traits=task.traits)
     if keep.fit:

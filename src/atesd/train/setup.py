@@ -166,7 +166,7 @@ def assemble(config: RunConfig) -> Parts:
     facts = config.facts()
     revealer = config.reveal.build(facts)
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
-    problems, sets, dropped = fitting(config, hints, sets, model)
+    problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],

@@ -329,15 +329,3 @@ def test_a_prompt_that_cannot_be_masked_is_refused_in_one_line(monkeypatch: pyte
     monkeypatch.setattr(Renderer, "token_texts", lambda self, ids: ["x"] * len(ids))
     with pytest.raises(UserError, match=r"solution of problem 'one' is not found .* set reveal.kind = \"segments\""):
         hints(reveal=MASKED).hint(ONE, 0.5)
-
-
-def test_what_an_evaluation_asks_must_fit_with_a_full_completion() -> None:
-    made = hints()
-    room = len(made.student_ids(ONE))
-    longer = Problem("longer", ONE.problem + "!", "l1", "2")
-    assert made.answerable([longer, ONE], room + 10, 10) == ([ONE], ["longer"])
-    assert made.answerable([longer, ONE], room + 11, 10) == ([longer, ONE], [])
-    assert made.answerable([longer], None, 10**9) == ([longer], [])
-    wordy = hints(prompt={**SECTIONS.get("prompt", {}), "evaluation": "Say: {problem}"})
-    assert wordy.answerable([ONE], room + 10, 10) == ([], ["one"]), "the prompt of evaluation counts"
-    assert wordy.answerable([ONE], room + 10 + len("Say: "), 10) == ([ONE], [])

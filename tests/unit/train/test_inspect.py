@@ -41,8 +41,10 @@ def test_completions_are_cut_to_the_context_where_that_is_allowed(tmp_path: Path
     assert 5 < prompt < 40
     assert said[0] == f"completions have at most {256 - prompt} tokens: the model's context is 256"
     assert said[1].endswith(f"at most {256 - prompt} tokens; kept in {tmp_path / 'a'}")
-    with pytest.raises(UserError, match="exceeds the model's context of 256"):
+    with pytest.raises(UserError, match=r"1 evaluation problems \(.*\) do not fit the model's context of 256"):
         kept(tmp_path / "b", "pico", LONG)
+    with pytest.raises(UserError, match="and no others are left"):
+        kept(tmp_path / "b", "pico", LONG, 'step.overlong="drop"')
     settings, said = kept(tmp_path / "c", "pico", "eval.max_new_tokens=40", fit=True)
     assert (settings["max_new_tokens"], len(said)) == (40, 1), "what fits stays"
 

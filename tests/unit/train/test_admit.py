@@ -1,0 +1,62 @@
+"""Which problems a run takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from atesd.recipe import build_config
+from atesd.rollout.render import Renderer
+from atesd.train.admit import answerable
+from atesd.types import Problem, UserError
+
+from support.rollouts import byte_tokenizer
+
+ONE, LONGER = Problem("one", "first", "l1", "2"), Problem("longer", "first!", "l1", "2")
+
+
+def asked(problems: list[Problem], context: int | None, *, overlong: str = "error", **prompt: str) -> list[str]:
+    """Return the ids of those whose prompts fit a context with a completion of 10 tokens."""
+    tree: dict[str, Any] = {
+        "prompt": {"student": "{problem}", **prompt},
+        "rollout": {"max_new_tokens": 5},
+        "eval": {"max_new_tokens": 10},
+        "step": {"overlong": overlong},
+    }
+    return [each.id for each in answerable(build_config(tree), Renderer(byte_tokenizer()), problems, context)]
+
+
+def tokens(problem: Problem) -> int:
+    return len(Renderer(byte_tokenizer()).student_ids([{"role": "user", "content": problem.problem}]))
+
+
+def test_what_an_evaluation_asks_must_fit_with_a_full_completion_of_evaluation() -> None:
+    room = tokens(ONE) + 10
+    assert tokens(LONGER) == tokens(ONE) + 1
+    assert asked([LONGER, ONE], room + 1) == ["longer", "one"]
+    assert asked([LONGER], None) == ["longer"], "a model without a limit holds anything"
+    with pytest.raises(UserError) as told:
+        asked([LONGER, ONE], room)
+    assert str(told.value) == (
+        f"1 evaluation problems (longer) do not fit the model's context of {room} tokens with a completion of 10: "
+        'shorten eval.max_new_tokens where that is too long, or leave them out with step.overlong = "drop"'
+    )
+    with pytest.warns(UserWarning, match=r"dropped 1 evaluation problems \(longer\) which do not fit"):
+        assert asked([LONGER, ONE], room, overlong="drop") == ["one"]
+    with pytest.raises(UserError, match="and no others are left: take shorter ones"):
+        asked([LONGER], room, overlong="drop")
+
+
+def test_the_prompt_of_evaluation_counts() -> None:
+    room = tokens(ONE) + 10
+    assert asked([ONE], room) == ["one"]
+    assert asked([ONE], room + len("Say: "), evaluation="Say: {problem}") == ["one"]
+    with pytest.raises(UserError, match="1 evaluation problems"):
+        asked([ONE], room + len("Say: ") - 1, evaluation="Say: {problem}")
+
+
+def test_only_five_are_named() -> None:
+    many = [Problem(f"p{place}", "first", "l1", "2") for place in range(7)]
+    with pytest.raises(UserError, match=r"7 evaluation problems \(p0, p1, p2, p3, p4, \.\.\.\) do not fit"):
+        asked(many, 11)
