@@ -125,6 +125,7 @@ ORDERS: dict[str, list[str]] = {
         "optim",
         "teacher",
         "veils",
+        "last",
         "scorer",
         "agree",
         "stats",

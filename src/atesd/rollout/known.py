@@ -31,6 +31,11 @@ def is_family(model: Any) -> bool:
     return kind.__name__ in FAMILY and kind.__module__.startswith("transformers.models.")
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Tell whether a module has neither a hook that may change outputs nor a forward of its own."""
+    return "forward" not in vars(module) and not any(map(_matters, _hooks(module)))
+
+
 def why_unknown(model: Any, length: int) -> str | None:
     """Say why the loop cannot sample `length` positions from a model as it stands; None where it can."""
     if not is_family(model):
@@ -59,7 +64,7 @@ def _objections(model: Any, length: int) -> Iterator[str]:
     if len({(weight.dtype, weight.device) for weight in plain}) > 1 or plain[0].dtype not in PATH_TOLERANCE:
         yield "its weights are of several or unusual types, or on several devices"
     for name, module in model.named_modules():
-        if "forward" in vars(module) or any(map(_matters, _hooks(module))):
+        if not is_bare(module):
             yield f"{name or 'the model'} has a hook or a forward of its own"
 
 

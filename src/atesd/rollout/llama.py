@@ -20,6 +20,8 @@ from atesd.transfer import sent
 
 _Steer = Callable[[Tensor], Tensor]
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Places = tuple[Tensor, Tensor]
+"""Rows and their positions."""
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**18
 """Numbers of a part of a tall matrix, 1 MiB in float32: what a core's own cache holds."""
@@ -160,11 +162,12 @@ class Decoder:
             return hidden_ULH.index_put(ends, walk.steer(hidden_ULH[ends]))
 
         positions_1L = torch.arange(width, device=device)[None]
-        hidden_ULH = self._pass(ids_UL, positions_1L, attend_in, None if walk is None else steer)
-        if walk is not None:
+        if walk is None:
+            last_UH = self._pass(ids_UL, positions_1L, attend_in, None, read=ends)
+        else:
+            last_UH = self._pass(ids_UL, positions_1L, attend_in, steer)[ends]
             walk.keep(rows_B)
         cache.walk = walk
-        last_UH = hidden_ULH[ends]
         return self._head(self._norm(last_UH))[rows_B], cache
 
     def step(self, tokens_B: Tensor, cache: Cache) -> Tensor:
@@ -225,12 +228,17 @@ class Decoder:
         positions_BP: Tensor,
         attend_in: Callable[[int], _Attend],
         steer: _Steer | None,
+        read: _Places | None = None,
     ) -> Tensor:
-        """Return the last layer's output [B, P, H], before the final norm; `steer` acts behind the codes' layer."""
+        """Return the last layer's output [B, P, H], before the final norm; `steer` acts behind the codes' layer.
+
+        With `read` it is [N, H], at these places alone.
+        """
         hidden_BPH = F.embedding(ids_BP, self._embedding_VH)
         turn = (self._cos_S1D[positions_BP], self._sin_S1D[positions_BP])
         for index, layer in enumerate(self._layers):
-            hidden_BPH = layer(hidden_BPH, turn, attend_in(index))
+            is_last = index + 1 == len(self._layers)
+            hidden_BPH = layer(hidden_BPH, turn, attend_in(index), read if is_last else None)
             if steer is not None and self._codes is not None and index == self._codes.layer:
                 hidden_BPH = steer(hidden_BPH)
         return hidden_BPH
@@ -263,7 +271,9 @@ class _Layer:
         self.num_heads: int = attention.k_proj.out_features // attention.head_dim
         self.num_sharing: int = attention.q_proj.out_features // attention.k_proj.out_features
 
-    def __call__(self, hidden_BPH: Tensor, turn: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
+    def __call__(
+        self, hidden_BPH: Tensor, turn: tuple[Tensor, Tensor], attend: _Attend, read: _Places | None
+    ) -> Tensor:
         normed_BPH = self._norms[0](hidden_BPH)
         query, key, value = (
             projected.view(*normed_BPH.shape[:2], -1, self.head_size) for projected in self._attended(normed_BPH)
@@ -273,7 +283,10 @@ class _Layer:
             both = self._head_norm(both)
         query, key = torch.split(_rotated(both, turn), [query.shape[2], key.shape[2]], dim=2)
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        hidden_BPH = hidden_BPH + self._out(mixed.transpose(1, 2).flatten(2))
+        mixed_BPH = mixed.transpose(1, 2).flatten(2)
+        if read is not None:  # behind attention each position goes its own way
+            hidden_BPH, mixed_BPH = hidden_BPH[read], mixed_BPH[read]
+        hidden_BPH = hidden_BPH + self._out(mixed_BPH)
         gate_BPI, up_BPI = self._widened(self._norms[1](hidden_BPH))
         return hidden_BPH + self._down(self._activation(gate_BPI) * up_BPI)
 

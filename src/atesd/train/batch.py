@@ -125,10 +125,15 @@ class ViewInput:
 
     def scored(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs [B, L, X] of all passes at the N scored positions, [N, X], in the batch's order."""
-        parts = [
-            output.flatten(0, 1).index_select(0, each.places_N)
-            for output, each in zip(outputs, self.passes, strict=True)
-        ]
+        return self.in_order(
+            [
+                output.flatten(0, 1).index_select(0, each.places_N)
+                for output, each in zip(outputs, self.passes, strict=True)
+            ]
+        )
+
+    def in_order(self, parts: list[Tensor]) -> Tensor:
+        """Return what all passes have at their scored positions, [N, X], in the batch's order."""
         whole_NX = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole_NX if self.order_N is None else whole_NX.index_select(0, self.order_N)
 

@@ -24,7 +24,8 @@ from atesd.losses.divergence import (
 )
 from atesd.losses.target import Plain, Target
 from atesd.train.batch import Passage, ViewInput, labels, micro_batches, view_input
-from atesd.train.heads import Head, decoder, head
+from atesd.train.heads import Head, head
+from atesd.train.last import final_states
 from atesd.train.shard import Whole
 from atesd.train.teacher import Teacher
 from atesd.train.veils import Veils
@@ -226,15 +227,14 @@ class Scorer:
 
 def hidden_states(model: nn.Module, inputs: ViewInput, veils: Veils | None = None) -> Scored:
     """Run the decoder and keep the hidden states [N, H] of the scored positions: the head sees no other row."""
-    read = decoder(model)
     hidden = []
     for each in inputs.passes:
         announce(model, each.lengths)
         assert veils or not each.veiled, "a passage has a veil, and nothing would hide its tokens"
         veiled = veils.over(each) if veils and each.veiled else nullcontext()
         with veiled, steered_rows(model, each.prompts, each.lengths, each.members):
-            hidden.append(read(input_ids=each.ids_BL, use_cache=False).last_hidden_state)
-    return Scored(inputs.scored(hidden), *head(model))
+            hidden.append(final_states(model, each))
+    return Scored(inputs.in_order(hidden), *head(model))
 
 
 def label_streams(student: Scored, labels_N: Tensor, tiles: LossConfig, temperature: float) -> TokenStreams:
