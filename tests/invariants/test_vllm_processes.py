@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LoRA.*:UserWarning"),
 ]
 SHORT: dict[str, Any] = TREE | {
-    "optim": {"lr": 2e-3, "eps": 1e-5, "max_grad_norm": 0},
+    "optim": {"lr": 2e-3, "eps": 1e-4, "max_grad_norm": 0},
     "step": {"num_steps": 3, "problems": 3},
 }
 

@@ -25,7 +25,7 @@ TREE: dict[str, Any] = {
     "exposure": {"kind": "fixed", "ratio": 0.5},
     "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 32, "group_size": 2},
     # Adam makes as much of a gradient that is rounding alone as of any other: eps tells them apart.
-    "optim": {"lr": 1e-3, "eps": 1e-5, "max_grad_norm": 1.0},
+    "optim": {"lr": 1e-3, "eps": 1e-4, "max_grad_norm": 1.0},
     "step": {"num_steps": STEPS, "problems": 5},
     "eval": {"every": 3, "k": 2},
     "save": {"every": 1, "keep": 5, "rollouts_every": 1},

@@ -27,12 +27,12 @@ def final_states(model: nn.Module, each: Pass) -> Tensor:
     attention, project = layer.self_attn, layer.self_attn.o_proj.forward
 
     def forward(hidden_BLH: Tensor, **told: Any) -> Tensor:
-        mixed_NH, _ = attention(hidden_states=layer.input_layernorm(hidden_BLH), **told)
-        hidden_NH: Tensor = _at(hidden_BLH, each.places_N) + mixed_NH
-        added_NH: Tensor = layer.mlp(layer.post_attention_layernorm(hidden_NH))
-        return (hidden_NH + added_NH)[None]
+        mixed_1NH, _ = attention(hidden_states=layer.input_layernorm(hidden_BLH), **told)
+        hidden_1NH: Tensor = _at(hidden_BLH, each.places_N)[None] + mixed_1NH
+        added_1NH: Tensor = layer.mlp(layer.post_attention_layernorm(hidden_1NH))
+        return hidden_1NH + added_1NH
 
-    attention.o_proj.forward = lambda mixed_BLH: project(_at(mixed_BLH, each.places_N))
+    attention.o_proj.forward = lambda mixed_BLH: project(_at(mixed_BLH, each.places_N)[None])
     layer.forward = forward
     try:
         states_1NH: Tensor = body(input_ids=each.ids_BL, use_cache=False).last_hidden_state
