@@ -202,7 +202,7 @@ def test_a_head_in_half_precision_stays_whole(monkeypatch: pytest.MonkeyPatch) -
 def test_equal_prompts_are_read_once() -> None:
     decoder, seen = Decoder(family_model("qwen3")), []
     run = decoder._pass
-    decoder._pass = lambda ids, *rest: seen.append(tuple(ids.shape)) or run(ids, *rest)
+    decoder._pass = lambda ids, *rest, **more: seen.append(tuple(ids.shape)) or run(ids, *rest, **more)
     with torch.no_grad():
         logits, cache = decoder.read([[5, 6, 7], [9], [5, 6, 7]], 4)
     assert seen == [(2, 3)]
