@@ -45,6 +45,8 @@ def test_completions_are_cut_to_the_context_where_that_is_allowed(tmp_path: Path
         kept(tmp_path / "b", "pico", LONG)
     with pytest.raises(UserError, match="and no others are left"):
         kept(tmp_path / "b", "pico", LONG, 'step.overlong="drop"')
+    with pytest.raises(UserError, match="do not fit the model's context of 256"):
+        evaluate_model(load_config(PICO, ["threads=1", "task.eval_size=1", LONG]), "pico")
     settings, said = kept(tmp_path / "c", "pico", "eval.max_new_tokens=40", fit=True)
     assert (settings["max_new_tokens"], len(said)) == (40, 1), "what fits stays"
 
