@@ -25,6 +25,8 @@ _Places = tuple[Tensor, Tensor]
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**18
 """Numbers of a part of a tall matrix, 1 MiB in float32: what a core's own cache holds."""
+_FEW, _FEW_OF_TALL = 4, 8
+"""Rows up to which `_few_rows` is the faster product on a CPU, with one thread as with two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +323,30 @@ def _in_parts(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     size = max(1, _PART // layer.in_features)
     parts = torch.split(layer.weight, size)
     biases = [None] * len(parts) if layer.bias is None else torch.split(layer.bias, size)
-    return lambda x: torch.cat([F.linear(x, *part) for part in zip(parts, biases, strict=True)], dim=-1)
+
+    def apply(x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() <= _FEW_OF_TALL:
+            return _few_rows(x, layer.weight, layer.bias)
+        return torch.cat([F.linear(x, *part) for part in zip(parts, biases, strict=True)], dim=-1)
+
+    return apply
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b in float32 or float64."""
+    is_few = x.device.type == "cpu" and x.shape[:-1].numel() <= _FEW
+    return _few_rows(x, weight, bias) if is_few else F.linear(x, weight, bias)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b as (W x^T)^T + b, which reads W two to four times as fast where x has few rows.
+
+    A single row goes through twice, since W times one column is the slower product of a matrix and a vector.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    columns = torch.cat((flat, flat)).T if len(flat) == 1 else flat.T
+    found = (weight @ columns).T[: len(flat)].contiguous().view(*x.shape[:-1], len(weight))
+    return found if bias is None else found + bias
 
 
 def _projection(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -340,7 +365,7 @@ def _projections(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
             (sum((each.scale * (each.up @ each.down).to(dtype) for each in own), layer.weight), layer.bias)
             for layer, own in zip(plain, adapters, strict=True)
         ]
-        return lambda x: [F.linear(x, *each) for each in whole]
+        return lambda x: [_product(x, *each) for each in whole]
     flat = [each for own in adapters for each in own]
     if not flat:
         return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in plain]

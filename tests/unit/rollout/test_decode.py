@@ -364,3 +364,40 @@ def test_completions_are_distributed_as_those_of_generate(temperature: float, to
     table[:, -1] = count - table.sum(1)
     assert len(common) > 10
     assert chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (4, 1), (5, 1), (2, 3), (8, 1), (3, 3)])
+def test_few_rows_take_the_other_product_with_the_same_result(
+    shape: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 4 rows and positions of the body, and 8 of a tall head."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 40, bias=bias, dtype=torch.float64)
+    x = torch.randn(*shape, 24, dtype=torch.float64)
+    expected = layer(x)
+    plain, heads = llama._projection(layer), llama._in_parts(layer)
+    asked: list[Any] = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: asked.append(given) or linear(*given))
+    for product, few in ((plain, 4), (heads, 8)):
+        asked.clear()
+        found = product(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert found.is_contiguous()
+        assert bool(asked) == (shape[0] * shape[1] > few)
+
+
+def test_a_single_row_is_no_product_with_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(24, 40, bias=False)
+    columns: list[int] = []
+    product = torch.Tensor.__matmul__
+
+    def watched(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        columns.append(other.shape[1])
+        return product(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    assert llama._projection(layer)(torch.randn(1, 1, 24)).shape == (1, 1, 40)
+    llama._projection(layer)(torch.randn(1, 3, 24))
+    assert columns == [2, 3]

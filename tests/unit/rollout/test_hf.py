@@ -139,7 +139,8 @@ def test_the_choice_of_pad_id_changes_nothing(pad_id: int) -> None:
 
 
 def test_the_generation_settings_of_a_model_folder_are_not_honoured(tmp_path: Path) -> None:
-    plain = tiny_model()
+    tiny_model().save_pretrained(tmp_path)  # weights that stand in memory as in a file round alike
+    plain = Qwen3ForCausalLM.from_pretrained(tmp_path)
     expected = sampler_of(plain).sample(PROMPTS, GREEDY, seed=0)
     sampled = sampler_of(plain).sample(PROMPTS, OPEN, seed=0)
     plain.generation_config = GenerationConfig(
@@ -155,8 +156,8 @@ def test_the_generation_settings_of_a_model_folder_are_not_honoured(tmp_path: Pa
         num_return_sequences=2,
         eos_token_id=3,
     )
-    plain.save_pretrained(tmp_path)
-    model = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path / "settings")
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "settings")
     settings = model.generation_config
     assert settings.repetition_penalty == 9.0
     assert sampler_of(model).sample(PROMPTS, GREEDY, seed=0) == expected
