@@ -80,6 +80,16 @@ class Setting:
     """Whether it answers word problems written here, not the recipe's own task."""
 
 
+UNWARMED = Setting(
+    "smollm2_unwarmed",
+    "smollm2-gsm.toml",
+    ("step.problems=2", "rollout.max_new_tokens=32", "task.probe_size=0", *SMOLLM2_PROMPTS),
+    "{prompt}\n\n{privileged_context}",
+    5,
+    2,
+    lora=True,
+    sums=True,
+)
 HINTED = "{prompt}\n\nReference solution:\n{privileged_context}\n\nNow solve the problem."
 SETTINGS = (
     Setting(
@@ -96,16 +106,8 @@ SETTINGS = (
         learned=SMOLLM2_ATESD,
         warmed_up=True,
     ),
-    Setting(
-        "smollm2_unwarmed",
-        "smollm2-gsm.toml",
-        ("step.problems=2", "rollout.max_new_tokens=32", "task.probe_size=0", *SMOLLM2_PROMPTS),
-        "{prompt}\n\n{privileged_context}",
-        5,
-        2,
-        lora=True,
-        sums=True,
-    ),
+    UNWARMED,
+    replace(UNWARMED, name="smollm2_float32", overrides=(*UNWARMED.overrides, "model.dtype=float32")),
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from atesd.rollout import llama
 from atesd.rollout.llama import Decoder
 from atesd.train.batch import Pass, Passage, view_input
 from atesd.train.heads import decoder
@@ -184,6 +185,7 @@ def test_of_prompts_sampling_takes_their_ends_alone_through_the_last_layer(
 
     prompts = [(2, 3, 4, 5, 6), (3, 5), (2, 3, 4, 5, 6)]
     expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+    monkeypatch.setattr(llama, "_FEW", 0)
     monkeypatch.setattr(nn.functional, "linear", watched)
     logits_BV, _ = Decoder(model).read(prompts, 3)
     everywhere, ends = (2, 5), (2,)  # of two different prompts, up to 5 tokens long
