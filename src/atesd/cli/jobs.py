@@ -187,7 +187,7 @@ class Runner:
         if job.is_done:
             self._took[job.arm] = monotonic() - job.begun
             value = "" if job.evaluated is None else f", accuracy {job.evaluated:.3f}"
-            finished = sum(other.is_done for other in self._jobs)
+            finished = sum(other.is_done and other not in self._running for other in self._jobs)
             self._console.print(f"{job.name} done{value} ({finished} of {len(self._jobs)} runs)")
         elif not (self.was_stopped and code in _STOPPED):
             job.failed = last_error(job.log)

@@ -226,6 +226,15 @@ def test_the_arms_of_a_further_seed_start_longest_first(known: bool, toy: Nurser
     assert all(job.is_done for job in toys.jobs)
 
 
+def test_runs_that_end_together_are_counted_one_by_one(
+    toy: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_POLL_S", 0.5)
+    toys = Toys(tmp_path, {arm: done(tmp_path, arm) for arm in "ab"})
+    toys.run(toy, 2)
+    assert [f"({count} of 2 runs)" in toys.out.getvalue() for count in (1, 2)] == [True, True]
+
+
 def test_ctrl_c_stops_what_runs_and_starts_nothing_more(toy: Nursery, tmp_path: Path) -> None:
     begun = [tmp_path / f"{name} begun" for name in "ab"]
     toys = Toys(tmp_path, {name: SAVES.format(str(tmp_path / f"{name} begun")) for name in "abc"})
