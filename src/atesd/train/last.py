@@ -54,7 +54,8 @@ def _last_layer(model: Any, body: Any) -> Any:
     if not is_family(getattr(model, "get_base_model", lambda: model)()):
         return None
     layer = body.layers[body.config.num_hidden_layers - 1]
-    behind = (layer, layer.self_attn, layer.self_attn.o_proj, layer.post_attention_layernorm, *layer.mlp.modules())
+    inside = (layer.self_attn, layer.self_attn.o_proj, layer.post_attention_layernorm, *layer.mlp.modules())
+    behind = (layer, *inside, body.norm, body)
     if layer.training or layer._compiled_call_impl is not None or not all(map(is_bare, behind)):
         return None
     return layer

@@ -123,6 +123,8 @@ AS_IT_IS: dict[str, Callable[[Any], None]] = {
     "a hook on the projection behind it": hooked(lambda model: model.model.layers[1].self_attn.o_proj),
     "a hook on its norm": hooked(lambda model: model.model.layers[1].post_attention_layernorm),
     "a hook inside its network": hooked(lambda model: model.model.layers[1].mlp.gate_proj),
+    "a hook on the norm behind it": hooked(lambda model: model.model.norm),
+    "a hook on the decoder": hooked(lambda model: model.model),
     "a forward of its own": own_forward,
 }
 
