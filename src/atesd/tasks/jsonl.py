@@ -7,6 +7,7 @@ mixed types for one type, and fills what a row lacks. Here every defect keeps it
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from atesd.tasks.rows import Numbered, Source
 from atesd.types import UserError
 
 _TABLES = (".csv", ".tsv", ".parquet")
+# What files of other kinds begin with, and how to mend it.
+_OTHERS = {
+    b"PAR1": 'a Parquet file: name it .parquet and set task.kind = "dataset"',
+    b"\x1f\x8b": "compressed with gzip: unpack it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+}
 
 
 def jsonl_source(path: str, longest: int) -> Source:
@@ -25,11 +32,27 @@ def jsonl_source(path: str, longest: int) -> Source:
 def _rows(path: Path, longest: int) -> Iterator[Numbered]:
     if path.suffix in _TABLES:
         raise UserError(f'{path} is no JSON Lines file: set task.kind = "dataset", which reads {path.suffix} files too')
+    _refuse_others(path, longest)
     for number, line in _lines(path, longest):
         try:
             yield number, _object(line, longest)
         except UserError as error:
             yield number, error
+
+
+def _refuse_others(path: Path, longest: int) -> None:
+    """UserError for a file that is whole, but of another kind, where each of its lines would be a defect."""
+    lines = _lines(path, longest)
+    first, second = (next(lines, (0, b""))[1] for _ in range(2))
+    for begins, what in _OTHERS.items():
+        if first.startswith(begins):
+            raise UserError(f"{path} is no JSON Lines file, but {what}")
+    begin = first.decode("utf-8-sig", "replace").strip()
+    if begin in ("[", "[{") or (begin.startswith("[{") and not second):
+        shown = shlex.quote(str(path))
+        raise UserError(
+            f"{path} holds one JSON array, not one object a line: rewrite it, as with jq -c '.[]' {shown} > lines.jsonl"
+        )
 
 
 def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:

@@ -97,6 +97,38 @@ def test_a_broken_row_is_named_with_file_line_and_remedy(row: object, message: s
     assert message in line
 
 
+OTHER_KINDS: dict[str, tuple[bytes, str]] = {
+    "an array over several lines": (
+        json.dumps([GOOD], indent=1).encode(),
+        "holds one JSON array, not one object a line",
+    ),
+    "an array that opens its first object": (b"[{\n" + json.dumps(GOOD)[1:].encode() + b"]", "holds one JSON array"),
+    "an array in one line": (b"\xef\xbb\xbf" + json.dumps([GOOD, GOOD]).encode() + b"\n\n", "holds one JSON array"),
+    "Parquet": (b"PAR1\x15\x04\n\xff\n", 'a Parquet file: name it .parquet and set task.kind = "dataset"'),
+    "gzip": (b"\x1f\x8b\x08\x00\xff", "compressed with gzip: unpack it"),
+    "zip": (b"PK\x03\x04\x14", "a zip archive: unpack it"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_of_another_kind_is_refused_whole(kind: str, tmp_path: Path) -> None:
+    content, message = OTHER_KINDS[kind]
+    path = tmp_path / "own data.jsonl"
+    with pytest.raises(UserError) as caught:
+        read_problems(path, write(path, content))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path} ")
+    assert message in line
+    if "array" in kind:
+        assert line.endswith(f"rewrite it, as with jq -c '.[]' '{path}' > lines.jsonl")
+
+
+def test_a_first_line_that_is_a_list_is_one_broken_row(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", [GOOD], GOOD)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a list where an object was expected"):
+        read_problems(tmp_path / "a.jsonl", config)
+
+
 def test_defects_are_reported_together_ten_at_most(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", *[{"problem": "a"}] * 12)
     with pytest.raises(UserError) as caught:
