@@ -401,3 +401,12 @@ def test_a_single_row_is_no_product_with_a_vector(monkeypatch: pytest.MonkeyPatc
     assert llama._projection(layer)(torch.randn(1, 1, 24)).shape == (1, 1, 40)
     llama._projection(layer)(torch.randn(1, 3, 24))
     assert columns == [2, 3]
+
+
+def test_few_rows_elsewhere_than_on_a_cpu_take_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(24, 40, device="meta")
+    asked: list[Any] = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: asked.append(given) or linear(*given))
+    assert llama._projection(layer)(torch.randn(2, 1, 24, device="meta")).shape == (2, 1, 40)
+    assert len(asked) == 1
