@@ -21,6 +21,7 @@ CLIFF = {"routing": {"kind": "cliff"}} | GROUPS | BEYOND
 SURROGATE = {"gate": {"kind": "sdar"}}
 OVERLAP = {"reveal": {"kind": "overlap"}}
 CREDIT = {"rl": {"teacher_credit": {}}}
+COMPILED = {"model": {"compile": True}}
 PACED = {"loss": {"prompt_weight": "paced"}}
 
 
@@ -137,6 +138,11 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      'reveal.kind = "overlap" settles the exposure only after the rollout, but lambda* needs it before: set '
      'reveal.kind = "segments", or remove target.guard and the cliff router', OVERLAP | BEYOND),
     ("overlap and guard", OVERLAP | GUARDED, "but lambda* needs it before", OVERLAP | routed("hdpo")),
+    *[(f"compiled {name}", COMPILED | tree,
+       f"model.compile = true compiles layers as they are, and {name} reads or changes what they make: remove either",
+       COMPILED) for name, tree in (
+           ("[codes]", {"codes": {}}), ('reveal.kind = "retention"', {"reveal": {"kind": "retention"}}),
+           ('gradient.kind = "longact"', {"gradient": {"kind": "longact"}}))],
     ("one attempt", {"exposure": {"kind": "difficulty"}},
      'exposure.kind = "difficulty" tells problems apart by their pass rates, but with rollout.group_size = 1 these '
      'know two difficulties, right and wrong: raise the group size, or set exposure.by = "reference_ppl"',
