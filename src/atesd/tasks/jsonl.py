@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,22 @@ def jsonl_source(path: str, longest: int) -> Source:
 def _rows(path: Path, longest: int) -> Iterator[Numbered]:
     if path.suffix in _TABLES:
         raise UserError(f'{path} is no JSON Lines file: set task.kind = "dataset", which reads {path.suffix} files too')
-    _refuse_others(path, longest)
-    for number, line in _lines(path, longest):
+    lines = _lines(path, longest)
+    ahead = list(islice(lines, 2))
+    _refuse_others(path, [line for _, line in ahead])
+    for number, line in chain(ahead, lines):
         try:
             yield number, _object(line, longest)
         except UserError as error:
             yield number, error
 
 
-def _refuse_others(path: Path, longest: int) -> None:
-    """UserError for a file that is whole, but of another kind, where each of its lines would be a defect."""
-    lines = _lines(path, longest)
-    first, second = (next(lines, (0, b""))[1] for _ in range(2))
+def _refuse_others(path: Path, ahead: Sequence[bytes]) -> None:
+    """UserError for a file that is whole, but of another kind, where each of its lines would be a defect.
+
+    `ahead` are its first two lines, as far as it has them.
+    """
+    first, second = (*ahead, b"", b"")[:2]
     for begins, what in _OTHERS.items():
         if first.startswith(begins):
             raise UserError(f"{path} is no JSON Lines file, but {what}")

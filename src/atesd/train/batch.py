@@ -114,6 +114,10 @@ class Pass(NamedTuple):
     veiled: Mapping[int, Passage] = MappingProxyType({})
     """The passages with a veil, by row: none, or all."""
 
+    def scored(self, output_BLX: Tensor) -> Tensor:
+        """Return what stands at the scored positions, [N, X]."""
+        return output_BLX.flatten(0, 1).index_select(0, self.places_N)
+
 
 @dataclass(frozen=True, slots=True)
 class ViewInput:
@@ -125,12 +129,7 @@ class ViewInput:
 
     def scored(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs [B, L, X] of all passes at the N scored positions, [N, X], in the batch's order."""
-        return self.in_order(
-            [
-                output.flatten(0, 1).index_select(0, each.places_N)
-                for output, each in zip(outputs, self.passes, strict=True)
-            ]
-        )
+        return self.in_order([each.scored(output) for output, each in zip(outputs, self.passes, strict=True)])
 
     def in_order(self, parts: list[Tensor]) -> Tensor:
         """Return what all passes have at their scored positions, [N, X], in the batch's order."""

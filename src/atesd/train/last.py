@@ -23,26 +23,22 @@ def final_states(model: nn.Module, each: Pass) -> Tensor:
     layer = _last_layer(model, body)
     if layer is None:
         whole_BLH: Tensor = body(input_ids=each.ids_BL, use_cache=False).last_hidden_state
-        return _at(whole_BLH, each.places_N)
+        return each.scored(whole_BLH)
     attention, project = layer.self_attn, layer.self_attn.o_proj.forward
 
     def forward(hidden_BLH: Tensor, **told: Any) -> Tensor:
         mixed_1NH, _ = attention(hidden_states=layer.input_layernorm(hidden_BLH), **told)
-        hidden_1NH: Tensor = _at(hidden_BLH, each.places_N)[None] + mixed_1NH
+        hidden_1NH: Tensor = each.scored(hidden_BLH)[None] + mixed_1NH
         added_1NH: Tensor = layer.mlp(layer.post_attention_layernorm(hidden_1NH))
         return hidden_1NH + added_1NH
 
-    attention.o_proj.forward = lambda mixed_BLH: project(_at(mixed_BLH, each.places_N)[None])
+    attention.o_proj.forward = lambda mixed_BLH: project(each.scored(mixed_BLH)[None])
     layer.forward = forward
     try:
         states_1NH: Tensor = body(input_ids=each.ids_BL, use_cache=False).last_hidden_state
     finally:
         del layer.forward, attention.o_proj.forward
     return states_1NH[0]
-
-
-def _at(whole_BLH: Tensor, places_N: Tensor) -> Tensor:
-    return whole_BLH.flatten(0, 1).index_select(0, places_N)
 
 
 def _last_layer(model: Any, body: Any) -> Any:
