@@ -220,6 +220,7 @@ class Trainer:
         lag = lag_of(groups, self.step) if config.rollout.ahead else 0.0
         with phase("exposure"):
             ratios = proposed(parts.controller, self.step, problems, pass_rates(groups))
+        with phase("rows"):
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
             parts.credit.remember(groups, routes, ratios, target)
