@@ -155,8 +155,8 @@ METRICS: dict[str, str] = {
     "eval/{}/ungradable": "evaluated completions without a reward",
     "eval/{}/trait/{}": "share of evaluated completions with a trait (cites_hint, ...)",
     "eval/{}/level/{}": "avg@k of one level",
-    "time/{}_s": "seconds spent in a phase of the step (exposure: what the policies say and learn; rows: routes, hints and the "
-    "teacher's prompts; credit: measuring influence or paired credit)",
+    "time/{}_s": "seconds spent in a phase of the step (exposure: what the policies say and learn; rows: routes, hints "
+    "and the teacher's prompts; credit: measuring influence or paired credit)",
     "time/ahead_s": "seconds that the step's completions were under way; the step waited time/sample_s for them "
     "(rollout.ahead)",
     "time/tokens_per_s": "sampled tokens a second",

@@ -11,6 +11,7 @@ import pytest
 from atesd.config import RunConfig
 from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
+
 from support.wired import BASE
 
 BETA = {"kind": "beta", "hold": 1, "look_ahead": 1, "lambda_gt": 0.0}
