@@ -135,6 +135,7 @@ ORDERS: dict[str, list[str]] = {
         "finite",
         "gap",
         "latent",
+        "micro",
         "step",
         "probe",
         "contract",

@@ -40,6 +40,7 @@ from atesd.train.gap import GapRule
 from atesd.train.hints import Hints
 from atesd.train.latent import CodeTraining
 from atesd.train.measure import Measurer
+from atesd.train.micro import Losses
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.outcomes import Outcomes
@@ -49,7 +50,7 @@ from atesd.train.rows import Rows
 from atesd.train.scorer import Scorer, Student
 from atesd.train.shard import Shards, Whole
 from atesd.train.share import refuse_uncredited, refuse_unshared, shared
-from atesd.train.step import Losses, Stepper
+from atesd.train.step import Stepper
 from atesd.train.teacher import Teacher, Teachers, trained_tensors
 from atesd.train.veils import Veils, veils_for
 from atesd.train.world import World
@@ -360,6 +361,7 @@ def losses_of(config: RunConfig) -> Losses:
         coefs=config.routing.coefs,
         shared=config.routing.shared,
         longest=config.rollout.max_new_tokens,
+        aggregate=config.loss.aggregate,
         importance=config.routing.reinforces or config.loss.divergence.kind == "sampled",
         corrects=None if config.rollout.engine.samples_in_place else sampled_clip,
     )

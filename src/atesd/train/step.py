@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,24 +26,24 @@ from torch import Tensor
 from atesd.codes.model import unsteered
 from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
-from atesd.losses.combine import Component, aggregate_weights, combine, selected_units
+from atesd.losses.combine import Component, aggregate_weights, combine
 from atesd.losses.divergence import LOSS_ALONE, Scored, TokenStreams, Use
-from atesd.losses.policy import PolicyConfig, PolicyTokens, policy_values
+from atesd.losses.policy import PolicyTokens, policy_values
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
-from atesd.train.batch import Passage, Row, micro_batches
+from atesd.train.batch import Row
 from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
 from atesd.train.latent import CodeTraining
+from atesd.train.micro import Losses, MicroBatch, counts_of, cut
 from atesd.train.scorer import Scorer
 from atesd.train.shard import Whole
 from atesd.train.stats import (
     Listening,
     MicroScores,
     StepOutcome,
-    Taken,
     concatenate,
     divided,
     fetched,
@@ -57,51 +57,6 @@ from atesd.train.teacher import Teachers
 from atesd.train.world import World
 from atesd.transfer import sent
 from atesd.types import NonFiniteError
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Rows that go through the model together, all of the same components, by their index in the generation batch."""
-
-    indices: tuple[int, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return self.rows[0].components
-
-    @property
-    def distils(self) -> bool:
-        return "distil" in self.components
-
-    @property
-    def passages(self) -> list[Passage]:
-        return [row.student for row in self.rows]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row.completion) for row in self.rows]
-
-    def taken(self, scored: MicroScores) -> Taken:
-        """Return what it gave."""
-        return Taken(self.indices, self.lengths, scored)
-
-    def numbering(self, device: torch.device) -> Tensor:
-        """Number each token's row."""
-        return sent(torch.repeat_interleave(torch.tensor(self.lengths)), device)
-
-    def spread(self, values: Sequence[float], device: torch.device) -> Tensor:
-        """Give every token its row's number."""
-        row_values, lengths = torch.tensor(values, dtype=torch.float32), torch.tensor(self.lengths)
-        return sent(torch.repeat_interleave(row_values, lengths), device)
-
-    def outcomes(self, device: torch.device) -> Tensor:
-        """Give every token its attempt's outcome."""
-        return self.spread([row.outcome for row in self.rows], device)
-
-    def weighed(self, selection_N: Tensor) -> Tensor:
-        """Return the selection times its rows' problem weights: what a token weighs before its gate."""
-        return selection_N * self.spread([row.weight for row in self.rows], selection_N.device)
 
 
 class Task(NamedTuple):
@@ -123,24 +78,6 @@ def _summed(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for name, value in parts.items():
             total[name] = total.get(name, 0.0) + value
     return total
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """What the update must know of the losses: sections and facts of the recipe, none of them a method."""
-
-    policy: PolicyConfig
-    coefs: Mapping[str, float]
-    """Factor of each component where it is not 1."""
-    shared: bool
-    """Whether all components share one denominator."""
-    longest: int
-    """Longest allowed completion: the constant of `aggregate = "constant"`."""
-    importance: bool
-    """Whether a loss reads the probabilities of the weights that the step began with."""
-    corrects: float | None = None
-    """Largest weight p_old / p_sampler of a distilled token; None where the sampler has the very weights that train, or
-    the divergence does not depend on which token was sampled."""
 
 
 class Stepper:
@@ -194,9 +131,10 @@ class Stepper:
         outcome = StepOutcome()
         self._target = target
         self._scorer.training_mode()
-        size = -(-len(rows) // self._updates_per_batch)
-        parts = [self._order(rows, range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-        shares = [self.cut(rows, self._world.share(part)) for part in parts]
+        size, budget = -(-len(rows) // self._updates_per_batch), self._scorer.token_budget
+        spans = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        parts = [[index for batch in cut(rows, span, budget) for index in batch.indices] for span in spans]
+        shares = [cut(rows, self._world.share(part), budget) for part in parts]
         self._remember_old([batch for share in shares for batch in share])
         for part, share in zip(parts, shares, strict=True):
             if part:
@@ -220,7 +158,7 @@ class Stepper:
         outcome.add("optim/micro_batches", sum(self._world.collect(len(batches))))
         with self._teachers.held():
             selections = self._select(part, batches)
-            counts = self._counts(batches, selections)
+            counts = counts_of(batches, selections, self._losses, self._world)
             tasks = self._tasks(batches, selections, counts)
             if self._shards.is_sharded:  # all of it before the weights are derived
                 tasks = iter(list(tasks))
@@ -315,7 +253,7 @@ class Stepper:
         counts: Mapping[str, float],
     ) -> Component:
         """Weigh one component's tokens by its aggregate and coefficient."""
-        aggregate = self._aggregate(name)
+        aggregate = self._losses.aggregate_of(name)
         if aggregate != "constant":
             weights_N = aggregate_weights(weights_N, selection_N, batch.numbering(values_N.device), aggregate)
         return Component(values_N, self._losses.coefs.get(name, 1.0) * weights_N, counts[name])
@@ -328,7 +266,7 @@ class Stepper:
             return Use(loss=False, logprob=of_label or is_heard)
         numbering_N = batch.numbering(selection_N.device)
         weight_N = batch.weighed(selection_N)
-        weight_N = aggregate_weights(weight_N, selection_N, numbering_N, self._scorer.loss.aggregate)
+        weight_N = aggregate_weights(weight_N, selection_N, numbering_N, self._losses.aggregate)
 
         outcome_N = batch.outcomes(selection_N.device)
 
@@ -434,20 +372,6 @@ class Stepper:
             sequence_N=batch.numbering(device),
         )
 
-    def _order(self, rows: Sequence[Row], part: range) -> list[int]:
-        """Return the rows of a part that are trained on, in the order in which one process alone reads them."""
-        return [index for batch in self.cut(rows, part) for index in batch.indices]
-
-    def cut(self, rows: Sequence[Row], part: Sequence[int]) -> list[MicroBatch]:
-        """Cut a part of the rows into micro-batches of the same components; rows without one are left out."""
-        batches = []
-        for components in sorted({rows[index].components for index in part if rows[index].components}):
-            indices = [index for index in part if rows[index].components == components]
-            for members in micro_batches([rows[index].cost for index in indices], self._scorer.token_budget):
-                chosen = tuple(indices[member] for member in members)
-                batches.append(MicroBatch(chosen, tuple(rows[index] for index in chosen)))
-        return batches
-
     def _select(self, part: Sequence[int], batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Choose tokens over the statistics of all distilled tokens of the update, in a pass without gradient.
 
@@ -476,39 +400,3 @@ class Stepper:
             torch.cat([pieces[index] for index in batch.indices]) if batch.distils else ones
             for batch, ones in zip(batches, every, strict=True)
         ]
-
-    def _counts(self, batches: Sequence[MicroBatch], selections: Sequence[Tensor]) -> dict[str, float]:
-        """Count what each component is divided by; a component that could not move anything is left out.
-
-        That is one without a selected token, without a problem of positive weight, with coefficient 0, or, for `rl`,
-        without any advantage or KL term.
-        """
-        counts: dict[str, float] = {}
-        live: set[str] = set()
-        for batch, selection_N in zip(batches, selections, strict=True):
-            for name in batch.components:
-                counts[name] = counts.get(name, 0.0) + self._units(name, batch, selection_N)
-                if self._can_move(name, batch):
-                    live.add(name)
-        counts = self._world.total(counts)
-        live = set().union(*self._world.collect(live))
-        if self._losses.shared:
-            counts = dict.fromkeys(counts, sum(counts.values()))
-        return {name: count for name, count in counts.items() if name in live}
-
-    def _aggregate(self, name: str) -> Literal["token", "sequence", "constant"]:
-        return self._losses.policy.aggregate if name == "rl" else self._scorer.loss.aggregate
-
-    def _units(self, name: str, batch: MicroBatch, selection_N: Tensor) -> float:
-        aggregate = self._aggregate(name)
-        if aggregate == "constant":
-            return float(len(batch.rows) * self._losses.longest)
-        counted_N = selection_N if name == "distil" else torch.ones(sum(batch.lengths))
-        return selected_units(counted_N, batch.numbering(torch.device("cpu")), aggregate)
-
-    def _can_move(self, name: str, batch: MicroBatch) -> bool:
-        if self._losses.coefs.get(name, 1.0) == 0:
-            return False
-        if name == "rl":
-            return self._losses.policy.kl_coef > 0 or any(row.advantage for row in batch.rows)
-        return name == "nll" or any(row.weight for row in batch.rows)
