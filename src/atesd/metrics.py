@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # Every metric key with its meaning and unit; `{}` stands for a name. Plots, tests and docs read this table.
 METRICS: dict[str, str] = {
-    "loss/total": "the scalar that was back-propagated, after global normalisation",
+    "loss/total": "the scalar that was back-propagated, after global normalisation; the mean over a step's updates, as all of "
+    "loss, gate and rl, where it has several",
     "loss/distil": "weighted mean over selected tokens of what is distilled (divergence, sampled-token loss or "
     "surrogate), its coefficient included",
     "loss/rl": "clipped policy loss of reinforced groups, KL term included",
@@ -138,8 +139,8 @@ METRICS: dict[str, str] = {
     "without",
     "gradient/salient_share": "share of the activations' norms that the kept rows of query and key projections hold "
     "(gradient `longact`)",
-    "optim/lr": "learning rate of the update",
-    "optim/grad_norm": "gradient norm before clipping",
+    "optim/lr": "learning rate of the step's last update",
+    "optim/grad_norm": "gradient norm before clipping, mean over the step's updates",
     "optim/tokens": "completion tokens scored in the step",
     "optim/micro_batches": "micro-batches of the step",
     "optim/empty_updates": "updates of the step that were left out because no loss could move the weights",

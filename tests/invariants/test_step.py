@@ -121,6 +121,21 @@ def test_updates_per_batch_splits_the_batch_into_that_many_optimizer_steps() -> 
     assert sorted(outcome.rows) == list(range(6))
 
 
+def test_the_numbers_of_several_updates_are_their_means() -> None:
+    """Nine rows of four groups in two updates: losses and norms of both, not of the last."""
+    rows = [replace(row, group=group) for row, group in zip(ragged_rows(9), (0, 0, 0, 0, 0, 0, 1, 2, 3), strict=True)]
+    numbers = []
+    for part in (rows[:7], rows[7:], rows):
+        one = part is not rows
+        step = {"problems": 4, "updates_per_batch": 1 if one else 2}
+        stepper, _ = make_stepper(tiny_model(), step=step, optim={"lr": 1e-12})
+        numbers.append(stepper.optimize(part).metrics)
+    first, second, both = numbers
+    assert first["loss/total"] != pytest.approx(second["loss/total"], rel=1e-3)
+    for key in ("loss/total", "loss/nll", "optim/grad_norm"):
+        assert both[key] == pytest.approx((first[key] + second[key]) / 2, rel=1e-5)
+
+
 def test_a_non_finite_loss_stops_before_the_weights_move() -> None:
     model = tiny_model()
     with torch.no_grad():

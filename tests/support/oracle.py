@@ -299,7 +299,7 @@ class Oracle:
     def parts(self, step: int) -> list[list[Row]]:
         """Cut a step's completions into its updates."""
         rows = self.rows(step)
-        size = math.ceil(len(rows) / self.settings["step"]["updates_per_batch"])
+        size = len(rows) // self.settings["step"]["updates_per_batch"]  # of single turns, in groups of one size
         if self.settings["selection"]["kind"] != "all":
             for row, record in zip(rows, self.run.rollouts[step], strict=True):
                 if "distil" in row.components:

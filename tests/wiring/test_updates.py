@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,22 +98,12 @@ def scored(parts: list[Expected], component: str | None = None) -> list[tuple[Ro
     ]
 
 
-def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
-    """Recompute a step's numbers: those of a component are of the last update that it took part in."""
-    last = parts[-1]
-    latest = {name: part for part in parts for name in part.losses}
-    numbers = {f"loss/{name}": part.losses[name] for name, part in latest.items()}
-    numbers |= {"loss/total": sum(last.losses.values()), "optim/grad_norm": last.norm}
-    rows = scored(parts)
-    logprob = cat([stats.logprob for _, stats in rows])
-    numbers["student/entropy"] = float(cat([stats.entropy for _, stats in rows]).mean())
-    numbers["student/confidence"] = float(cat([stats.top for _, stats in rows]).mean())
-    sampling = truth.settings["rollout"]["temperature"]
-    if truth.settings["loss"]["temperature_student"] in (None, sampling) and rows[0][0].sampled:
-        sampled = torch.tensor([value for row, _ in rows for value in row.sampled]).double()
-        numbers["rollout/logprob_gap"] = float((logprob - sampled).abs().mean())
-    if "distil" in latest:
-        heard = scored([latest["distil"]], "distil")
+def of_update(truth: Oracle, part: Expected) -> dict[str, float]:
+    """Recompute one update's numbers."""
+    numbers = {f"loss/{name}": loss for name, loss in part.losses.items()}
+    numbers |= {"loss/total": sum(part.losses.values()), "optim/grad_norm": part.norm}
+    if "distil" in part.losses:
+        heard = scored([part], "distil")
         chosen = cat([torch.ones(len(row.completion)) if row.selected is None else row.selected for row, _ in heard])
         gate = cat([stats.gate for _, stats in heard])
         if truth.settings["target"]["kind"] == "paint":
@@ -123,8 +114,8 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
             numbers |= {
                 "gate/gap": float(gap.mean()),
             }
-    if "rl" in latest:
-        forced = [stats for _, stats in scored([latest["rl"]], "rl")]
+    if "rl" in part.losses:
+        forced = [stats for _, stats in scored([part], "rl")]
         numbers |= {
             "rl/ratio": float(cat([stats.ratio for stats in forced]).mean()),
             "rl/clip_frac": float(cat([stats.held for stats in forced]).mean()),
@@ -132,6 +123,21 @@ def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
             "rl/kl": float(cat([stats.kl for stats in forced]).mean()),
             "rl/credit": float(cat([stats.credit for stats in forced]).mean()),
         }
+    return numbers
+
+
+def logged(truth: Oracle, parts: list[Expected]) -> dict[str, float]:
+    """Recompute a step's numbers: those of updates are means over the ones that have them, others are of all tokens."""
+    several = [of_update(truth, part) for part in parts]
+    numbers = {key: statistics.fmean(each[key] for each in several if key in each) for each in several for key in each}
+    rows = scored(parts)
+    logprob = cat([stats.logprob for _, stats in rows])
+    numbers["student/entropy"] = float(cat([stats.entropy for _, stats in rows]).mean())
+    numbers["student/confidence"] = float(cat([stats.top for _, stats in rows]).mean())
+    sampling = truth.settings["rollout"]["temperature"]
+    if truth.settings["loss"]["temperature_student"] in (None, sampling) and rows[0][0].sampled:
+        sampled = torch.tensor([value for row, _ in rows for value in row.sampled]).double()
+        numbers["rollout/logprob_gap"] = float((logprob - sampled).abs().mean())
     taught = [(row, stats) for row, stats in rows if "distil" in row.components]
     if taught:
         divergence = cat([stats.divergence for _, stats in taught])
@@ -155,12 +161,22 @@ def test_the_log_says_where_teacher_and_outcome_agree(name: str, oracle: Oracles
     looked = 0
     for step in range(1, truth.run.steps + 1):
         parts = [part for part in truth.updates() if part.step == step and "distil" in part.losses]
-        heard = scored(parts[-1:], "distil") if parts else []
-        pulls = [truth.agreement(stats, row.outcome) for row, stats in heard if abs(row.outcome or 0.0) > 1e-6]
+        pulls = [
+            [
+                truth.agreement(stats, row.outcome)
+                for row, stats in scored([part], "distil")
+                if abs(row.outcome or 0) > 1e-6
+            ]
+            for part in parts
+        ]
+        pulls = [of_update for of_update in pulls if of_update]
         if not pulls:
             continue
         # A pull whose sign float32 cannot tell may count or not.
-        low, high = (float((cat([*pulls]) > edge).double().mean()) for edge in (4e-7, -4e-7))
+        low, high = (
+            statistics.fmean(float((cat([*of_update]) > edge).double().mean()) for of_update in pulls)
+            for edge in (4e-7, -4e-7)
+        )
         assert low - 1e-9 <= truth.run.metrics[step]["gate/agree_frac"] <= high + 1e-9
         looked += high - low < 0.5
     assert looked or name == "aligned_lambda", "where teacher and student hardly differ the bounds say little"
@@ -173,12 +189,17 @@ def test_the_log_says_how_gates_open(name: str, oracle: Oracles) -> None:
         parts = [part for part in truth.updates() if part.step == step and "distil" in part.losses]
         if not parts:
             continue
-        heard = [stats for _, stats in scored(parts[-1:], "distil")]
-        gap = cat([stats.teacher_logprob for stats in heard]) - cat([stats.logprob for stats in heard])
-        opening = cat([truth.opening(stats) for stats in heard])
-        for key, values in (("gate/gap_negative", -gap), ("gate/open_frac", opening)):
+        several = [[stats for _, stats in scored([part], "distil")] for part in parts]
+        gaps = [
+            cat([stats.teacher_logprob for stats in heard]) - cat([stats.logprob for stats in heard])
+            for heard in several
+        ]
+        openings = [cat([truth.opening(stats) for stats in heard]) for heard in several]
+        for key, values in (("gate/gap_negative", [-gap for gap in gaps]), ("gate/open_frac", openings)):
             # A number whose sign float32 cannot tell may count or not.
-            low, high = (float((values > edge).double().mean()) for edge in (2e-6, -2e-6))
+            low, high = (
+                statistics.fmean(float((each > edge).double().mean()) for each in values) for edge in (2e-6, -2e-6)
+            )
             assert low - 1e-9 <= truth.run.metrics[step][key] <= high + 1e-9
             assert high - low < 0.2
 

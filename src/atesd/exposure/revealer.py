@@ -8,7 +8,7 @@ at the rollout that the teacher is about to score.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from atesd.exposure.reveal import Reveal
 from atesd.types import Method, Policy, Problem, Trajectory
@@ -22,6 +22,18 @@ class Revealer(Policy, Protocol):
 
         `rollout` is the attempt to be scored; None where there is none: prompts that are shown or measured. The
         result's `ratio` is the share in force, at most the one asked for.
+        """
+        ...
+
+
+@runtime_checkable
+class Crediting(Revealer, Protocol):
+    """A revealer that learns from the attempts that its teacher was heard on."""
+
+    def heard(self, problem: Problem, rollout: Trajectory) -> None:
+        """Take in an attempt that the update distils, once a step, before it is made. `reveal` must learn nothing.
+
+        Measurements reveal, too, and for attempts of any route.
         """
         ...
 

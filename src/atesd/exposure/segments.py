@@ -29,6 +29,10 @@ class Cut(Stateless, RevealMethod):
         """Warn of solutions that mostly make one segment."""
         return segmentation_warning(solutions, self.unit)
 
+    def marked(self, problem: Problem) -> int:  # noqa: ARG002
+        """Return how many runs of segments are hidden at most, whatever the ratio: as many markers has a hint."""
+        return 1
+
     @abstractmethod
     def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:
         """Return what is visible."""
@@ -50,6 +54,10 @@ class Segments(Cut):
     def describe(self) -> str:
         """Nothing to say."""
         return ""
+
+    def marked(self, problem: Problem) -> int:
+        """Return 1, or in a random order as many runs as can have visible segments between them."""
+        return (self._shown(problem, 0.0).total + 1) // 2 if self.order == "random_segments" else 1
 
     def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:  # noqa: ARG002
         """Show that share of the segments, in the configured order."""

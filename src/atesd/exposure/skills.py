@@ -95,14 +95,12 @@ class Retrieval:
         self._words = {skill.name: set(words(skill.text)) for skill in skills}
         self._uses: Counter[str] = Counter()
         self._earned: dict[str, float] = {}
-        self._pending: dict[tuple[str, int], tuple[str, float]] = {}
+        self._pending: list[tuple[str, float]] = []
 
-    def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:
+    def reveal(self, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:  # noqa: ARG002
         """Return the skill, or a part of it, and with `turns` the expert's first ones."""
         check_ratio(ratio)
         names = self.retrieve(problem)
-        if rollout is not None and rollout.reward is not None and self._section.retriever == "ucb":
-            self._pending[problem.id, id(rollout)] = (names[0], rollout.reward)
         text = "\n\n".join(self._skills[name].text for name in names)
         if self._section.turns:
             shown = first_turns(problem, ratio)
@@ -111,6 +109,11 @@ class Retrieval:
         count = floor(ratio * len(parts) + 1e-9)
         hidden = ((0, len(problem.solution)),)
         return Reveal("".join(parts[:count]), ratio, count, len(parts), hidden, foreign=True)
+
+    def heard(self, problem: Problem, rollout: Trajectory) -> None:
+        """Remember what the attempt earned, for the end of the step."""
+        if rollout.reward is not None and self._section.retriever == "ucb":
+            self._pending.append((self.retrieve(problem)[0], rollout.reward))
 
     def retrieve(self, problem: Problem) -> list[str]:
         """Return the names of the skills for a problem."""
@@ -143,7 +146,7 @@ class Retrieval:
 
     def observe(self, observation: Observation) -> None:  # noqa: ARG002
         """Credit the skills of the step that is over."""
-        for name, reward in self._pending.values():
+        for name, reward in self._pending:
             self._uses[name] += 1
             self._earned[name] = self._earned.get(name, 0.0) + reward
         self._pending.clear()

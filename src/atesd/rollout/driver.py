@@ -115,7 +115,8 @@ class Driver:
         def groups() -> list[Group]:
             for attempt, turn in zip(attempts, submitted.result(), strict=True):
                 attempt.begin(turn)
-                assert not self._goes_on(attempt, turn, 0), "environments of several turns are refused"
+                goes_on = self._goes_on(attempt, turn, 0)
+                assert not goes_on, "environments of several turns are refused"
             return self._grouped(problems, attempts)
 
         return Underway(groups, submitted.drop, submitted.seconds)
@@ -204,7 +205,6 @@ class Driver:
         size = len(attempts) // max(1, len(problems))
         rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
         closed = [attempt.close() for attempt in attempts]
-        rewards = [None if each.ended.failed else given for each, given in zip(closed, rewards, strict=False)]
         self._report_failures([(attempt.ended, attempt.why) for attempt in attempts])
         parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
@@ -256,13 +256,13 @@ class Driver:
 
     def _rewarded(self, groups: Sequence[Group], returned: object) -> list[Group]:
         """Fill in what the grader returned; say once where it could grade nothing at all."""
-        rewards = _plain_rewards(returned, sum(len(group.trajectories) for group in groups))
-        self.tell_ungradable(rewards)
-        return _rewarded(groups, rewards)
+        graded = _rewarded(groups, _plain_rewards(returned, sum(len(group.trajectories) for group in groups)))
+        self.tell_ungradable([attempt.reward for group in graded for attempt in group.trajectories])
+        return graded
 
     def tell_ungradable(self, rewards: Sequence[float | None]) -> None:
         """Say once where a whole round of completions has no reward."""
-        if rewards and not self.warned and all(reward is None for reward in rewards):
+        if rewards and "ungradable" not in self.warned and all(reward is None for reward in rewards):
             self.warned.append("ungradable")
             warnings.warn(
                 f"no completion could be graded: all {len(rewards)} rewards of a round are None, which counts as "
@@ -293,7 +293,9 @@ def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[
 
 
 def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
-    return replace(attempt, reward=None if reward is None else 0.0 if attempt.truncated else reward)
+    """Return an attempt with its grade: none where the environment failed in it, 0 where it was cut off."""
+    is_graded = reward is not None and not attempt.ended.failed
+    return replace(attempt, reward=None if not is_graded else 0.0 if attempt.truncated else reward)
 
 
 def _penalised(groups: Sequence[Group], penalty: float) -> list[Group]:
@@ -323,8 +325,7 @@ def _named(groups: Sequence[Group], parts: Sequence[Mapping[str, float | None]])
 
 
 def _with_parts(attempt: Trajectory, parts: Mapping[str, float | None]) -> Trajectory:
-    graded = {name: 0.0 if attempt.truncated and reward is not None else reward for name, reward in parts.items()}
-    return replace(attempt, rewards=graded)
+    return replace(attempt, rewards={name: _graded(attempt, reward).reward for name, reward in parts.items()})
 
 
 def _plain_rewards(returned: object, completions: int) -> list[float | None]:

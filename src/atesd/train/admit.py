@@ -19,9 +19,20 @@ def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapp
     refuse_texts(task, sets, renderer.flaw, () if config.prompt.hint == "none" else fences(config.prompt.teacher))
 
 
-def shown_instead(config: RunConfig, problems: Sequence[Problem]) -> dict[str, Problem]:
-    """Return whose solution a problem's teacher is shown, where the recipe asks for another problem's."""
-    return donors(problems, config.seed) if config.prompt.hint == "wrong_problem" else {}
+def shown_instead(
+    config: RunConfig, problems: Sequence[Problem], probing: Sequence[Problem] = ()
+) -> dict[str, Problem]:
+    """Return whose solution a problem's teacher is shown, where the recipe asks for another problem's.
+
+    Probe problems exchange solutions among themselves, so that no training problem is shown one of theirs; a single one
+    is shown the first training problem's.
+    """
+    if config.prompt.hint != "wrong_problem":
+        return {}
+    shown = donors(problems, config.seed)
+    if len(probing) == 1:
+        return shown | {probing[0].id: problems[0]}
+    return shown | (donors(probing, config.seed) if probing else {})
 
 
 def fitting(

@@ -6,7 +6,7 @@ it before a statement of the answer at its end; but for one that reaches into vi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -22,7 +22,8 @@ from atesd.exposure.prompt import (
     with_opening,
 )
 from atesd.exposure.reveal import Reveal
-from atesd.exposure.revealer import Masker, Revealer
+from atesd.exposure.revealer import Crediting, Masker, Revealer
+from atesd.exposure.segments import Cut
 from atesd.rollout.render import KEPT, Renderer
 from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
@@ -87,6 +88,11 @@ class Hints:
             for each, (text, shown), ids in zip(asked, told, read, strict=True)
         ]
 
+    def heard(self, problem: Problem, rollout: Trajectory) -> None:
+        """Tell a revealer that learns from it of an attempt that is distilled."""
+        if isinstance(self._revealer, Crediting):
+            self._revealer.heard(problem, rollout)
+
     def teacher_messages(self, problem: Problem, ratio: float) -> list[Message]:
         """Return the teacher's prompt at a ratio as messages, whatever the rollout."""
         text, _ = self._text(problem, ratio, None)
@@ -137,7 +143,8 @@ class Hints:
     ) -> tuple[list[Problem], list[str]]:
         """Split problems into those whose longer prompt and a full completion fit the context, and the others' ids.
 
-        The teacher's longest prompt is the one at ratio 1, or one with the answer behind all but the last segment.
+        The teacher's longest prompt is the one at ratio 1, or one with the answer behind all but the last segment; no
+        longer than that with all markers.
         """
         if context is None:
             return list(problems), []
@@ -159,8 +166,7 @@ class Hints:
         student, teacher = student_messages(problem, self._prompt), self.teacher_messages(problem, 1.0)
         if any(renderer.controls(message["content"]) for message in (*student, *teacher)):
             return False
-        most = renderer.most_tokens(renderer.teacher_text(teacher)) + renderer.most_tokens(self._prompt.answer)
-        most += renderer.most_tokens(problem.answer or "")
+        most = renderer.most_tokens(renderer.teacher_text(teacher)) + self._beside(problem, renderer.most_tokens)
         return max(most, renderer.most_tokens(renderer.student_text(student))) <= room
 
     def longest(self, problem: Problem) -> int:
@@ -175,8 +181,17 @@ class Hints:
 
     def _longest_of_teacher(self, problem: Problem) -> int:
         """Return a bound on the length of a problem's teacher prompt at any ratio."""
-        answer = len(self._renderer.text_ids(self._prompt.answer))
-        return len(self.teacher_ids(problem, 1.0)) + answer + len(self._renderer.text_ids(problem.answer or ""))
+        return len(self.teacher_ids(problem, 1.0)) + self._beside(
+            problem, lambda text: len(self._renderer.text_ids(text))
+        )
+
+    def _beside(self, problem: Problem, tokens: Callable[[str], int]) -> int:
+        """Return how many tokens a hint has besides the solution's at most: its answer's statement, and markers."""
+        source, revealer = self._donors.get(problem.id, problem), self._revealer
+        stated = tokens(self._prompt.answer) + tokens(source.answer or "")
+        if not isinstance(revealer, Cut) or not revealer.hidden_marker:
+            return stated
+        return stated + revealer.marked(source) * tokens(revealer.hidden_marker)
 
 
 def places(texts: Sequence[str], before: str, solution: str) -> tuple[int, int] | None:

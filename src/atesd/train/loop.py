@@ -224,7 +224,7 @@ class Trainer:
             routes = parts.router.route(groups, max(ratios))
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
             parts.credit.remember(groups, routes, ratios, target)
-            rows = parts.rows.build(groups, routes, ratios, target.views)
+            rows = parts.rows.build(groups, routes, ratios, target.views, trains=True)
         references = self._reference_metrics(problems)
         with phase("update"), within_memory(config, "updating"):
             outcome = parts.stepper.optimize(rows, target, is_on_policy=not lag)

@@ -73,6 +73,18 @@ def cut(rows: Sequence[Row], part: Sequence[int], token_budget: int) -> list[Mic
     return batches
 
 
+def updates_of(rows: Sequence[Row], updates: int, token_budget: int) -> list[list[int]]:
+    """Divide a generation batch among its updates: equal numbers of groups, which are never split, in their order.
+
+    Returns each update's rows in the order in which one process alone reads them, those without a component left out.
+    """
+    groups = 1 + max((row.group for row in rows), default=0)
+    parts: list[list[int]] = [[] for _ in range(updates)]
+    for index, row in enumerate(rows):
+        parts[row.group * updates // groups].append(index)
+    return [[index for batch in cut(rows, part, token_budget) for index in batch.indices] for part in parts]
+
+
 @dataclass(frozen=True, slots=True)
 class Losses:
     """What the update must know of the losses: sections and facts of the recipe, none of them a method."""

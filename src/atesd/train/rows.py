@@ -51,9 +51,18 @@ class Rows:
         self._mask_truncated = mask_truncated
 
     def build(
-        self, groups: Sequence[Group], routes: Sequence[Route], ratios: Sequence[float], views: Sequence[View]
+        self,
+        groups: Sequence[Group],
+        routes: Sequence[Route],
+        ratios: Sequence[float],
+        views: Sequence[View],
+        *,
+        trains: bool = False,
     ) -> list[Row]:
-        """Return one row a turn, group by group and attempt by attempt, with what the given teacher views read."""
+        """Return one row a turn, group by group and attempt by attempt, with what the given teacher views read.
+
+        `trains`: an update follows, and is no measurement; a revealer that learns from what is heard is told so.
+        """
         fed = [
             _Fed(index, group, attempt, self._components(attempt, route, reinforced=gain is not None), ratio, gain, won)
             for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True))
@@ -64,6 +73,9 @@ class Rows:
         asked = [self._asked(each, views) for each in fed]
         hints = iter(self._hints.hints([one for wanted in asked for one in wanted.values()]))
         read = [{view: next(hints) for view in wanted} for wanted in asked]
+        for each in fed if trains else ():
+            if "distil" in each.components:
+                self._hints.heard(each.group.problem, each.attempt)
         return [row for each, told in zip(fed, read, strict=True) for row in self._rows(each, told)]
 
     def _asked(self, fed: _Fed, views: Sequence[View]) -> dict[View, Asked]:

@@ -166,7 +166,7 @@ def assemble(config: RunConfig) -> Parts:
     refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
     revealer = config.reveal.build(facts)
-    hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train))
+    hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train, sets["probe"]))
     problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
     facts = replace(
         facts,

@@ -26,6 +26,18 @@ _IGNORED = (
     ),
 )
 """What accelerate would do beside sharding, by the variable that asks for it."""
+_LAUNCHERS = (
+    ("ACCELERATE_MIXED_PRECISION", "no", "--mixed_precision", 'set model.dtype = "bfloat16"'),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "--dynamo_backend", "set model.compile = true"),
+    (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        "1",
+        "--gradient_accumulation_steps",
+        "set step.token_budget, which cuts an update into micro-batches",
+    ),
+)
+"""What accelerate would do to the student's passes alone, or to gradients that are divided already: the variable, what
+it says where nothing is asked for, the option, and the recipe's own."""
 _SECTIONS = {"controller": "exposure", "router": "routing"}
 """Where a recipe chooses a policy that has another name than its section."""
 
@@ -83,7 +95,8 @@ class SharedDriver(Driver):
         submitted = sampler.submit(list(prompts.values()), sampling, seed=seed, part=part)
 
         def groups() -> list[Group]:
-            assert not self._heard(mine, submitted.result(), 0), "environments of several turns are refused"
+            going_on = self._heard(mine, submitted.result(), 0)
+            assert not going_on, "environments of several turns are refused"
             return self._gathered(problems, list(mine.values()))
 
         return Underway(groups, submitted.drop, submitted.seconds)
@@ -150,20 +163,21 @@ def shared(driver: Driver, world: World) -> Driver:
 
 
 def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, str] = os.environ) -> None:
-    """UserError for what several processes cannot do yet, or where they were given different recipes."""
+    """UserError for what several processes cannot do yet, or where they were given different recipes.
+
+    And, of one process as well, for what a launcher would change behind the recipe's back.
+    """
     if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise UserError(
             "accelerate's --use_deepspeed shards the model in a way that atesd does not: launch with --use_fsdp "
             "--fsdp_version 2 instead, or set model.shard = true"
         )
+    for variable, nothing, option, remedy in _LAUNCHERS:
+        asked = environment.get(variable, nothing).lower()
+        if asked != nothing:
+            raise UserError(f"accelerate's {option} {asked} ({variable}) is not supported: leave it out, and {remedy}")
     if world.size == 1:
         return
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise UserError(
-            f"accelerate's --mixed_precision {precision} is not supported with several processes: leave it out, and "
-            'set model.dtype = "bfloat16"'
-        )
     for unshared, what, remedy in _unshared(config):
         if unshared:
             raise UserError(

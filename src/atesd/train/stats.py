@@ -132,9 +132,17 @@ class StepOutcome:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: dict[int, RowStats] = field(default_factory=dict)
 
+    _noted: dict[str, list[float]] = field(default_factory=dict)
+
     def add(self, key: str, amount: float) -> None:
         """Add to a number that several updates of the step contribute to."""
         self.metrics[key] = self.metrics.get(key, 0.0) + amount
+
+    def note(self, found: Mapping[str, float]) -> None:
+        """Take in numbers of one update; those of the step are the means over the updates that have them."""
+        for key, value in found.items():
+            self._noted.setdefault(key, []).append(value)
+            self.metrics[key] = sum(self._noted[key]) / len(self._noted[key])
 
 
 def split_rows(scored: MicroScores, lengths: Sequence[int]) -> list[RowStats]:

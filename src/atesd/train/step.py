@@ -37,7 +37,7 @@ from atesd.train.batch import Row
 from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
 from atesd.train.latent import CodeTraining
-from atesd.train.micro import Losses, MicroBatch, counts_of, cut
+from atesd.train.micro import Losses, MicroBatch, counts_of, cut, updates_of
 from atesd.train.scorer import Scorer
 from atesd.train.shard import Whole
 from atesd.train.stats import (
@@ -131,9 +131,8 @@ class Stepper:
         outcome = StepOutcome()
         self._target = target
         self._scorer.training_mode()
-        size, budget = -(-len(rows) // self._updates_per_batch), self._scorer.token_budget
-        spans = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        parts = [[index for batch in cut(rows, span, budget) for index in batch.indices] for span in spans]
+        budget = self._scorer.token_budget
+        parts = updates_of(rows, self._updates_per_batch, budget)
         shares = [cut(rows, self._world.share(part), budget) for part in parts]
         self._remember_old([batch for share in shares for batch in share])
         for part, share in zip(parts, shares, strict=True):
@@ -182,8 +181,8 @@ class Stepper:
             outcome.rows |= each.rows()
         taken = [each.scored for each in every]
         heard = [scored.heard for scored in taken if scored.heard]
-        outcome.metrics |= listening_metrics(self._gate, self._target, heard)
-        outcome.metrics |= policy_metrics([scored.policy for scored in taken if scored.policy])
+        outcome.note(listening_metrics(self._gate, self._target, heard))
+        outcome.note(policy_metrics([scored.policy for scored in taken if scored.policy]))
         if self._gap_rule is not None and self._scorer.samples_as_scored and fresh:
             self._gap_rule.heed(logprob_gap(fresh, outcome.rows))
         if taken:
@@ -297,12 +296,9 @@ class Stepper:
             causes = filter(None, self._world.collect(cause(model, own, scales)))
             why = next(causes, None) or cause_in_gradient(model, taken, scales)
             raise NonFiniteError(f"loss {total:g}, gradient norm {norm:g}: {why}")
-        outcome.metrics |= {f"loss/{name}": value for name, value in losses.items()}
-        outcome.metrics |= {
-            "loss/total": total,
-            "optim/grad_norm": norm,
-            "optim/lr": float(self._scheduler.get_last_lr()[0]),
-        }
+        outcome.note({f"loss/{name}": value for name, value in losses.items()})
+        outcome.note({"loss/total": total, "optim/grad_norm": norm})
+        outcome.metrics["optim/lr"] = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -385,6 +381,7 @@ class Stepper:
             for batch in batches:
                 if batch.distils:
                     stats = self._streams(batch, self._views(batch)).stats
+                    stats = told(stats, batch.outcomes(self._scorer.device))
                     known |= zip(batch.indices, divided(stats, batch.lengths), strict=True)
         known = self._world.merged(known)
         if not known:

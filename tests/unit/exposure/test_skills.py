@@ -78,15 +78,15 @@ def test_ucb_tries_all_then_follows_the_bound_and_counts_each_attempt_once(folde
     found = retrieval(folder, retriever="ucb", ucb=1.0)
     assert found.retrieve(KITCHEN) == ["doors"]
     seen = attempt(1.0)
-    for _ in range(3):
-        found.reveal(KITCHEN, 1.0, seen)  # measurements ask again about the same attempt
-    found.reveal(KITCHEN, 1.0)  # shown, not scored
+    for each in (seen, attempt(0.0), None):  # measurements ask about any attempt, and show
+        found.reveal(KITCHEN, 1.0, each)
+    found.heard(KITCHEN, seen)
     found.observe(Observation(1))
     assert found.state_dict() == {"uses": {"doors": 1}, "earned": {"doors": 1.0}}
     assert found.retrieve(KITCHEN) == ["kitchen"]
     failed = [attempt(0.0) for _ in range(3)]
     for each in (*failed, attempt(None)):
-        found.reveal(KITCHEN, 1.0, each)
+        found.heard(KITCHEN, each)
     found.observe(Observation(2))
     assert found.state_dict()["uses"] == {"doors": 1, "kitchen": 3}
     # N = 4: doors 1 + sqrt(log 4 / 1) = 2.18, kitchen 0 + sqrt(log 4 / 3) = .68

@@ -125,6 +125,38 @@ def test_an_environment_that_fails_ends_that_attempt_alone(
     assert len(bad.turns) == {"reset": 1, "step": 2, "reward": 3}[at], "never without a turn"
 
 
+class Graderless(Echo):
+    """Leaves grading to a reward function."""
+
+    grades = False
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_reward_function_does_not_grade_what_the_environment_failed_in(composed: bool) -> None:
+    class Parts:
+        def parts(self, completions: Sequence[str], **_: Any) -> dict[str, list[float | None]]:
+            return {"whole": [1.0] * len(completions)}
+
+        def total(self, parts: dict[str, list[float | None]]) -> list[float | None]:
+            return parts["whole"]
+
+    reward: Any = Parts() if composed else lambda completions, **_: [1.0] * len(completions)
+    driver, _ = fake_driver(lambda prompt, place: "ok", reward, Graderless(raising(RuntimeError("broken"))))
+    with pytest.warns(UserWarning, match="failed in 1 of 2 attempts"):
+        (good,), (bad,) = [group.trajectories for group in driver.rollout([GOOD, BAD], SAMPLING, seed=0)]
+    assert (good.reward, bad.reward, bad.ended) == (1.0, None, Ending.ERROR)
+    if composed:
+        assert (good.rewards, bad.rewards) == ({"whole": 1.0}, {"whole": None})
+
+
+def test_that_nothing_can_be_graded_is_said_behind_other_warnings() -> None:
+    reward: Any = lambda completions, **_: [None] * len(completions)  # noqa: E731
+    driver, _ = fake_driver(lambda prompt, place: "ok", reward, Graderless(raising(RuntimeError("broken"))))
+    with pytest.warns(UserWarning, match="no completion could be graded") as said:
+        driver.rollout([GOOD, BAD], SAMPLING, seed=0)
+    assert ["failed in 1 of 2 attempts" in str(each.message) for each in said] == [True, False]
+
+
 def test_an_environment_that_always_fails_ends_the_run_in_one_line() -> None:
     with pytest.raises(UserError, match="failed in 2 of 2 attempts; in the first it raised ValueError: no") as caught:
         attempts(Echo(raising(ValueError("no"))), (BAD, BAD))

@@ -205,6 +205,27 @@ def test_problems_that_do_not_fit_with_a_full_completion_are_told_apart_and_name
     refuse_overlong([], room)
 
 
+RANDOM = {"unit": "token", "order": "random_segments", "hidden_marker": "[...]"}
+
+
+@pytest.mark.parametrize("reveal", [{"unit": "line"}, {"unit": "line", "hidden_marker": "[...]"}, RANDOM])
+@pytest.mark.parametrize("hint", ["solution", "wrong_problem"])
+@pytest.mark.parametrize("words", [1, 2, 9, 10])
+def test_no_hint_at_any_ratio_is_longer_than_what_is_said_beforehand(
+    reveal: dict[str, str], hint: str, words: int
+) -> None:
+    problem = Problem("wordy", "first", " ".join("abcdefghij"[:words]), "2")
+    other = Problem("other", "second", "m1\nm2", "4" * 50)
+    prompt = SECTIONS["prompt"] | {"hint": hint}
+    made = hints((problem, other) if hint == "wrong_problem" else (), reveal=reveal, prompt=prompt)
+    for each in (problem, other):
+        lengths = [len(made.teacher_ids(each, place / 60)) for place in range(61)]
+        assert max(lengths) <= made.longest(each)
+        room = max(lengths) + 9
+        assert made.fitting([each], room, 10)[1] == [each.id], "a token less than it needs"
+        assert not made.fitting([each], made.longest(each) + 10, 10)[1]
+
+
 def test_what_fits_by_its_letters_is_not_tokenized_and_what_fits_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     made = hints()
     wide = Problem("wide", "f\u00fcnf", "l1\n" + "\u4e8c" * 9, None)

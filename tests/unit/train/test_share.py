@@ -10,6 +10,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from atesd.recipe import build_config
+from atesd.train.loop import Trainer
 from atesd.train.share import decide_shard, refuse_uncredited, refuse_unshared
 from atesd.train.world import World
 from atesd.types import Measurement, Stateless, UserError
@@ -141,11 +142,32 @@ def test_credit_of_shares_is_refused_by_the_part_that_asks_for_it() -> None:
     refuse_uncredited({"controller": policies["controller"]}, World(0, 2))
 
 
-def test_a_launchers_precision_is_refused() -> None:
-    refuse_unshared(build_config(PICO), World(), {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    refuse_unshared(build_config(PICO), Agreeing(0, 2), {"ACCELERATE_MIXED_PRECISION": "no"})
-    with pytest.raises(UserError, match="--mixed_precision bf16"):
-        refuse_unshared(build_config(PICO), Agreeing(0, 2), {"ACCELERATE_MIXED_PRECISION": "bf16"})
+@pytest.mark.parametrize("world", [World(), Agreeing(0, 2)])
+@pytest.mark.parametrize(
+    ("variable", "nothing", "asked", "option"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "no", "bf16", "--mixed_precision bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", "INDUCTOR", "--dynamo_backend inductor"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "4", "--gradient_accumulation_steps 4"),
+    ],
+)
+def test_what_a_launcher_would_change_is_refused(
+    world: World, variable: str, nothing: str, asked: str, option: str
+) -> None:
+    refuse_unshared(build_config(PICO), world, {variable: nothing})
+    with pytest.raises(
+        UserError, match=rf"accelerate's {option} \({variable}\) is not supported: leave it out, and set"
+    ):
+        refuse_unshared(build_config(PICO), world, {variable: asked})
+
+
+def test_what_a_launcher_would_change_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 4"):
+        Trainer.start(build_config(PICO), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "docs" / "accelerate").iterdir()))
