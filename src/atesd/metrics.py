@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # Every metric key with its meaning and unit; `{}` stands for a name. Plots, tests and docs read this table.
 METRICS: dict[str, str] = {
-    "loss/total": "the scalar that was back-propagated, after global normalisation; the mean over a step's updates, as all of "
-    "loss, gate and rl, where it has several",
+    "loss/total": "the scalar that was back-propagated, after global normalisation; the mean over a step's updates, as "
+    "all of loss, gate and rl, where it has several",
     "loss/distil": "weighted mean over selected tokens of what is distilled (divergence, sampled-token loss or "
     "surrogate), its coefficient included",
     "loss/rl": "clipped policy loss of reinforced groups, KL term included",
@@ -87,7 +87,7 @@ METRICS: dict[str, str] = {
     "was cut off), context (no room for another turn); error, hang, not_text, bad_reward (the environment failed)",
     "env/invalid": "replies that were no action, over all attempts of the step",
     "rollout/logprob_gap": "mean |sampler log-prob - trainer log-prob| of sampled tokens, nats",
-    "rollout/lag": "updates by which the weights that sampled are behind those that the step began with, mean over "
+    "rollout/lag": "steps by which the weights that sampled are behind those that the step began with, mean over "
     "completions (rollout.ahead)",
     "rollout/ratio": "mean of p_student / p_sampler over scored tokens, 1 on-policy (rollout.ahead)",
     "rollout/ratio_clipped": "share of those tokens whose ratio the importance clip of their loss holds "

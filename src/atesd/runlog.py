@@ -404,12 +404,17 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """Ask git about the package's own checkout; empty where there is none."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    """Ask git about the package's own checkout; empty where it does not lie in one, whatever folder is around it."""
+    here = Path(__file__)
+    answers = []
+    for command in (["ls-files", "--error-unmatch", here.name], list(arguments)):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=5, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        answers.append(done.stdout.strip())
+    return answers[-1]

@@ -157,8 +157,8 @@ class RecipeTree(Config):
 
     @property
     def needs_base(self) -> bool:
-        """Whether the step-0 weights are read without a hint."""
-        measured = self.routing.reads_lambda or self.exposure.reads_lambda
+        """Whether the step-0 weights are read, without a hint or as the teacher that progress is measured against."""
+        measured = self.routing.reads_lambda or self.exposure.reads_lambda or self.exposure.reads_base
         return measured or "base" in self.target.views or (self.routing.reinforces and self.rl.kl_coef > 0)
 
     def facts(self, problem_ids: Sequence[str] = ()) -> RunFacts:

@@ -201,7 +201,7 @@ class Turn:
 
     `prompt_ids` of a later turn begin with the prompt and completion ids of the turn before, as sampled.
     `logprobs` are nats under the tempered, untruncated distribution; `completion_ids` include the closing EOS
-    where `stop` is EOS. `weights_version` counts the optimizer steps behind the weights that sampled it.
+    where `stop` is EOS. `weights_version` counts the steps of training behind the weights that sampled it.
     """
 
     prompt_ids: tuple[int, ...]

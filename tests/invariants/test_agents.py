@@ -13,7 +13,7 @@ from atesd.recipe import build_config
 from atesd.routing.route import Route
 from atesd.tasks.synthetic import doors
 from atesd.train.record import rollout_rows
-from atesd.train.setup import Parts, assemble
+from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Ending, Group, Measurement, Problem, StopReason
 
 from support.composition import BASE
@@ -131,7 +131,9 @@ def test_an_attempt_in_which_the_environment_failed_trains_nothing(parts: Parts)
 def test_a_conversation_leaves_room_for_the_teachers_longer_prompt(parts: Parts) -> None:
     """256 positions; the longest hint is that of four doors, ">" and 4 * (3 + 4) - 1 characters, behind a new line;
     the bound adds the goal's "\\n" and "{answer}", spelt, and the goal."""
-    assert parts.driver.room == 256 - (1 + 1 + 4 * (3 + 4) - 1) - len("\n{answer}") - len("#")
+    assert parts.driver.room == 256
+    assert parts.driver.reserved == (1 + 1 + 4 * (3 + 4) - 1) + len("\n{answer}") + len("#")
+    assert for_evaluation(parts.driver, build_config(TREE)).reserved == 0, "as atesd eval has it"
 
 
 def test_a_rollout_file_says_what_was_heard_and_how_an_attempt_ended(parts: Parts) -> None:

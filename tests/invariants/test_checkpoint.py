@@ -85,6 +85,17 @@ def test_a_half_written_checkpoint_is_cleared_away_and_never_resumed(finished: T
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_that_had_stepped_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames of a replacement, and behind them."""
+    for name in ("step_000003.old", "step_000003.partial", "step_000004.old", "step_000004"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(name)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_000003", "step_000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+    assert (tmp_path / "step_000003" / "state.json").read_text() == "step_000003.old"
+    assert (tmp_path / "step_000004" / "state.json").read_text() == "step_000004"
+
+
 def test_a_model_that_had_stepped_aside_comes_back(tmp_path: Path) -> None:
     (tmp_path / "best.old").mkdir()
     (tmp_path / "best.old" / "config.json").write_text("{}")

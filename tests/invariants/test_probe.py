@@ -83,6 +83,31 @@ def test_probe_kl_uses_the_completions_of_step_0_and_survives_a_resume(parts: Pa
     assert take(fresh, "probe_kl") == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("policy", [False, True])
+def test_probe_kl_is_measured_against_the_teacher_of_step_0(weights: str, policy: bool) -> None:
+    exposure: dict[str, Any] = {"kind": "beta", "progress_metric": "probe_kl"}
+    if policy:
+        exposure = {"kind": "difficulty", "by": "reference_ppl", "policy": exposure}
+    parts = assemble(build_config(TREE | {"exposure": exposure, "teacher": {"weights": weights}}))
+    first = take(parts, "probe_kl")
+    stored = parts.probe._stored_turns()
+    views = [parts.probe.hinted(each, 1.0) for each in stored]
+    at_start = [parts.model.eval()(torch.tensor([[*v.prompt, *v.completion]])).logits[0].detach() for v in views]
+    with torch.no_grad():
+        for weight in parts.model.parameters():
+            weight.mul_(1.02)
+    divergences = []
+    for view, student, logits in zip(views, [each.student for each in stored], at_start, strict=True):
+        teacher = logits[len(view.prompt) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            ids = torch.tensor([[*student.prompt, *student.completion]])
+            own = parts.model(ids).logits[0, len(student.prompt) - 1 : -1].log_softmax(-1)
+        divergences.append((teacher.exp() * (teacher - own)).sum(-1))
+    assert take(parts, "probe_kl") == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-3)
+    assert take(parts, "probe_kl") != pytest.approx(first, rel=1e-2)
+
+
 def test_probe_accuracy_is_the_mean_reward_of_hint_free_samples_and_repeatable(parts: Parts) -> None:
     value = take(parts, "probe_accuracy")
     assert value in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)

@@ -121,6 +121,30 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_p
     assert outcome(run) == uninterrupted
 
 
+@pytest.mark.parametrize(("step", "written"), [(4, 1), (5, 1)])
+def test_a_stop_writes_a_step_once(step: int, written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 is saved anyway, step 5 for the stop; the checkpoint of a step is never replaced by itself."""
+    names: list[str] = []
+    save = checkpoint.save_checkpoint
+    monkeypatch.setattr(
+        "atesd.train.loop.save_checkpoint", lambda *given, **named: (names.append(given[1]), save(*given, **named))[1]
+    )
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    trainer.listener = lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == step else None
+    with pytest.raises(Interrupted, match=f"after step {step}"):
+        trainer.train()
+    assert names.count(step) == written
+
+
+def test_a_finished_run_is_let_go(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer.start(build_config(TREE | {"step": {"num_steps": 1, "problems": 4}, "optim": {"lr": 1e-3}}), run).train()
+    again = Trainer.resume(run)
+    again.train()
+    other = Trainer.resume(run)
+    assert other.step == again.step == 1
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = TREE | {"step": {"num_steps": 1, "problems": 4}, "optim": {"lr": 1e-3}}

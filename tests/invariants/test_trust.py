@@ -220,6 +220,15 @@ def test_a_controller_of_ones_own_that_answers_nonsense_is_named(given: list[flo
         proposed(Odd(), 3, problems, [None, None])  # type: ignore[arg-type]
 
 
+def test_rounding_beyond_the_range_is_cut_off() -> None:
+    class Rounding:
+        def propose(self, step: int, problem_ids: Any, pass_rates: Any = ()) -> list[float]:
+            return [1 + 1e-10, -1e-10]
+
+    problems = [Problem("a", "a", "a"), Problem("b", "b", "b")]
+    assert proposed(Rounding(), 3, problems, [None, None]) == [1.0, 0.0]  # type: ignore[arg-type]
+
+
 def test_memory_may_be_saved_under_way_with_a_word_on_rounding(cut: Path) -> None:
     with pytest.warns(UserWarning, match=r"step\.token_budget is 64 from here on instead of 16384: sums"):
         trainer = Trainer.resume(cut, ["step.token_budget=64"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from math import inf, nan
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from atesd import runlog
 from atesd.metrics import METRICS, is_timing
-from atesd.runlog import Phases, RunDir, dump_json, read_jsonl, write_atomic
+from atesd.runlog import Phases, RunDir, dump_json, environment, read_jsonl, write_atomic
 from atesd.types import UserError
 
 
@@ -42,6 +43,26 @@ def test_a_new_run_has_its_config_its_environment_and_its_folders(run: RunDir) -
     environment = json.loads((run.path / "env.json").read_text())
     assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
     assert re.fullmatch(r"[0-9a-f]{40}|", environment["commit"])
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_commit_is_that_of_the_packages_own_checkout(
+    tracked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a repository around an environment that the package is installed in."""
+    package = tmp_path / "env" / "runlog.py"
+    package.parent.mkdir()
+    package.write_text("")
+    (tmp_path / "own.txt").write_text("")
+    me = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init"], ["add", "." if tracked else "own.txt"], [*me, "commit", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
+    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    monkeypatch.setattr("atesd.runlog.__file__", str(package))
+    found = environment()
+    assert found["commit"] == (head.stdout.strip() if tracked else "")
+    (tmp_path / "own.txt").write_text("changed")
+    assert environment()["changed_files"] == (["M own.txt"] if tracked else [])
 
 
 def test_a_run_says_what_it_is_in_words(run: RunDir, tmp_path: Path) -> None:

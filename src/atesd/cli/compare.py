@@ -205,11 +205,26 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
         chosen[arm] = known[arm]
         armed = with_overrides(config, known[arm])
+        refuse_own(arm, armed, config)
         num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
         if armed.model.dtype == "auto" and armed.model.lora is not None:
             automatic[arm] = armed
     text = recipe.read_text(encoding="utf-8")
     return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
+
+
+def refuse_own(arm: str, armed: RunConfig, config: RunConfig) -> None:
+    """UserError for an arm that sets what a comparison has one of for all."""
+    if armed.seed != config.seed:
+        raise UserError(
+            f"arm {arm!r} sets seed = {armed.seed}, but compare sets the seed of every run: remove it, and give "
+            "--first-seed and --seeds"
+        )
+    if armed.eval.k != config.eval.k:
+        raise UserError(
+            f"arm {arm!r} sets eval.k = {armed.eval.k} where others have {config.eval.k}, but arms are compared by one "
+            "Average@k: set it for all, in the recipe or on the command line"
+        )
 
 
 def read_before(path: Path) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class BetaConfig(ExposureMethod, BetaSettings):
         """By its grounded term, where that is of what a ratio hides."""
         return self.gt_target == "hidden_only"
 
+    @property
+    def reads_base(self) -> bool:
+        """By its progress, where that is the divergence from the teacher."""
+        return self.probe_kind == "probe_kl"
+
     def describe(self) -> str:
         """Name policy and reward."""
         return "a learned share: a Beta policy, rewarded for the student's progress (ATESD)"

@@ -41,6 +41,11 @@ class ExposureMethod(Method):
         return False
 
     @property
+    def reads_base(self) -> bool:
+        """Whether progress is the way to the teacher of step 0, whose weights are then kept."""
+        return False
+
+    @property
     def reads_rewards(self) -> bool:
         """Whether problems are told apart by the rewards of their attempts: then groups need several."""
         return False

@@ -52,6 +52,11 @@ class Difficulty(ExposureMethod):
         return self.policy.reads_hidden
 
     @property
+    def reads_base(self) -> bool:
+        """As the policies do."""
+        return self.policy.reads_base
+
+    @property
     def without_rewards(self) -> str:
         """Take the references' perplexity."""
         return 'set exposure.by = "reference_ppl"'

@@ -35,11 +35,13 @@ class FlowProbe:
         stepper: FlowStepper,
         config: FlowConfig,
         seed: int,
+        base: Teacher | None = None,
     ) -> None:
         self.problems = task.probe.ids
         self._task = task
         self._views = views
         self._teacher = teacher
+        self._base = base or teacher
         self._judge = judge
         self._stepper = stepper
         self._config = config
@@ -71,10 +73,13 @@ class FlowProbe:
 
     @torch.no_grad()
     def kl(self) -> float:
-        """Return the mean divergence from the fully informed teacher on the untrained student's states."""
+        """Return the mean divergence from the fully informed teacher on the untrained student's states.
+
+        The teacher is that of step 0 where its weights are kept.
+        """
         assert self._states is not None
         ratios = [1.0] * len(self.problems)
-        teacher_SD = self._stepper.teacher_velocity(self._states, ratios)
+        teacher_SD = self._stepper.teacher_velocity(self._states, ratios, self._base)
         student_SD = self._stepper.student_velocity(self._states)
         return float(self._stepper.divergence(self._states, student_SD, teacher_SD).mean())
 

@@ -18,6 +18,7 @@ from atesd.flow.probe import FlowProbe
 from atesd.flow.rollout import Views
 from atesd.flow.step import FlowStepper
 from atesd.flow.warm import warm_start
+from atesd.sections import TeacherConfig
 from atesd.tasks.flows import FlowTask, FlowTaskMethod
 from atesd.train.model import set_threads
 from atesd.train.optim import build_optimizer, build_schedule
@@ -88,6 +89,7 @@ def assemble(config: RunConfig) -> FlowParts:
     net = warm_start(task, config.flow, config.seed)
     views = Views(net, task.layout)
     teacher = Teacher(config.teacher, net)
+    base = teacher if teacher.frozen else Teacher(TeacherConfig(), net) if config.needs_base else None
     optimizer = build_optimizer(config.optim, net)
     scheduler = build_schedule(config.optim, optimizer, config.step.num_steps)
     stepper = FlowStepper(
@@ -99,7 +101,7 @@ def assemble(config: RunConfig) -> FlowParts:
         eta=config.flow.eta,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    probe = FlowProbe(task, views, teacher, judge, stepper, config.flow, config.seed)
+    probe = FlowProbe(task, views, teacher, judge, stepper, config.flow, config.seed, base)
     credit = FlowCredit(probe, stepper, views, optimizer, config.optim, config.probe.credit_problems)
     words = [task.labels[label] for label in task.train.label_N.tolist()]
     facts = replace(

@@ -66,10 +66,13 @@ class FlowStepper:
             **_exposure(ratios),
         }
 
-    def teacher_velocity(self, states: States, ratios: Sequence[float]) -> Tensor:
-        """Return what the teacher would do in each state, with a ratio for each trajectory; without gradient."""
+    def teacher_velocity(self, states: States, ratios: Sequence[float], teacher: Teacher | None = None) -> Tensor:
+        """Return what a teacher, its own where unset, would do in each state, with a ratio for each trajectory.
+
+        Without gradient.
+        """
         by_state = [ratios[trajectory] for trajectory in states.trajectory_S.tolist()]
-        with self._teacher.in_place():
+        with (teacher or self._teacher).in_place():
             return self._views.teacher(states.points, states.at_S, states.x_SD, states.t_S1, by_state)
 
     def student_velocity(self, states: States) -> Tensor:

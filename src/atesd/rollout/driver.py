@@ -74,6 +74,8 @@ class Driver:
     reward: RewardFunction
     room: int | None = None
     """Most tokens of a conversation and the reply that follows it; an attempt that would need more is over."""
+    reserved: int = 0
+    """Those of them that a teacher's prompt has more than the student's."""
     of_teacher: bool = False
     """Whether prompts are rendered as the teacher's."""
     guesses: bool = False
@@ -167,11 +169,12 @@ class Driver:
         said = [attempt.reset(prompts[problem]) for attempt, problem in zip(attempts, asked, strict=True)]
         for attempt, problem, ids in zip(attempts, asked, batch(said), strict=True):
             attempt.prompt, attempt.reference = ids, known[problem]
-            if attempt.opening and self.room is not None and len(attempt.prompt) + longest > self.room:
+            if attempt.opening and not self._fits(attempt.prompt, longest):
                 attempt.fail(
                     Ending.ERROR,
                     f"what it says first makes a prompt of {len(attempt.prompt)} tokens, which with a reply of "
-                    f"{longest} does not fit the model's context of {self.room} (the teacher's hint set aside)",
+                    f"{longest} does not fit the model's context of {self.room}"
+                    + (f", of which a teacher's hint takes {self.reserved}" if self.reserved else ""),
                 )
                 attempt.opening, attempt.prompt = "", self.renderer.student_ids(prompts[problem])
         return attempts
@@ -196,9 +199,13 @@ class Driver:
         if not said:
             return False
         attempt.prompt = [*turn.prompt_ids, *turn.completion_ids, *self.renderer.continuation_ids(said)]
-        if self.room is not None and len(attempt.prompt) + longest > self.room:
+        if not self._fits(attempt.prompt, longest):
             attempt.ended = Ending.CONTEXT
         return attempt.ended is None
+
+    def _fits(self, prompt: Sequence[int], longest: int) -> bool:
+        """Tell whether a reply of the longest kind fits the context behind a prompt."""
+        return self.room is None or len(prompt) + longest + self.reserved <= self.room
 
     def _grouped(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Group]:
         """Put attempts back under their problems, graded by the environment or by the reward function."""

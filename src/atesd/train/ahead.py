@@ -100,7 +100,7 @@ def _trajectory(kept: Mapping[str, Any]) -> Trajectory:
 
 
 def lag_of(groups: Sequence[Group], step: int) -> float:
-    """Return by how many updates the weights that sampled are behind those of now, mean over turns."""
+    """Return by how many steps the weights that sampled are behind those of now, mean over turns."""
     turns = [turn for group in groups for attempt in group.trajectories for turn in attempt.turns]
     return sum(step - turn.weights_version for turn in turns) / len(turns)
 

@@ -118,9 +118,12 @@ def save_checkpoint(
 
 
 def find_checkpoints(checkpoints: Path) -> list[Path]:
-    """Return the checkpoints, oldest first, and clear away what an interrupted run left half written."""
+    """Return the checkpoints, oldest first; what an interruption left half written goes, half replaced returns."""
     for left_over in checkpoints.glob(f"*{_PARTIAL}"):
         shutil.rmtree(left_over, ignore_errors=True)
+    for aside in checkpoints.glob(f"*{_ASIDE}"):
+        restore_interrupted(aside.with_name(aside.name.removesuffix(_ASIDE)))
+        shutil.rmtree(aside, ignore_errors=True)
     return sorted(path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 

@@ -181,11 +181,11 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return what `result.json` holds. Interrupted after SIGINT or SIGTERM, state saved."""
-        done = self.run.result()
-        if done is not None and self.step >= self.config.step.num_steps:
-            return done
-        self.parts.refuse_unheard()
         try:
+            done = self.run.result()
+            if done is not None and self.step >= self.config.step.num_steps:
+                return done
+            self.parts.refuse_unheard()
             with self._stoppable(), self.world.sound(Interrupted):
                 self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
@@ -193,7 +193,8 @@ class Trainer:
                 while self.step < self.config.step.num_steps:
                     self._one_step()
                     if self.world.any(self._stop_asked) and self.step < self.config.step.num_steps:
-                        self._save()
+                        if not self._due(self.config.save.every):
+                            self._save()
                         raise Interrupted(self.step, self.run.path)
                 return self._finish()
         finally:

@@ -52,6 +52,7 @@ class Probe:
         *,
         scorer: Scorer,
         teacher: Teacher,
+        base: Teacher | None = None,
         hints: Hints,
         driver: Driver,
         sampling: SamplingConfig,
@@ -64,6 +65,7 @@ class Probe:
         self.hints = hints
         self._scorer = scorer
         self._teacher = teacher
+        self._base = base or teacher
         self._driver = driver
         self._sampling = sampling
         self._completions = completions
@@ -118,12 +120,15 @@ class Probe:
         return {problem.id: known[problem.id] for problem in problems}
 
     def kl(self) -> float:
-        """Return the token-mean KL(teacher at ratio 1 || student) on completions kept since it was first taken."""
+        """Return the token-mean KL(teacher at ratio 1 || student) on completions kept since it was first taken.
+
+        The teacher is that of step 0 where its weights are kept, so that what moves is the student.
+        """
         stored = self._stored_turns()
         hinted = {each.student: self.hinted(each, 1.0) for each in stored}
 
         def divergence(chosen: Sequence[Passage]) -> Tensor:
-            view = self._scorer.view([hinted[passage] for passage in chosen], self._teacher)
+            view = self._scorer.view([hinted[passage] for passage in chosen], self._base)
             return self._scorer.against(self._scorer.hidden(chosen), [view], chosen, Plain(), plain=True).divergence_N
 
         return self._scorer.mean([each.student for each in stored], divergence)

@@ -145,7 +145,7 @@ def proposed(
     ratios = [float(ratio) for ratio in controller.propose(step, [problem.id for problem in problems], pass_rates)]
     wrong = next((ratio for ratio in ratios if not -_ROUNDING <= ratio <= 1 + _ROUNDING), None)
     if len(ratios) == len(problems) and wrong is None:
-        return ratios
+        return [min(1.0, max(0.0, ratio)) for ratio in ratios]
     given = f"{len(ratios)} ratios for {len(problems)} problems" if wrong is None else f"the ratio {wrong:g}"
     raise UserError(
         f"{type(controller).__name__}.propose returned {given} at step {step}: return one from 0 to 1 a problem"

@@ -176,7 +176,7 @@ def assemble(config: RunConfig) -> Parts:
     )
     warn_of_problems(config, problems, renderer)
     if driver.room is not None:
-        driver = replace(driver, room=driver.room - hints.surplus([*problems, *sets["probe"]]))
+        driver = replace(driver, reserved=hints.surplus([*problems, *sets["probe"]]))
 
     wrapped = Student(model, config.loss)
     shards = _cut(config, wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
@@ -222,6 +222,7 @@ def assemble(config: RunConfig) -> Parts:
         sets["probe"],
         scorer=scorer,
         teacher=teacher,
+        base=base,
         hints=hints,
         driver=driver,
         sampling=config.rollout,
@@ -401,5 +402,5 @@ def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: 
 
 
 def for_evaluation(driver: Driver, config: RunConfig) -> Driver:
-    """Return the driver with the prompts of evaluation."""
-    return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt))
+    """Return the driver with the prompts of evaluation, where no teacher reads what the student read."""
+    return replace(driver, student_messages=lambda problem: evaluation_messages(problem, config.prompt), reserved=0)

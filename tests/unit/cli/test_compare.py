@@ -53,6 +53,28 @@ def test_without_arms_a_recipes_own_are_compared(tmp_path: Path) -> None:
     assert list(make_plan(recipe, [], ["full"], range(1)).arms) == ["full"]
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "seed=7",
+            r"arm 'odd' sets seed = 7, but compare sets the seed of every run: remove it, and give --first-seed",
+        ),
+        (
+            "eval.k=4",
+            r"arm 'odd' sets eval\.k = 4 where others have 2, .* set it for all, in the recipe or on the comm",
+        ),
+    ],
+)
+def test_an_arm_that_sets_what_all_share_is_refused(override: str, says: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n[eval]\nk = 2\n')
+    recipe.write_text(f'{recipe.read_text()}[arms]\nodd = ["{override}"]\nsame = ["seed=0", "eval.k=2"]\n')
+    assert list(make_plan(recipe, [], ["same"], range(1)).arms) == ["same"]
+    with pytest.raises(UserError, match=says):
+        make_plan(recipe, [], ["odd"], range(1))
+
+
 def test_pairs_are_read_by_their_intervals() -> None:
     many = {"seeds": 8, "t_low": None, "t_high": None}
     pairs: dict[str, dict[str, float | None]] = {
