@@ -156,6 +156,11 @@ class RecipeTree(Config):
         return self.cliff.c or sampled or 5.0
 
     @property
+    def reads_old(self) -> bool:
+        """Whether a loss reads the probabilities of the weights that a step began with."""
+        return self.routing.reinforces or self.loss.divergence.kind == "sampled"
+
+    @property
     def needs_base(self) -> bool:
         """Whether the step-0 weights are read, without a hint or as the teacher that progress is measured against."""
         measured = self.routing.reads_lambda or self.exposure.reads_lambda or self.exposure.reads_base

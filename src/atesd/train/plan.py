@@ -12,7 +12,8 @@ the recipe's size is traced: what autograd keeps is counted, storage by storage.
     operations a token: 2 P forward, 2 P backward, 2 P again with checkpointing, 2 P_trained for gradients of weights,
                         4 x heads x head size x context for attention, 2 V H for the head and each of its gradients
 
-P counts the decoder's weights without embeddings. Not counted: the probe, credit, graders, and what an allocator loses.
+P counts the decoder's weights without embeddings. Not counted: the probe, credit, codes, graders, and what an allocator
+loses.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from atesd.config import RunConfig
 from atesd.losses.tiles import WIDENED
@@ -131,6 +133,8 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
         "sampling": _sampling(config, shape, lengths.prompt, sequences, config.rollout.max_new_tokens),
         "update": _update(config, shape, model, device, rows, student, teacher if views else 0, views),
     }
+    if config.routing.source == "reference":
+        del phases["sampling"]
     completion = config.eval.max_new_tokens or config.rollout.max_new_tokens
     evaluated = config.eval.k * (config.eval.problems or getattr(config.task, "eval_size", None) or 10**6)
     phases["evaluation"] = _sampling(config, shape, lengths.prompt, evaluated, completion)
@@ -188,8 +192,8 @@ class _Shape:
         self.optimizer_bytes = 8.0 * self.trained + 4.0 * masters
         self.element = cast("Tensor", head.weight).element_size()
         self.trains_head = bool(cast("Tensor", head.weight).requires_grad)
-        linear = [each for each in decoder(model).modules() if isinstance(each, nn.Linear)]
-        self.width = max(max(each.in_features, each.out_features) for each in linear) if linear else self.hidden
+        linear = [each for each in decoder(model).modules() if isinstance(each, nn.Linear | Conv1D)]
+        self.width = max((max(each.weight.shape) for each in linear), default=self.hidden)
         self.body = sum(each.weight.numel() for each in linear)
         self.weights = float(sum(weight.nbytes for weight in weights.values()))
         if config.model.quantization is not None:
@@ -363,7 +367,23 @@ def _seconds(
     weights = 2.0 * shape.trained * sequences * student
     update = (2 * own + again + weights) / rate
     teachers = views * forward(sequences * teacher, teacher, scored) / rate
-    return {"sampling": sample, "teacher": teachers, "update": update}
+    beforehand = _beforehand(config, own / rate, teachers)
+    phases = {"sampling": sample, "teacher": teachers, "scores beforehand": beforehand, "update": update}
+    if config.routing.source == "reference":
+        del phases["sampling"]
+    return phases
+
+
+def _beforehand(config: RunConfig, student_s: float, teachers_s: float) -> float:
+    """Return the seconds of passes before those with gradient, from those of the student's and the teachers' passes.
+
+    A selection over the batch scores everything; of several updates the first weights' log-probabilities are kept where
+    a loss reads them; and a KL term reads those of step 0.
+    """
+    chosen = student_s + teachers_s if config.selection.needs_batch and config.routing.distils else 0.0
+    old = student_s if config.step.updates_per_batch > 1 and config.reads_old else 0.0
+    reference = student_s if config.routing.reinforces and config.rl.kl_coef > 0 else 0.0
+    return chosen + old + reference
 
 
 @dataclass(frozen=True, slots=True)

@@ -363,7 +363,7 @@ def losses_of(config: RunConfig) -> Losses:
         shared=config.routing.shared,
         longest=config.rollout.max_new_tokens,
         aggregate=config.loss.aggregate,
-        importance=config.routing.reinforces or config.loss.divergence.kind == "sampled",
+        importance=config.reads_old,
         corrects=None if config.rollout.engine.samples_in_place else sampled_clip,
     )
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from atesd.cli.compare import finish, leaders_line, make_plan, paired_table
+from atesd.cli.compare import finish, leaders_line, make_plan, paired_table, run_compare
 from atesd.recipe import load_config, with_overrides
 from atesd.types import UserError
 
@@ -73,6 +73,23 @@ def test_an_arm_that_sets_what_all_share_is_refused(override: str, says: str, tm
     assert list(make_plan(recipe, [], ["same"], range(1)).arms) == ["same"]
     with pytest.raises(UserError, match=says):
         make_plan(recipe, [], ["odd"], range(1))
+
+
+def test_seeds_begin_where_they_are_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[range, Path, int]] = []
+    monkeypatch.setattr(
+        "atesd.cli.compare.run_plan", lambda plan, folder, jobs, nursery: seen.append((plan.seeds, folder, jobs))
+    )
+    run_compare(PICO, [], arms=["full"], seeds=3, first_seed=5, jobs=2, out=tmp_path / "here")
+    assert seen == [(range(5, 8), tmp_path / "here", 2)]
+
+
+def test_a_comparison_goes_on_with_its_seconds(tmp_path: Path) -> None:
+    plan = make_plan(PICO, [], ["full"], range(1))
+    header = plan.write(tmp_path)
+    assert header["seconds"] == 0.0
+    (tmp_path / "compare.json").write_text(json.dumps(header | {"seconds": 7.5}))
+    assert make_plan(PICO, [], ["half"], range(2)).write(tmp_path)["seconds"] == 7.5
 
 
 def test_pairs_are_read_by_their_intervals() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+from transformers import GPT2Config, Qwen3Config
 
 from atesd.config import RunConfig
 from atesd.recipe import build_config, load_config, with_overrides
@@ -104,6 +104,42 @@ def test_cache_and_logits_of_sampling_by_hand(tmp_path: Path, monkeypatch: pytes
     assert make_plan(wide, ROOM, Lengths(10, 20)).phases["sampling"]["logits"] == 12 * 1000 * 20
     evaluated = make_plan(with_overrides(config, ["eval.problems=1", "eval.k=3"]), ROOM, Lengths(10, 20))
     assert evaluated.phases["evaluation"]["logits"] == 3 * 1000 * 20
+
+
+def test_references_are_not_sampled(tmp_path: Path) -> None:
+    config = recipe(write_config(tmp_path), routing={"kind": "sft"})
+    plan = make_plan(config, ROOM, Lengths(10, 20))
+    assert (list(plan.phases), "sampling" in plan.seconds) == (["update", "evaluation"], False)
+    assert "sampling" in make_plan(recipe(tmp_path), ROOM, Lengths(10, 20)).phases
+
+
+def test_passes_beforehand_cost_what_the_students_and_the_teachers_do(tmp_path: Path) -> None:
+    """TIP chooses over the batch by both; several updates keep the old log-probabilities, a KL term those of step 0."""
+    write_config(tmp_path)
+    few = {"step": {"problems": 4}, "rollout": {"max_new_tokens": 30, "group_size": 2}}
+
+    def beforehand(**sections: Any) -> tuple[float, float]:
+        config = recipe(tmp_path, **few | sections)
+        plan = make_plan(config, ROOM, Lengths(10, 20))
+        student = (plan.seconds["update"] - 2 * 9796 * 8 * 39 / (1e12 * 0.5)) / 2  # a third of forward and backward
+        return plan.seconds["scores beforehand"] / student, plan.seconds["teacher"] / student
+
+    assert beforehand()[0] == 0
+    score, teacher = beforehand(selection={"kind": "tip"})
+    assert score == pytest.approx(1 + teacher)
+    several = {"step": {"problems": 4, "updates_per_batch": 2}}
+    assert beforehand(**several)[0] == 0, "a divergence reads no old log-probabilities"
+    assert beforehand(**several, loss={"divergence": {"kind": "sampled"}})[0] == pytest.approx(1)
+    assert beforehand(**several, routing={"kind": "rl"}, rl={"kl_coef": 0.1})[0] == pytest.approx(2)
+
+
+def test_gpt2s_layers_count_as_products(tmp_path: Path) -> None:
+    """q, k and v 8 x 24, o 8 x 8, up 8 x 32, down 32 x 8; a forward pass over n positions takes 2 n times as many."""
+    GPT2Config(vocab_size=1000, n_embd=8, n_layer=3, n_head=4, n_positions=64).save_pretrained(tmp_path)
+    config = recipe(tmp_path, step={"problems": 4}, rollout={"max_new_tokens": 30})
+    body = 3 * (8 * 24 + 8 * 8 + 2 * 8 * 32)
+    forward = 4 * 59 * (2 * body + 2 * 59 * 3 * 4 * 2) + 4 * 30 * 2 * 1000 * 8
+    assert make_plan(config, ROOM, Lengths(10, 20)).seconds["teacher"] == pytest.approx(forward / (1e12 * 0.5))
 
 
 def test_seconds_of_an_update_by_hand(tmp_path: Path) -> None:
