@@ -2,7 +2,7 @@
 
     RUN/config.json             the resolved recipe
     RUN/about.json              what the run is, in words: format, exposure, controls, distils, reinforces
-    RUN/env.json                versions, device, commit, what samples
+    RUN/env.json                versions, platform, commit, what samples
     RUN/metrics.jsonl           one object a step: {"step": n, KEY: number, ...}
     RUN/groups.jsonl            one object a group and step: problem, route, exposure, lambda, rewards
     RUN/rollouts/step_*.jsonl   sampled completions with the hint that the teacher saw and per-token streams

@@ -35,8 +35,8 @@ class ModelConfig(Config):
     """Branch, tag or commit of a hub id; its main branch where unset."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision of the loaded weights; adapters are kept in float32 whatever this says, and take part in products in
-    this precision. Where all weights train in bfloat16,
-    the optimizer moves copies of them in float32: faster, with smaller activations, and as much memory for weights.
+    this precision. Where all weights train in bfloat16, the optimizer moves copies of them in float32: faster, with
+    smaller activations, and as much memory for weights.
     `auto`: bfloat16 where it computes at least 1.3 times as fast, else float32; config.json says which, and a resumed
     run keeps it."""
     lora: LoraConfig | None = None
@@ -105,7 +105,7 @@ class OptimConfig(Config):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay: an update takes lr times this share from every weight, which must be below 1."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; `linear` and `cosine` end at 0 with the last update."""
+    """Shape after the warm-up; `linear` and `cosine` would reach 0 with the update behind the last one."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the rate rises linearly from 0."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.1

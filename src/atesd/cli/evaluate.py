@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from atesd.cli.places import check_out
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
 from atesd.runlog import RunDir, write_atomic
 from atesd.seals import MANIFEST, folder_flaw
+from atesd.tasks.base import content_of
 from atesd.tasks.benchmarks import BENCHMARKS
 from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
@@ -63,10 +65,11 @@ def run_eval(
     source = str(recipe or f"{run}/config.json")
     with announced_methods(console) if run_code else refused_methods(source):
         config = load_config(recipe) if recipe is not None else recipe_of(model, run, is_benchmark)
+    own = config
+    if task is not None and not is_benchmark:
+        config = with_task(config, task)
     settings = [*([f"eval.k={k}"] if k else []), *([f"eval.problems={problems}"] if problems else [])]
-    settings = [*overrides, *settings]
-    if task is not None:
-        settings = [*(settings_of(task, data) if is_benchmark else [task_override(task)]), *settings]
+    settings = [*(settings_of(str(task), data) if is_benchmark else []), *overrides, *settings]
     config = with_overrides(config, settings)
     refuse_points(config.task)
     if run_code:
@@ -76,6 +79,8 @@ def run_eval(
     if results is None and is_benchmark:
         name = model if run is None else f"{run.name}-{which or 'final'}"
         results = default_folder(name, str(task))
+    if run is not None and task is not None:
+        warn_of_trained(own, config)
     result = _evaluated(config, folder, console, results, overrides if is_benchmark else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +152,32 @@ def recipe_of(model: str, run: Path | None, is_benchmark: bool = False) -> RunCo
     raise UserError(f"{model} is not a run directory: name the recipe with its prompts and task by --recipe")
 
 
-def task_override(task: str) -> str:
-    """Turn what `atesd check` takes into an override of the task section."""
+def with_task(config: RunConfig, task: str) -> RunConfig:
+    """Return the recipe with what `atesd check` takes as its task; of a file or data set every problem is evaluated."""
     from atesd.cli.check import section_of
+    from atesd.recipe import with_overrides
 
-    return f"task={{{', '.join(f'{key}={json.dumps(value)}' for key, value in section_of(task).items())}}}"
+    section = section_of(task)
+    if section["kind"] in ("jsonl", "dataset"):
+        section |= {"probe_size": 0, "eval_size": "all"}
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"problems": None})})
+    return with_overrides(
+        config, [f"task={{{', '.join(f'{key}={json.dumps(value)}' for key, value in section.items())}}}"]
+    )
+
+
+def warn_of_trained(own: RunConfig, config: RunConfig) -> None:
+    """Say how many of the problems to be evaluated the run was trained on, where its own task can still be read."""
+    if not own.task.is_text:
+        return
+    try:
+        trained = {content_of(problem) for problem in own.task.build(own.facts()).train()}
+    except UserError:
+        return
+    problems = config.task.build(config.facts()).evaluation()[: config.eval.problems]
+    known = sum(content_of(problem) in trained for problem in problems)
+    if known:
+        warnings.warn(
+            f"{known} of the {len(problems)} problems to be evaluated are among those that the run was trained on",
+            stacklevel=2,
+        )

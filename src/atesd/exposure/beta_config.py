@@ -68,7 +68,7 @@ class BetaSettings(Config):
     """How a draw meets the bounds: cut off at them, or stretched between them. The unclipped draw is scored."""
 
     hold: int = Field(default=5, ge=1)
-    """H: updates that share one decision. A step without a distilled group does not count."""
+    """H: updates that share one decision. A step without a distilled group counts where the router reads the ratio."""
     look_ahead: int = Field(default=10, ge=1)
     """L: steps over which a decision is scored, from its first update on."""
     clock: Literal["pipelined", "serial"] = "pipelined"

@@ -18,7 +18,7 @@ class HeldMethod(ExposureMethod):
     """Base of their sections."""
 
     hold: int = Field(default=5, ge=1)
-    """Updates that share one ratio; a step without a distilled group does not count."""
+    """Updates that share one ratio; a step without a distilled group counts where the router reads the exposure."""
 
 
 class BoundedMethod(HeldMethod):

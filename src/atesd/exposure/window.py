@@ -156,9 +156,9 @@ class HoldClock:
 class Decision:
     """One sampled exposure on its way to a reward.
 
-        `draw` is the policy's sample, which is scored; `ratio` is what the teacher saw. `progress` collects l at
-        start, start + stride, ...; `grounded` collects g from start + stride on. `credit` is what graded rollouts say,
-    where they are asked. `lp` and `gt` are the finished terms.
+    `draw` is the policy's sample, which is scored; `ratio` is what the teacher saw. `progress` collects l at start,
+    start + stride, ...; `grounded` collects g from start + stride on. `credit` is what graded rollouts say, where they
+    are asked. `lp` and `gt` are the finished terms.
     """
 
     start: int

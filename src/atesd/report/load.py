@@ -92,7 +92,7 @@ class Evaluation:
         return kept
 
     def at(self, level: str) -> Evaluation:
-        """The problems of one level."""
+        """The problems of one level; length, truncation and traits stay those of all."""
         kept = [index for index, name in enumerate(self.levels) if name == level]
         return replace(
             self,

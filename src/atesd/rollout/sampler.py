@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Protocol, TypeVar
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from atesd.rollout.render import Renderer
 from atesd.types import Config, Method, Turn
 
 T = TypeVar("T")
@@ -81,22 +80,6 @@ class EngineMethod(Method):
 
     def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
         """UserError where completions of the sampler that it built cannot be trained on with these settings."""
-
-
-class Engine(Protocol):
-    """What an engine's section does."""
-
-    def build(self, model: nn.Module, renderer: Renderer) -> Sampler:
-        """Return the sampler of a model's completions."""
-        ...
-
-    def path(self, model: nn.Module, length: int) -> str:
-        """Say by which way completions are sampled; "" where there is but one."""
-        ...
-
-    def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
-        """UserError where completions cannot be trained on."""
-        ...
 
 
 class Sampler(Protocol):

@@ -45,8 +45,9 @@ class RowsMethod(TaskMethod):
 
     probe_size: Annotated[int, Field(ge=0)] = 32
     """Problems split off to measure progress."""
-    eval_size: Annotated[int, Field(ge=0)] = 64
-    """Problems split off for evaluation where no other source is named for it."""
+    eval_size: Annotated[int, Field(ge=0)] | Literal["all"] = 64
+    """Problems split off for evaluation where no other source is named for it. `all`: none is left to train on, as
+    `atesd eval --task FILE` has it."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Fixes the split; it does not follow the run's seed, so that all runs hold out the same problems."""
     columns: Columns = Columns()

@@ -152,7 +152,11 @@ class RowsTask:
         config = self.config
         problems, *others = ([problem for _, problem in rows] for rows in self._rows)
         held_out = others[0] if others else []
-        needed = config.probe_size + (0 if held_out else config.eval_size)
+        if config.eval_size == "all" and not held_out:
+            check_disjoint({"evaluation": problems})
+            return [], [], problems
+        evaluated = 0 if config.eval_size == "all" or held_out else config.eval_size
+        needed = config.probe_size + evaluated
         if len(problems) <= needed:
             raise UserError(
                 f"{self._sources[0].name} has {len(problems)} problems, of which {needed} would be held out: "
@@ -162,7 +166,7 @@ class RowsTask:
         shuffled = [problems[index] for index in order]
         probe, rest = shuffled[: config.probe_size], shuffled[config.probe_size :]
         if not held_out:
-            held_out, rest = rest[: config.eval_size], rest[config.eval_size :]
+            held_out, rest = rest[:evaluated], rest[evaluated:]
         check_disjoint({"train": rest, "probe": probe, "evaluation": held_out})
         return rest, probe, held_out
 

@@ -136,7 +136,8 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
     if config.routing.source == "reference":
         del phases["sampling"]
     completion = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    evaluated = config.eval.k * (config.eval.problems or getattr(config.task, "eval_size", None) or 10**6)
+    size = getattr(config.task, "eval_size", None)
+    evaluated = config.eval.k * (config.eval.problems or (size if isinstance(size, int) and size else 10**6))
     phases["evaluation"] = _sampling(config, shape, lengths.prompt, evaluated, completion)
     seconds = _seconds(config, shape, device, student, teacher, sequences, views)
     return Plan(always, phases, seconds, shape.parameters, shape.trained, rows)

@@ -36,7 +36,7 @@ class RowStats:
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """How the distilled tokens of a micro-batch listen, each [N]: 0/1 selection and gate."""
+    """How the distilled tokens of a micro-batch listen, each [N]: selection, 0 where not chosen, and gate."""
 
     stats: TokenStats
     selection_N: Tensor

@@ -3,9 +3,9 @@
 N scored tokens of a micro-batch, L input positions, H hidden size.
 
 The step knows no method. It turns rows into per-token streams, multiplies them by selection, gate and problem weight,
-and divides by counts of the whole update, so cutting the batch into micro-batches changes nothing but memory. A
-selection that needs statistics of the whole update gets them from a score pass without gradient; otherwise there is one
-pass.
+and divides by counts of the whole update, so cutting the batch into micro-batches changes nothing but memory. There is
+one pass of the student, and before it, without gradient, one more for each of these: a selection over the whole update,
+log-probabilities of the weights that several updates begin with, and those of step 0 for a KL term.
 
     loss = sum over components of coef * sum(weight * value) / count        components: distil, rl, nll
 
