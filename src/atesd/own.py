@@ -14,6 +14,7 @@ The code runs with the user's rights. Whoever reads a recipe that others may hav
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from atesd.types import Method, UserError, one_line, shown
 PATTERN = r"^.+:[A-Za-z_]\w*$"
 """A `kind` that is an import path."""
 
+_OWN = "atesd_own_"
 _asked: ContextVar[Callable[[str], object] | None] = ContextVar("_asked", default=None)
 _named: dict[str, type[Method]] = {}  # by place
 _places: dict[type, str] = {}  # by class, as found and as named
@@ -130,6 +132,23 @@ def named_class(place: object) -> type[Method] | None:
     return _named.get(place) if isinstance(place, str) else None
 
 
+def file_of(place: str) -> Path | None:
+    """Return the file of the code at `package.module:name` or `path/to/file.py:name`; None where there is none."""
+    source = place.rpartition(":")[0]
+    if source.endswith(".py"):
+        return Path(source)
+    try:
+        spec = util.find_spec(source) if source else None
+    except (ImportError, ValueError):
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def without_folder(kind: str) -> str:
+    """Return the name of a class without what tells two files of one name in different folders apart."""
+    return re.sub(rf"^{_OWN}(\w+)_[0-9a-f]{{8}}\.", r"\1.", kind)
+
+
 def load_method(place: str, base: type[Method]) -> type[Method]:
     """Return the class at `package.module:Class` or `path/to/file.py:Class`, with its place as its `kind`.
 
@@ -197,7 +216,7 @@ def _module(place: str, source: str) -> ModuleType:
 def _from_file(path: Path) -> ModuleType:
     """Import a file, once."""
     whole = str(path.absolute())
-    name = f"atesd_own_{path.stem}_{sha256(whole.encode()).hexdigest()[:8]}"
+    name = f"{_OWN}{path.stem}_{sha256(whole.encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = util.spec_from_file_location(name, whole)

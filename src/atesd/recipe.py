@@ -1,6 +1,6 @@
 """Read a recipe: one TOML file plus dotted overrides, validated into a `RunConfig`.
 
-    atesd train recipes/pico.toml exposure.ratio=0.5 'exposure={kind="beta"}' loss.clip=token model.lora=
+    atesd train recipes/pico.toml step.num_steps=50 'exposure={kind="beta"}' loss.clip=token model.lora=
 
 An override's value is TOML (a bare word counts as a string); an empty value removes the key. A table replaces the
 whole section; changing only `kind` over keys of another kind fails and says so.
@@ -68,11 +68,9 @@ def build_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfi
         raise UserError(one_line(f"{source}: " + "; ".join(_explain(error)))) from error
 
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Return the config with overrides applied."""
-    return build_config(
-        apply_overrides(config.model_dump(mode="json", exclude_unset=True), overrides), source="override"
-    )
+def with_overrides(config: RunConfig, overrides: Sequence[str], *, source: str = "override") -> RunConfig:
+    """Return the config with overrides applied; `source` says in errors where they stand."""
+    return build_config(apply_overrides(config.model_dump(mode="json", exclude_unset=True), overrides), source=source)
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str], *, source: str = "the recipe") -> dict[str, Any]:
@@ -149,10 +147,24 @@ def _explain_kind(where: str, location: Sequence[str | int], kind: str | None) -
 
 def _suggest(location: Sequence[str | int]) -> str:
     known = [name for model in _models_at(location[:-1]) for name in model.model_fields]
+    elsewhere = _of_other_kinds(location)
     near = difflib.get_close_matches(str(location[-1])[:_LONGEST_WORD], known, n=1, cutoff=0.5)
-    if near:
+    if near and not elsewhere:
         return f": did you mean {near[0]!r}?"
-    return f": known here are {', '.join(sorted(known))}" if known else ""
+    return f": known here are {', '.join(sorted(known))}{elsewhere}" if known else ""
+
+
+def _of_other_kinds(location: Sequence[str | int]) -> str:
+    """Say which other kinds of a section know a key, and how to take one; nothing where none does."""
+    if len(location) < 3:
+        return ""
+    *section, kind, key = location
+    models = [model for model in _models_at(section) if key in model.model_fields]
+    others = [other for model in models for other in _kinds(model)]
+    if not others or kind in others:
+        return ""
+    where, named = ".".join(map(str, section)), ", ".join(map(repr, others[:3])) + ", ..." * (len(others) > 3)
+    return f'; {key!r} belongs to the kind {named}: replace the section, {where}={{kind="{others[0]}", {key}=...}}'
 
 
 def _models_at(location: Sequence[str | int]) -> list[type[BaseModel]]:

@@ -105,13 +105,16 @@ def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
     ("loss.clipp=token", "unknown key 'loss.clipp': did you mean 'clip'?"),
     # Inside a union the keys of the chosen kind alone are known: `hold` is one of `random`, `ratio` of `fixed`.
     ("exposure.ratoi=1", "unknown key 'exposure.fixed.ratoi': did you mean 'ratio'?"),
-    ("exposure.hold=1", "unknown key 'exposure.fixed.hold': known here are kind, ratio"),
+    ("exposure.hold=1", "unknown key 'exposure.fixed.hold': known here are kind, ratio; 'hold' belongs to the kind "),
+    ('exposure={kind="influence", ratio=1}', "unknown key 'exposure.influence.ratio': known here are by, decay, grid, "
+     "hold, kind, play, reference, start, temperature; 'ratio' belongs to the kind 'fixed': replace the section, "
+     'exposure={kind="fixed", ratio=...}'),
     ('exposure={kind="steps", values=[1], boundary=[]}', "unknown key 'exposure.steps.boundary': did you mean"),
     ("loss.divergence={kind='jsd', betta=0.5}", "unknown key 'loss.divergence.jsd.betta': did you mean 'beta'?"),
     # A section that may leave its kind out has that kind's keys.
     ("reveal.untit=line", "unknown key 'reveal.segments.untit': did you mean 'unit'?"),
     ('reveal={kind="overlap", order="suffix"}', "unknown key 'reveal.overlap.order': known here are extra, "
-     "hidden_marker, kind, n, unit"),
+     "hidden_marker, kind, n, unit; 'order' belongs to the kind 'segments'"),
     ('reveal={n=5}', "unknown key 'reveal.segments.n': known here are hidden_marker, kind, order, unit"),
     # A kind that is not the first of its section's two.
     ('curriculum={kind="forward_ppl", rescor="once"}', "unknown key 'curriculum.forward_ppl.rescor': did you mean "

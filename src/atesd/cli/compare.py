@@ -70,7 +70,7 @@ def run_plan(plan: Plan, folder: Path, jobs: int, nursery: Nursery | None) -> No
     from atesd.train.model import has_accelerator
 
     on_accelerator = has_accelerator()
-    console = make_console()
+    console = make_console(lasting=True)
     with locked(folder) as lock:
         header = plan.write(folder)
         chosen = decide_once(plan, header, console)
@@ -196,7 +196,7 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
     num_steps: dict[str, int] = {}
     threads: dict[str, int] = {}
     automatic: dict[str, RunConfig] = {}
-    for arm in (name.strip() for name in arms or tuple(config.arms) or DEFAULT_ARMS):
+    for arm in filter(None, (name.strip() for name in arms or tuple(config.arms) or DEFAULT_ARMS)):
         if arm not in known:
             near = difflib.get_close_matches(arm[:100], known, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
@@ -204,7 +204,7 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
         if not re.fullmatch(r"\w[\w.+-]*", arm):
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
         chosen[arm] = known[arm]
-        armed = with_overrides(config, known[arm])
+        armed = with_overrides(config, known[arm], source=f"{recipe}: arm {arm!r}")
         refuse_own(arm, armed, config)
         num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
         if armed.model.dtype == "auto" and armed.model.lora is not None:

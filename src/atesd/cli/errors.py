@@ -16,6 +16,8 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISPLACED = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # Libraries written in Rust (safetensors, tokenizers) raise their own errors around the system's.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# shutil copies folders on behind an error, and raises the texts of all.
+_SEVERAL = re.compile(r"\[Errno (\d+)\]")
 
 
 def user_line(error: Exception) -> str | None:
@@ -67,7 +69,7 @@ def _usage(error: Exception) -> str:
 
 
 def _system_error(error: Exception) -> int:
-    if isinstance(error, OSError):
-        return error.errno or 0
-    found = _RUST_ERROR.search(str(error))
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _RUST_ERROR.search(str(error)) or _SEVERAL.search(str(error))
     return int(found[1]) if found else 0

@@ -48,7 +48,7 @@ Recipe = Annotated[
     Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names, callback=_seen)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `exposure.ratio=0.5`.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `step.num_steps=50`.")
 ]
 
 

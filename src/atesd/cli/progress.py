@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -31,9 +33,24 @@ _SHOWN = (
 _ORDER = ("avg@", "maj@", "pass@", "level/", "trait/")
 
 
-def make_console(*, quiet: bool = False) -> Console:
-    """Return a console that prints text as it is: no markup, no highlighting, no wrapping of sentences."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
+class LastingConsole(Console):
+    """A console that falls silent where nobody reads it any more, instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so once, and print nothing more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else what is left is flushed at the end
+        with suppress(OSError):
+            print("warning: nobody reads the output any more; what was begun goes on", file=sys.stderr)
+
+
+def make_console(*, quiet: bool = False, lasting: bool = False) -> Console:
+    """Return a console that prints text as it is: no markup, no highlighting, no wrapping of sentences.
+
+    `lasting`: what prints is worth more than its output, and goes on without a reader.
+    """
+    kind = LastingConsole if lasting else Console
+    return kind(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
 
 
 def clock(seconds: float) -> str:

@@ -40,7 +40,7 @@ def _run_train(
     from atesd.train.loop import Interrupted
     from atesd.trainers import resume_run, start_run
 
-    console = make_console(quiet=not is_main)
+    console = make_console(quiet=not is_main, lasting=True)
     if resume is not None:
         overrides = [*([] if recipe is None else [str(recipe)]), *overrides]
         if out is not None or (recipe is not None and "=" not in str(recipe)):

@@ -62,11 +62,16 @@ def evaluate(
     task: str, problems: Sequence[Problem], driver: Driver, sampling: SamplingConfig, *, seed: int, traits: Traits
 ) -> Evaluation:
     """Evaluate on problems, all samples in one request; `sampling.group_size` is k. UserError without problems."""
+    refuse_none(task, problems)
+    return summarise(task, sample(problems, driver, sampling, seed=seed, traits=traits))
+
+
+def refuse_none(task: str, problems: Sequence[Problem]) -> None:
+    """UserError where a task has nothing to evaluate on."""
     if not problems:
         raise UserError(
             f"task {task!r} has no evaluation problem: raise task.eval_size, or name a file with task.eval_path"
         )
-    return summarise(task, sample(problems, driver, sampling, seed=seed, traits=traits))
 
 
 def sample(

@@ -22,7 +22,14 @@ from atesd.seeds import derive_seed
 from atesd.train.checkpoint import restore_interrupted, save_model
 from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings
-from atesd.train.resume import newest_whole, open_for_resume, refuse_other_parts, resumed_config
+from atesd.train.resume import (
+    digests_of_code,
+    newest_whole,
+    open_for_resume,
+    refuse_other_parts,
+    resumed_config,
+    warn_of_code,
+)
 from atesd.train.rows import proposed
 from atesd.train.share import refuse_several
 from atesd.train.track import refuse_missing
@@ -65,7 +72,8 @@ class FlowTrainer(Trainer):
             say(f"warm start: {config.flow.warm_steps} steps of flow matching")
         parts = assemble(config)
         sampling = f"Euler-Maruyama, {config.flow.steps} steps, eta {config.flow.eta:g}"
-        run = RunDir.create(out, config.model_dump(mode="json"), config.about(), {"sampling": sampling})
+        env = {"sampling": sampling, "code": digests_of_code(config)}
+        run = RunDir.create(out, config.model_dump(mode="json"), config.about(), env)
         return cls(config, run, parts, listener)  # type: ignore[arg-type]
 
     @classmethod
@@ -84,7 +92,8 @@ class FlowTrainer(Trainer):
         for name in ("best", "final"):
             restore_interrupted(out / name)
         found = newest_whole(run)
-        config = resumed_config(run, found[1]["config"] if found else None, overrides)
+        resumed = resumed_config(run, found[1]["config"] if found else None, overrides)
+        config = resumed.config
         if before is not None:
             before(config)
         refuse_missing(config.track)
@@ -96,6 +105,8 @@ class FlowTrainer(Trainer):
             trainer._restore(*found)
         else:
             refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
+        warn_of_code(run, config)
+        resumed.keep(run)
         return trainer
 
     def _begin(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -16,6 +16,9 @@ _CITES_HINT = re.compile(
     r"|according to the (solution|hint)|\bthe hint\b",
     re.IGNORECASE,
 )
+
+
+_MOST_PAIRS = 10
 
 
 class Task(Protocol):
@@ -67,18 +70,24 @@ def content_of(problem: Problem) -> str:
     return " ".join(problem.problem.split())
 
 
-def check_disjoint(sets: Mapping[str, Sequence[Problem]]) -> None:
-    """UserError if a problem's text, white space aside, stands in two of the sets, or twice in one."""
-    seen: dict[str, tuple[str, str]] = {}
+def check_disjoint(
+    sets: Mapping[str, Sequence[Problem]], called: Callable[[Problem], str] = lambda problem: repr(problem.id)
+) -> None:
+    """UserError if a problem's text, white space aside, stands in two of the sets, or twice in one.
+
+    It names at most ten such pairs, one a line, each problem as it is `called`.
+    """
+    seen: dict[str, tuple[str, Problem]] = {}
+    found: list[str] = []
     for name, problems in sets.items():
         for problem in problems:
-            content = content_of(problem)
-            if content in seen:
-                other, identity = seen[content]
-                raise UserError(
-                    f"problem {problem.id!r} ({name}) has the same text as {identity!r} ({other}): remove one of them"
-                )
-            seen[content] = (name, problem.id)
+            other, same = seen.setdefault(content_of(problem), (name, problem))
+            if same is not problem:
+                what = f"problem {called(problem)} ({name}) has the same text as {called(same)} ({other})"
+                found.append(f"{what}: remove one of them")
+    if found:
+        more = [f"and {len(found) - _MOST_PAIRS} more"] * (len(found) > _MOST_PAIRS)
+        raise UserError("\n".join([*found[:_MOST_PAIRS], *more]))
 
 
 @dataclass(slots=True)

@@ -213,7 +213,9 @@ def _text(row: Mapping[str, Any], name: str, *, word: str, default: str | None =
         # A column with gaps makes floats of whole numbers in Parquet and pandas; larger ones are not exact as floats.
         return f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
     if not isinstance(value, str):
-        raise UserError(f"{word} {name!r} is a {type(value).__name__}, expected text: quote it")
+        is_chat = isinstance(value, list) and any(isinstance(each, Mapping) and "role" in each for each in value)
+        remedy = "write its texts as columns, or a whole chat as task.columns.messages" if is_chat else "quote it"
+        raise UserError(f"{word} {name!r} is a {'chat' if is_chat else type(value).__name__}, expected text: {remedy}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(f"{word} {name!r} holds half of a surrogate pair: write the whole character")
     if default is None and not value.strip():

@@ -147,13 +147,17 @@ class RowsTask:
         found = zip(self._sources, self._rows, strict=True)
         return {problem: f"{place}: {source.word}" for source, rows in found for place, problem in rows}
 
+    def _called(self, problem: Problem) -> str:
+        """Return where a problem stands; of two equal ones each has its own place."""
+        return next(place for rows in self._rows for place, each in rows if each is problem)
+
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
         config = self.config
         problems, *others = ([problem for _, problem in rows] for rows in self._rows)
         held_out = others[0] if others else []
         if config.eval_size == "all" and not held_out:
-            check_disjoint({"evaluation": problems})
+            check_disjoint({"evaluation": problems}, self._called)
             return [], [], problems
         evaluated = 0 if config.eval_size == "all" or held_out else config.eval_size
         needed = config.probe_size + evaluated
@@ -167,7 +171,7 @@ class RowsTask:
         probe, rest = shuffled[: config.probe_size], shuffled[config.probe_size :]
         if not held_out:
             held_out, rest = rest[:evaluated], rest[evaluated:]
-        check_disjoint({"train": rest, "probe": probe, "evaluation": held_out})
+        check_disjoint({"train": rest, "probe": probe, "evaluation": held_out}, self._called)
         return rest, probe, held_out
 
 

@@ -22,6 +22,8 @@ _OTHERS = {
     b"PAR1": 'a Parquet file: name it .parquet and set task.kind = "dataset"',
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
 
 

@@ -169,12 +169,16 @@ def _loaded(table: Table, load: Callable[[], Any]) -> Any:
         raise _unreadable(table.name, error) from error
 
 
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
+"""How `datasets` speaks of a CSV and of a Parquet file without rows."""
+
+
 def _unreadable(name: str, error: BaseException) -> UserError:
     """Say in one line what a library found, with the remedy for what is common."""
     innermost = error
     while type(innermost).__name__ == "DatasetGenerationError" and innermost.__cause__ is not None:
         innermost = innermost.__cause__
-    if "corresponds to no data" in str(innermost):  # how `datasets` speaks of a file without rows
+    if any(sign in str(innermost) for sign in _NO_ROWS):
         return UserError(f"{name} holds no row: name one with rows")
     said = one_line(str(innermost).strip().split("\n")[0]).rstrip(". ") or type(innermost).__name__
     remedies = {

@@ -6,12 +6,25 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from atesd.config import RunConfig
+from atesd.evaluate.runner import refuse_none
 from atesd.exposure.prompt import donors, evaluation_messages
 from atesd.rollout.render import Renderer
 from atesd.tasks.base import Task
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.types import Problem, UserError
+
+
+def sets_of(config: RunConfig, task: Task) -> dict[str, list[Problem]]:
+    """Return a task's training, probe and evaluation problems. UserError where a set is empty that the run asks for."""
+    sets = {"train": task.train(), "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
+    refuse_none(task.name, sets["evaluation"])
+    if config.routing.asks_teacher and not sets["probe"]:
+        raise UserError(
+            "routing.teacher_share compares successes on probe problems, of which the task has none: give it some "
+            "(probe_size), or remove routing.teacher_share"
+        )
+    return sets
 
 
 def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapping[str, Sequence[Problem]]) -> None:

@@ -104,7 +104,7 @@ def _of_component(name: str, batch: MicroScores, scales: Scales) -> str | None:
     if not _finite(part.values_N):
         return _of_policy(batch) if name == "rl" else _of_divergence(name, batch, scales)
     if batch.heard is not None and not _finite(batch.heard.gate_N):
-        return "the gate's weights are not finite: lower gate.beta"
+        return "the gate's weights are not finite: lower gate.beta, or mend a gate of your own"
     largest = float(part.values_N.abs().max()) if part.values_N.numel() else 0.0
     if not _finite(part.weights_N) or not math.isfinite(batch.losses[name]):
         return f"the loss component {name} overflows (its largest value is {largest:.3g}): {scales.remedy(name)}"

@@ -224,6 +224,6 @@ def refuse_overlong(overlong: Sequence[str], context: int | None) -> None:
         named = ", ".join(overlong[:5]) + (", ..." if len(overlong) > 5 else "")
         raise UserError(
             f"{len(overlong)} problems ({named}) do not fit the model's context of {context} tokens with the whole "
-            "solution and a full completion: shorten rollout.max_new_tokens, or leave them out with "
-            'step.overlong = "drop"'
+            "solution and a full completion: shorten rollout.max_new_tokens where completions are too long, or leave "
+            'them out with step.overlong = "drop"'
         )

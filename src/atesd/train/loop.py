@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -36,10 +36,12 @@ from atesd.train.model import decide_dtype, resolve
 from atesd.train.record import batch_metrics, grader_metrics, group_rows, pass_rates, rollout_rows, timings
 from atesd.train.resume import (
     as_it_began,
+    digests_of_code,
     newest_whole,
     open_for_resume,
     refuse_other_parts,
     resumed_config,
+    warn_of_code,
     warn_of_processes,
 )
 from atesd.train.rows import proposed
@@ -127,7 +129,7 @@ class Trainer:
             if say is not None and config.model.compile:
                 say("decoder layers are compiled in their first passes, which may take a minute")
             world.barrier()
-            env = {"sampling": path, "processes": world.size}
+            env = {"sampling": path, "processes": world.size, "code": digests_of_code(config)}
             commit = commit_of(resolve(config.model.path), config.model.revision)
             env |= {} if commit is None else {"model_commit": commit}
             run = directory.create(out, config.model_dump(mode="json"), config.about(), env)
@@ -158,7 +160,8 @@ class Trainer:
                 for name in ("best", "final"):
                     restore_interrupted(out / name)
                 found = newest_whole(run)
-                config = resumed_config(run, found[1]["config"] if found else None, overrides)
+                resumed = resumed_config(run, found[1]["config"] if found else None, overrides)
+            config = resumed.config
             if decide_shard(config) != config:
                 raise UserError(
                     f"accelerate was launched with --use_fsdp, but {out} was begun without sharded weights "
@@ -177,10 +180,12 @@ class Trainer:
                 trainer._restore(*found)
             else:
                 refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
+            warn_of_code(run, config)
+            resumed.keep(run)
             return trainer
 
     def train(self) -> dict[str, Any]:
-        """Run to the end and return what `result.json` holds. Interrupted after SIGINT or SIGTERM, state saved."""
+        """Run to the end and return what `result.json` holds. Interrupted after a signal to stop, state saved."""
         try:
             done = self.run.result()
             if done is not None and self.step >= self.config.step.num_steps:
@@ -420,7 +425,10 @@ class Trainer:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM end the run after the current step; a second one ends it at once."""
+        """Let the first SIGINT, SIGTERM or SIGHUP end the run after the current step; a second one ends it at once.
+
+        SIGHUP is left alone where it is ignored, as under nohup.
+        """
 
         def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             if self._stop_asked:
@@ -430,14 +438,17 @@ class Trainer:
             self._stop_asked = True
             asked.append(perf_counter())
             if self.world.is_main:
-                print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
+                with suppress(OSError):  # a terminal that has hung up
+                    print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
 
         asked: list[float] = []
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:

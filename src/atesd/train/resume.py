@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atesd.config import RunConfig
+from atesd.own import file_of, places_in, without_folder
 from atesd.recipe import apply_overrides, build_config
+from atesd.rewards.kinds import PythonConfig
 from atesd.runlog import FORMAT, RunDir
-from atesd.seals import folder_flaw
+from atesd.seals import folder_flaw, seal
+from atesd.sections import SaveConfig
 from atesd.train.checkpoint import find_checkpoints, load_state
 from atesd.types import UserError
 
@@ -40,7 +43,7 @@ def newest_whole(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint that is whole, with its state; None for a run that has none yet.
 
     It is whole if its files are as sealed, and the logs still begin as they did when it was written. Newer ones are
-    passed over with a warning. UserError where there are checkpoints, but none is whole.
+    passed over with a warning. UserError where there are checkpoints, but none is whole, or where they are gone.
     """
     reasons: list[str] = []
     for folder in reversed(find_checkpoints(run.checkpoints)):
@@ -57,10 +60,34 @@ def newest_whole(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
             f"no checkpoint of {run.path} can be believed ({'; '.join(reasons)}): restore the files from a copy, or "
             "start a new run"
         )
+    _refuse_gone(run)
     return None
 
 
-def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> RunConfig:
+def _refuse_gone(run: RunDir) -> None:
+    """UserError where a run without a checkpoint has logged more steps than it makes before the first one."""
+    every = run.config().get("save", {}).get("every", SaveConfig().every)
+    logged = max((row["step"] for row in run.metrics()), default=0)
+    if isinstance(every, int) and logged > every:
+        raise UserError(
+            f"{run.path} has logged {logged} steps, but none of its checkpoints is left, of which one was due every "
+            f"{every}: restore the folder checkpoints from a copy, or start a new run"
+        )
+
+
+class Resumed(NamedTuple):
+    """The recipe to go on with, and what it changes: key, what it was, what it is."""
+
+    config: RunConfig
+    changes: Sequence[tuple[str, Any, Any]]
+
+    def keep(self, run: RunDir) -> None:
+        """Let the run's own recipe be this one, once nothing more can refuse it."""
+        if self.changes:
+            run.amend(self.config.model_dump(mode="json"), self.changes)
+
+
+def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> Resumed:
     """Return the recipe to go on with; `began` is the one of the checkpoint, None where there is none.
 
     What overrides or an edited config.json change is told from the run's own: a longer run is allowed where nothing
@@ -73,7 +100,7 @@ def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequ
     is_edited = run.flaw("config.json") is not None
     if not is_edited:
         if not overrides:
-            return config
+            return Resumed(config, ())
         began = build_config(stored, source=str(path)).model_dump(mode="json")
     elif began is None:
         raise UserError(f"{path} is not the one that this run began with: start a new run with the recipe you want")
@@ -95,9 +122,7 @@ def resumed_config(run: RunDir, began: Mapping[str, Any] | None, overrides: Sequ
                 "longer bit for bit the one that it would have been",
                 stacklevel=2,
             )
-    if changes:
-        run.amend(config.model_dump(mode="json"), changes)
-    return config
+    return Resumed(config, changes)
 
 
 def as_it_began(config: RunConfig, run: RunDir) -> RunConfig:
@@ -106,6 +131,27 @@ def as_it_began(config: RunConfig, run: RunDir) -> RunConfig:
     if commit is None:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
+
+
+def digests_of_code(config: RunConfig) -> dict[str, str]:
+    """Return the digest of every file of the user's code that a recipe names, by the place that names it."""
+    rewards = config.reward if isinstance(config.reward, tuple) else (config.reward,)
+    places = [*places_in(config.model_dump(mode="json", exclude_unset=True)), config.env.code]
+    places += [reward.function for reward in rewards if isinstance(reward, PythonConfig)]
+    files = {place: file_of(place) for place in places if place}
+    return {place: seal(file)["sha256"] for place, file in files.items() if file is not None and file.is_file()}
+
+
+def warn_of_code(run: RunDir, config: RunConfig) -> None:
+    """Say which code of the user's is no longer what the run began with."""
+    now = digests_of_code(config)
+    for place, digest in run.env().get("code", {}).items():
+        if now.get(place, digest) != digest:
+            warnings.warn(
+                f"{place} is no longer the code that the run began with: what follows is of another method; put it "
+                "back, or start a new run, where that matters",
+                stacklevel=2,
+            )
 
 
 def warn_of_processes(now: int, before: int) -> None:
@@ -119,9 +165,12 @@ def warn_of_processes(now: int, before: int) -> None:
 
 
 def refuse_other_parts(run: Path, now: Mapping[str, str], saved: Mapping[str, str]) -> None:
-    """UserError where a part is of another class than the one whose state was saved: it was assigned by hand."""
+    """UserError where a part is of another class than the one whose state was saved: it was assigned by hand.
+
+    Classes from files are told by the file's name, wherever it lies: the recipe names its place.
+    """
     for name, kind in saved.items():
-        if now.get(name) != kind:
+        if without_folder(now.get(name, "")) != without_folder(kind):
             raise UserError(
                 f"{run} was trained with a {name} of its own, {kind}, where its recipe names {now.get(name)}: "
                 f"put it in place with Trainer.resume(..., prepare=lambda parts: setattr(parts, {name!r}, ...))"

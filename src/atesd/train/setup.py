@@ -29,7 +29,7 @@ from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
-from atesd.train.admit import fitting, refuse_hostile, shown_instead, warn_of_problems
+from atesd.train.admit import fitting, refuse_hostile, sets_of, shown_instead, warn_of_problems
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.batch import Row
 from atesd.train.compiled import compile_layers
@@ -156,17 +156,11 @@ def assemble(config: RunConfig) -> Parts:
     driver, renderer, task = sampling_side(config, model, tokenizer, world)
     config.rollout.engine.refuse_training(driver.sampler, config.rollout)
     driver = shared(driver, world)
-    train = task.train()
-    sets = {"train": train, "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
-    if config.routing.asks_teacher and not sets["probe"]:
-        raise UserError(
-            "routing.teacher_share compares successes on probe problems, of which the task has none: give it some "
-            "(probe_size), or remove routing.teacher_share"
-        )
+    sets = sets_of(config, task)
     refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
     revealer = config.reveal.build(facts)
-    hints = Hints(config.prompt, revealer, renderer, shown_instead(config, train, sets["probe"]))
+    hints = Hints(config.prompt, revealer, renderer, shown_instead(config, sets["train"], sets["probe"]))
     problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
     facts = replace(
         facts,
