@@ -136,6 +136,23 @@ def test_a_stop_writes_a_step_once(step: int, written: int, tmp_path: Path, monk
     assert names.count(step) == written
 
 
+def test_a_terminal_that_hangs_up_stops_a_run_with_its_state_saved(tmp_path: Path, uninterrupted: Any) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer.start(build_config(TREE), run)
+    trainer.listener = lambda row: os.kill(os.getpid(), signal.SIGHUP) if row["step"] == 5 else None
+    with pytest.raises(Interrupted, match="after step 5"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        resumed = Trainer.resume(run)
+        resumed.listener = lambda row: os.kill(os.getpid(), signal.SIGHUP)
+        resumed.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert outcome(run) == uninterrupted
+
+
 def test_a_finished_run_is_let_go(tmp_path: Path) -> None:
     run = tmp_path / "run"
     Trainer.start(build_config(TREE | {"step": {"num_steps": 1, "problems": 4}, "optim": {"lr": 1e-3}}), run).train()

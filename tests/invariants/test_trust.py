@@ -70,6 +70,82 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(cut: Path) -> N
         Trainer.resume(cut)
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(cut: Path) -> None:
+    shutil.rmtree(cut / "checkpoints")
+    (cut / "checkpoints").mkdir()
+    log = (cut / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=r"has logged 3 steps, but none of its checkpoints is left, .* due every 1: rest"
+    ):
+        Trainer.resume(cut)
+    assert (cut / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_without_a_checkpoint_of_its_first_steps_begins_anew(tmp_path: Path) -> None:
+    stopped(tmp_path / "run", TREE | {"save": {"every": 3}}, step=3)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
+    assert Trainer.resume(tmp_path / "run").step == 0, "none was due before step 3 was logged"
+
+
+OWN = """
+from typing import Any, ClassVar, Literal
+from atesd.exposure.controller import ExposureMethod
+from atesd.types import Stateless
+
+
+class Steady(ExposureMethod):
+    measured: ClassVar[bool] = False
+    reads_length: ClassVar[bool] = False
+    share: float = 0.5
+
+    def describe(self) -> str:
+        return "always the same"
+
+    def build(self, run: Any) -> Any:
+        return Kept(self.share)
+
+
+class Kept(Stateless):
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def propose(self, step: int, problem_ids: Any, pass_rates: Any = ()) -> list[float]:
+        return [self.share] * len(problem_ids)
+"""
+
+
+def test_a_run_with_code_of_ones_own_goes_on_in_another_folder_and_tells_changed_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (here / "steady.py").write_text(OWN)
+    monkeypatch.chdir(here)
+    stopped(here / "run", TREE | {"exposure": {"kind": "steady.py:Steady"}})
+    assert list(RunDir.open(here / "run").env()["code"]) == ["steady.py:Steady"]
+    shutil.copytree(here, there)
+    monkeypatch.chdir(there)
+    assert Trainer.resume(there / "run").step == 3
+    (there / "steady.py").write_text(OWN + "# changed")
+    with pytest.warns(UserWarning, match=r"steady\.py:Steady is no longer the code that the run began with"):
+        Trainer.resume(there / "run")
+
+
+def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    trainer.parts.controller = Half()
+    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with (
+        pytest.warns(UserWarning, match="goes on to step 9"),
+        pytest.raises(UserError, match="a controller of its own"),
+    ):
+        Trainer.resume(tmp_path / "run", ["step.num_steps=9"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
 def test_damaged_logs_are_told_and_logs_of_later_steps_forgotten(cut: Path, runs: Path) -> None:
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "torn')

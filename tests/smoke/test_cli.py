@@ -455,6 +455,43 @@ def test_eval_of_a_run_and_report_of_it(
     assert (out / "report.html").is_file()
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_file_is_evaluated_whole_and_what_was_trained_on_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "own.jsonl"
+    assert run(monkeypatch, "train", PICO, *SMALL, "eval.problems=1", "--out", str(out)) == 0
+    task = load_config(PICO, SMALL).task.build(load_config(PICO, SMALL).facts())
+    unseen = [{"problem": f"{number}a+1", "solution": "#### 1"} for number in range(100, 170)]
+    seen = [{"problem": each.problem, "solution": each.solution, "answer": each.answer} for each in task.train()[:3]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*unseen, *seen]))
+    capsys.readouterr()
+    assert run(monkeypatch, "eval", str(out), "--task", str(file), "--k", "1") == 0
+    said = capsys.readouterr()
+    assert "on 73 problems of jsonl" in said.out
+    assert "3 of the 73 problems to be evaluated are among those that the run was trained on" in said.err
+    file.write_text("".join(json.dumps(row) + "\n" for row in unseen))
+    assert run(monkeypatch, "eval", str(out), "--task", str(file), "--k", "1", "--problems", "2") == 0
+    said = capsys.readouterr()
+    assert "on 2 problems of jsonl" in said.out
+    assert "trained on" not in said.err
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "eval.every=1", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("completions are sampled by")
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait(timeout=300) == 0
+    assert said.count("nobody reads the output any more; what was begun goes on") == 1
+    assert "Traceback" not in said
+    assert json.loads((out / "result.json").read_text())["step"] == 2
+
+
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
     out = tmp_path / "a run"
     command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=5000", "--out", str(out)]

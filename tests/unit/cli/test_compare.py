@@ -75,6 +75,14 @@ def test_an_arm_that_sets_what_all_share_is_refused(override: str, says: str, tm
         make_plan(recipe, [], ["odd"], range(1))
 
 
+def test_an_arm_that_is_wrong_is_named_with_its_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n[arms]\nbad = ["optim.lr=11"]\nfine = []\n')
+    with pytest.raises(UserError, match=rf"{recipe}: arm 'bad': optim\.lr: "):
+        make_plan(recipe, [], ["fine", "bad"], range(1))
+    assert list(make_plan(recipe, [], ["fine", ""], range(1)).arms) == ["fine"], "a comma at the end names no arm"
+
+
 def test_seeds_begin_where_they_are_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[range, Path, int]] = []
     monkeypatch.setattr(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +74,17 @@ def test_fail_sends_no_control_characters_to_a_terminal(capsys: pytest.CaptureFi
 
 def test_a_number_that_is_not_finite_is_the_users_to_mend() -> None:
     assert user_line(NonFiniteError("lower optim.lr")) == "lower optim.lr"
+
+
+def test_a_full_disk_is_told_by_what_copies_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("x")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "weights")
+
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "model", tmp_path / "out", copy_function=full)
+    assert user_line(caught.value) == (
+        "disk full while writing the output: what was complete before is untouched; free some space"
+    )

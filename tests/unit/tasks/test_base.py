@@ -50,6 +50,12 @@ def test_sets_must_be_disjoint_by_content() -> None:
         check_disjoint({"train": [problem("a", "x  y")], "probe": [problem("b", "x y ")]})
     with pytest.raises(UserError, match="same text"):
         check_disjoint({"train": [problem("a"), problem("b")]})
+    with pytest.raises(UserError) as told:
+        check_disjoint({"train": [problem(f"t{n}", str(n)) for n in range(12)],
+                        "probe": [problem(f"p{n}", str(n)) for n in range(12)]})  # fmt: skip
+    lines = str(told.value).split("\n")
+    assert lines[0] == "problem 'p0' (probe) has the same text as 't0' (train): remove one of them"
+    assert (len(lines), lines[-1]) == (11, "and 2 more")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "an array that opens its first object": (b"[{\n" + json.dumps(GOOD)[1:].encode() + b"]", "holds one JSON array"),
     "an array in one line": (b"\xef\xbb\xbf" + json.dumps([GOOD, GOOD]).encode() + b"\n\n", "holds one JSON array"),
     "Parquet": (b"PAR1\x15\x04\n\xff\n", 'a Parquet file: name it .parquet and set task.kind = "dataset"'),
+    "UTF-16": ('{"problem": "1+1?"}\n'.encode("utf-16"), "UTF-16: save it as UTF-8"),
+    "UTF-16 of the other order": (b"\xfe\xff" + "{}".encode("utf-16-be"), "UTF-16: save it as UTF-8"),
     "gzip": (b"\x1f\x8b\x08\x00\xff", "compressed with gzip: unpack it"),
     "zip": (b"PK\x03\x04\x14", "a zip archive: unpack it"),
 }
@@ -172,8 +174,18 @@ def test_a_second_file_is_the_evaluation_set_and_may_not_repeat_training_problem
     assert apart.name == "b"
     write(tmp_path / "b.jsonl", {"problem": " 3+0? ", "solution": "#### 1"})
     mixed = config.model_copy(update={"probe_size": 1, "eval_path": str(tmp_path / "b.jsonl")}).build(RunFacts())
-    with pytest.raises(UserError, match="has the same text as"):
+    with pytest.raises(UserError) as told:
         mixed.train()
+    new, old = f"{tmp_path}/b.jsonl:1 (evaluation)", f"{tmp_path}/a.jsonl:4 (train)"
+    assert str(told.value) == f"problem {new} has the same text as {old}: remove one of them"
+
+
+def test_all_rows_may_be_evaluated_and_none_trained_on(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", *numbered(3)).model_copy(update={"eval_size": "all"})
+    task = config.build(RunFacts())
+    assert [p.problem for p in task.evaluation()] == [row["problem"] for row in numbered(3)], "in the file's order"
+    assert task.train() == task.probe() == []
+    assert JsonlConfig.model_validate({"path": "a", "eval_size": "all"}).eval_size == "all"
 
 
 def test_a_file_with_too_few_problems_says_what_to_lower(tmp_path: Path) -> None:

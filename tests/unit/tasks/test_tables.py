@@ -180,6 +180,10 @@ def test_a_truncated_an_empty_and_a_badly_encoded_parquet_file(tmp_path: Path) -
     datasets.Dataset.from_dict({"problem": [], "solution": []}).to_parquet(str(tmp_path / "b.parquet"))
     with pytest.raises(UserError, match=r"b\.parquet holds no row"):
         problems(tmp_path / "b.parquet")
+    nothing = pyarrow.array([], pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"problem": nothing, "solution": nothing}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d\.parquet holds no row"):
+        problems(tmp_path / "d.parquet")
     # Two texts of one byte each: offsets 0, 1, 2.
     offsets = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
     text = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xff"))
