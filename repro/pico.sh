@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The table and figure of the README: every arm on the pico tier with ten fresh seeds (the tier was designed on seeds
-# 1000 to 1004). About 70 minutes on two cores. Stop it with Ctrl-C; the same command continues.
+# 1000 to 1004). Some 30 to 70 minutes on two cores. Stop it with Ctrl-C; the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 atesd=${ATESD:-.venv/bin/atesd}

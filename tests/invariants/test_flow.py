@@ -183,6 +183,19 @@ def test_every_controller_runs_two_steps(exposure: dict[str, Any], tmp_path: Pat
         assert "exposure/paired_credit" in rows[1]
 
 
+def test_probe_kl_is_measured_against_the_teacher_of_step_0() -> None:
+    exposure = {"kind": "beta", "progress_metric": "probe_kl"}
+    parts = assemble(build_config(tree(exposure=exposure, teacher={"weights": "ema"})))
+    before = parts.probe.kl()
+    for weight in parts.teacher.tensors().values():
+        weight.mul_(3.0)
+    assert parts.probe.kl() == before, "whatever became of the average"
+    with torch.no_grad():
+        for weight in parts.model.parameters():
+            weight.mul_(1.5)
+    assert parts.probe.kl() != before
+
+
 def test_a_digits_run_takes_two_steps(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     sections = {"task": DIGITS, "step": {"num_steps": 2, "problems": 4}}

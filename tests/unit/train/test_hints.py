@@ -210,11 +210,11 @@ RANDOM = {"unit": "token", "order": "random_segments", "hidden_marker": "[...]"}
 
 @pytest.mark.parametrize("reveal", [{"unit": "line"}, {"unit": "line", "hidden_marker": "[...]"}, RANDOM])
 @pytest.mark.parametrize("hint", ["solution", "wrong_problem"])
-@pytest.mark.parametrize("words", [1, 2, 9, 10])
+@pytest.mark.parametrize("words", [1, 2, 9, 26])
 def test_no_hint_at_any_ratio_is_longer_than_what_is_said_beforehand(
     reveal: dict[str, str], hint: str, words: int
 ) -> None:
-    problem = Problem("wordy", "first", " ".join("abcdefghij"[:words]), "2")
+    problem = Problem("wordy", "first", " ".join("abcdefghijklmnopqrstuvwxyz"[:words]), "2")
     other = Problem("other", "second", "m1\nm2", "4" * 50)
     prompt = SECTIONS["prompt"] | {"hint": hint}
     made = hints((problem, other) if hint == "wrong_problem" else (), reveal=reveal, prompt=prompt)
