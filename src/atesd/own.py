@@ -199,7 +199,10 @@ def _found(place: str) -> object:
 def _module(place: str, source: str) -> ModuleType:
     path = Path(source)
     if source.endswith(".py") and not path.is_file():
-        raise UserError(f"kind = {shown(place)}: there is no file {shown(str(path.absolute()))}: mend the path")
+        raise UserError(
+            f"kind = {shown(place)}: there is no file {shown(str(path.absolute()))}: mend the path, or go to the "
+            "folder that a relative one begins at"
+        )
     try:
         return _from_file(path) if source.endswith(".py") else import_module(source)
     except ModuleNotFoundError as error:

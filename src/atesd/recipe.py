@@ -159,6 +159,8 @@ def _of_other_kinds(location: Sequence[str | int]) -> str:
     if len(location) < 3:
         return ""
     *section, kind, key = location
+    if ":" in str(kind):
+        return ""  # of the user's own
     models = [model for model in _models_at(section) if key in model.model_fields]
     others = [other for model in models for other in _kinds(model)]
     if not others or kind in others:

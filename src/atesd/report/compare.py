@@ -133,16 +133,27 @@ def caution(seeds: int) -> str:
 
 
 def paired(study: Study) -> dict[str, Difference]:
-    """Return the difference learned - X for every other arm X, and half - full, over the seeds that both have."""
+    """Return the differences of `pairs_of`, over the seeds that both arms have.
+
+    UserError where the learned arm and another were evaluated on different problems; else such pairs are left out.
+    """
     arms = {arm.name: arm for arm in study.arms}
-    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs_of(list(arms))}
+    pairs = [(a, b) for a, b in pairs_of(list(arms)) if LEARNED in arms or have_same_problems(arms[a], arms[b])]
+    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs}
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Name the pairs that are compared: learned - X for every other arm X, and half - full, where there are both."""
-    pairs = [(LEARNED, name) for name in arms if name != LEARNED] + [(HALF, FULL)]
-    return [(a, b) for a, b in pairs if a in arms and b in arms]
+    """Name the pairs that are compared: learned - X for every other arm X, and half - full, where there are both.
+
+    Where `learned` is none of them, each arm is compared with the first.
+    """
+    if LEARNED in arms:
+        pairs = [(LEARNED, name) for name in arms if name != LEARNED]
+    else:
+        pairs = [(name, arms[0]) for name in arms[1:]]
+    pairs = [pair for pair in pairs if set(pair) != {HALF, FULL}]
+    return pairs + [(HALF, FULL)] * (HALF in arms and FULL in arms)
 
 
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from atesd.evaluate.metrics import avg_at_k, maj_at_k, pass_at_k
-from atesd.report.compare import FULL, HALF, LEARNED, Findings, finals, seconds, starts
+from atesd.report.compare import Findings, finals, pairs_of, seconds, starts
 from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, seen_in_words
@@ -73,8 +73,10 @@ def paired_table(study: Study, findings: Findings) -> str:
     reach = max(0.05, math.ceil(20 * max(abs(bound) for entry in found.values() for bound in entry[1:3])) / 20)
     names = [arm.name for arm in study.arms]
     rows = []
-    for pair, entry in found.items():
-        first, second = (HALF, FULL) if pair == f"{HALF}-{FULL}" else (LEARNED, pair.removeprefix(f"{LEARNED}-"))
+    for first, second in pairs_of(names):
+        entry = found.get(f"{first}-{second}")
+        if entry is None:
+            continue
         drawn = interval_drawing((entry.low, entry.difference, entry.high), (-reach, reach), names.index(first), 0.0)
         rows.append(
             f"<tr><th scope=row>{escape(first)} \u2212 {escape(second)}</th>"

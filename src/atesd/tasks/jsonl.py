@@ -75,7 +75,8 @@ def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a JSONL file") from error
+        where = "" if path.is_absolute() else f", or go to the folder that it begins at, which {Path.cwd()} is not"
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a JSONL file{where}") from error
 
 
 def _object(line: bytes, longest: int) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _object(line: bytes, longest: int) -> dict[str, Any]:
     if len(line.rstrip(b"\r\n")) > longest:
         raise UserError(f"line longer than {longest} bytes: shorten it, or raise task.max_line_bytes")
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -91,6 +92,15 @@ def _object(line: bytes, longest: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f'a {type(row).__name__} where an object was expected: write {{"problem": ..., ...}}')
     return row
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, none of whose keys may stand twice: one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return found
 
 
 def _refuse(constant: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from atesd.report.compare import caution, find, summarise
+from atesd.report.compare import caution, find, pairs_of, summarise
 from atesd.report.load import load_study
 from atesd.runlog import RunDir
 from atesd.types import UserError
@@ -169,3 +169,17 @@ def test_runs_named_together_are_told_apart_by_their_own_intervals(tmp_path: Pat
 def test_nothing_complete_has_no_leader(tmp_path: Path) -> None:
     folder = write_compare(tmp_path / "cmp", arms=("full",), seeds=(1,), steps=4, problems=3, finished=False)
     assert summarise(folder)["leaders"] == []
+
+
+@pytest.mark.parametrize(
+    ("arms", "pairs"),
+    [
+        (["full", "half", "learned", "mine"], ["learned-full", "learned-half", "learned-mine", "half-full"]),
+        (["mine", "full", "half"], ["full-mine", "half-mine", "half-full"]),
+        (["half", "full"], ["half-full"]),
+        (["aligned", "quarter"], ["quarter-aligned"]),
+        (["aligned"], []),
+    ],
+)
+def test_pairs_of_arms(arms: list[str], pairs: list[str]) -> None:
+    assert [f"{a}-{b}" for a, b in pairs_of(arms)] == pairs

@@ -125,6 +125,28 @@ def test_a_file_of_another_kind_is_refused_whole(kind: str, tmp_path: Path) -> N
         assert line.endswith(f"rewrite it, as with jq -c '.[]' '{path}' > lines.jsonl")
 
 
+def test_a_key_that_stands_twice_is_told(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", b'{"problem": "1+1?", "solution": "#### 2", "problem": "2+2?"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not JSON \(the key 'problem' stands twice in an object\)"):
+        read_problems(tmp_path / "a.jsonl", config)
+
+
+def test_a_file_that_is_nowhere_is_looked_for_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^d/no\.jsonl cannot be read .*begins at, which {tmp_path} is not$"):
+        read_problems(Path("d/no.jsonl"), JsonlConfig(path="d/no.jsonl"))
+    with pytest.raises(UserError, match=r"give the path of a JSONL file$"):
+        read_problems(tmp_path / "no.jsonl", JsonlConfig(path="no.jsonl"))
+
+
+def test_a_chat_in_place_of_a_text_is_told(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", {"problem": [{"role": "user", "content": "1+1?"}], "solution": "#### 2"})
+    with pytest.raises(
+        UserError, match=r"'problem' is a chat, expected text: write its .* as task\.columns\.messages$"
+    ):
+        read_problems(tmp_path / "a.jsonl", config)
+
+
 def test_a_first_line_that_is_a_list_is_one_broken_row(tmp_path: Path) -> None:
     config = write(tmp_path / "a.jsonl", [GOOD], GOOD)
     with pytest.raises(UserError, match=r"a\.jsonl:1: a list where an object was expected"):
