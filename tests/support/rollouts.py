@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from atesd.envs.base import Environment
 from atesd.envs.single_turn import SingleTurn
 from atesd.exposure.prompt import PromptConfig, student_messages
-from atesd.rollout.driver import Driver, RewardFunction
+from atesd.rollout.driver import Driver
+from atesd.rollout.grading import RewardFunction
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import SamplingConfig, Weights
 from atesd.types import StopReason, Turn

@@ -11,7 +11,8 @@ from atesd.envs.base import Elsewhere, Episode, EpisodeError
 from atesd.types import Ending, Message, StopReason, Trajectory, Turn, UserError, one_line, shown
 
 T = TypeVar("T")
-_LARGEST_REWARD = 1e9
+LARGEST_REWARD = 1e9
+"""Beyond it advantages overflow."""
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class Attempt:
             number = float(given)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not abs(number) <= _LARGEST_REWARD:
+        if not abs(number) <= LARGEST_REWARD:
             self.fail(Ending.BAD_REWARD, f"its reward is {shown(given, 60)}")
             return None
         return number

@@ -7,14 +7,14 @@ nothing that was sampled is ever rendered or tokenised again.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 from atesd.envs.base import Environment
 from atesd.rollout.attempt import Attempt
+from atesd.rollout.grading import Composite, RewardFunction, penalised, plain_rewards, with_parts, with_rewards
 from atesd.rollout.render import Renderer
 from atesd.rollout.sampler import AheadSampler, Sampler, SamplingConfig
 from atesd.seeds import derive_seed
@@ -28,26 +28,7 @@ from atesd.types import (
     Turn,
     UserError,
     reward_columns,
-    shown,
 )
-
-RewardFunction = Callable[..., list[float | None]]
-"""TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
-
-_LARGEST_REWARD = 1e9
-
-
-@runtime_checkable
-class Composite(Protocol):
-    """A reward function made of several, whose parts are wanted by name."""
-
-    def parts(self, **columns: Any) -> Mapping[str, Sequence[float | None]]:
-        """Return what each part gives."""
-        ...
-
-    def total(self, parts: Mapping[str, Sequence[float | None]]) -> list[float | None]:
-        """Return the rewards that follow."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +198,7 @@ class Driver:
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
         if not self.environment.grades:
             return self.grade(groups)
-        return _penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
+        return penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
 
     def _report_failures(self, ends: Sequence[tuple[Ending | None, str]]) -> None:
         """Say once that the environment fails: how each attempt ended, and why. UserError where it does in all."""
@@ -259,11 +240,11 @@ class Driver:
             return self._rewarded(groups, self.reward(**columns))
         parts = self.reward.parts(**columns)
         named = [dict(zip(parts, given, strict=True)) for given in zip(*parts.values(), strict=True)]
-        return _named(self._rewarded(groups, self.reward.total(parts)), named)
+        return with_parts(self._rewarded(groups, self.reward.total(parts)), named)
 
     def _rewarded(self, groups: Sequence[Group], returned: object) -> list[Group]:
         """Fill in what the grader returned; say once where it could grade nothing at all."""
-        graded = _rewarded(groups, _plain_rewards(returned, sum(len(group.trajectories) for group in groups)))
+        graded = with_rewards(groups, plain_rewards(returned, sum(len(group.trajectories) for group in groups)))
         self.tell_ungradable([attempt.reward for group in graded for attempt in group.trajectories])
         return graded
 
@@ -289,83 +270,3 @@ class Driver:
             stop=stop,
             weights_version=0,
         )
-
-
-def _rewarded(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[Group]:
-    given = iter(rewards)
-    return [
-        replace(group, trajectories=tuple(_graded(attempt, next(given)) for attempt in group.trajectories))
-        for group in groups
-    ]
-
-
-def _graded(attempt: Trajectory, reward: float | None) -> Trajectory:
-    """Return an attempt with its grade: none where the environment failed in it, 0 where it was cut off."""
-    is_graded = reward is not None and not attempt.ended.failed
-    return replace(attempt, reward=None if not is_graded else 0.0 if attempt.truncated else reward)
-
-
-def _penalised(groups: Sequence[Group], penalty: float) -> list[Group]:
-    """Take the penalty for replies that were no action off every grade; both parts are kept by name, success first.
-
-    r = r_env - penalty * invalid, also where the attempt was cut off and r_env is 0 for that.
-    """
-    if not penalty:
-        return list(groups)
-    return [replace(group, trajectories=tuple(_less(each, penalty) for each in group.trajectories)) for group in groups]
-
-
-def _less(attempt: Trajectory, penalty: float) -> Trajectory:
-    given, taken = attempt.reward, 0.0 - penalty * attempt.invalid
-    if given is None:
-        return replace(attempt, rewards={"env": None, "invalid": None})
-    return replace(attempt, reward=given + taken, rewards={"env": given, "invalid": taken})
-
-
-def _named(groups: Sequence[Group], parts: Sequence[Mapping[str, float | None]]) -> list[Group]:
-    """Fill in what each part of the reward gave; as with the whole, an attempt that was cut off is wrong."""
-    given = iter(parts)
-    return [
-        replace(group, trajectories=tuple(_with_parts(attempt, next(given)) for attempt in group.trajectories))
-        for group in groups
-    ]
-
-
-def _with_parts(attempt: Trajectory, parts: Mapping[str, float | None]) -> Trajectory:
-    return replace(attempt, rewards={name: _graded(attempt, reward).reward for name, reward in parts.items()})
-
-
-def _plain_rewards(returned: object, completions: int) -> list[float | None]:
-    """Return what a reward function returned as plain numbers. UserError says what else it was."""
-    remedy = "return one a completion, None where it cannot be graded"
-    if isinstance(returned, str | bytes | Mapping) or not (
-        hasattr(returned, "__len__") and hasattr(returned, "__iter__")
-    ):
-        raise UserError(f"the reward function returned {shown(returned)} for {completions} completions: {remedy}")
-    try:
-        rewards = list(cast("Iterable[object]", returned))
-    except TypeError as error:  # an array of no dimension has a length, but none that can be asked for
-        raise UserError(f"the reward function returned {shown(returned)}, which is no list: {remedy}") from error
-    if len(rewards) != completions:
-        raise UserError(f"the reward function returned {len(rewards)} rewards for {completions} completions: {remedy}")
-    return [None if reward is None else _plain_number(reward) for reward in rewards]
-
-
-def _plain_number(reward: object) -> float:
-    if not hasattr(reward, "__float__"):
-        raise UserError(f"the reward function returned {shown(reward)}: return a number, or None for no grade")
-    try:
-        number = float(cast("float", reward))
-    except (TypeError, ValueError, RuntimeError):  # an array of several numbers
-        raise UserError(
-            f"the reward function returned {shown(reward)}: return a number, or None for no grade"
-        ) from None
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise UserError(f"the reward function returned {number}: return a finite number, or None for no grade")
-    if abs(number) > _LARGEST_REWARD:
-        raise UserError(
-            f"the reward function returned {number:g}, beyond {_LARGEST_REWARD:g}, where advantages overflow: scale it"
-        )
-    return number
