@@ -177,8 +177,10 @@ def evaluate(
     Prints a table, and writes nothing but the file of `--out` and the folder of `--results`. A benchmark is sampled as
     OPSD does it (12 samples, temperature 1, top_p 0.95, up to 38912 tokens, thinking on), whatever the recipe says,
     unless overrides say otherwise; its samples are kept, by default in runs/eval, and the same command goes on where an
-    earlier one was stopped. Code of yours that the recipe names, such as a reward
-    function, is run with `--run-code` alone; without it, a line says which it is.
+    earlier one was stopped. Of a file or data set named by --task every problem is evaluated. Samples have a seed of
+    their own, so that the numbers of a run's last evaluation come out again within their intervals, not to the digit.
+    Code of yours that the recipe names, such as a reward function, is run with `--run-code` alone; without it, a line
+    says which it is.
     """
     from atesd.cli.evaluate import run_eval
 
