@@ -152,13 +152,12 @@ class RecipeTree(Config):
     @property
     def cliff_c(self) -> float:
         """The importance clip behind lambda*: the section's own, that of the sampled-token loss in use, or 5."""
-        sampled = getattr(self.loss.divergence, "importance_clip", None)
-        return self.cliff.c or sampled or 5.0
+        return self.cliff.c or self.loss.importance_clip or 5.0
 
     @property
     def reads_old(self) -> bool:
         """Whether a loss reads the probabilities of the weights that a step began with."""
-        return self.routing.reinforces or self.loss.divergence.kind == "sampled"
+        return self.routing.reinforces or self.loss.importance_clip is not None
 
     @property
     def needs_base(self) -> bool:

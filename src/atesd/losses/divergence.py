@@ -97,6 +97,11 @@ class LossConfig(Config):
     """Logits of a role that exist at a time, as whole rows (at least one): more of them make larger products, and cost
     4 bytes each. None = 2^24 (64 MiB) on a CPU, 2^27 (512 MiB) on a GPU."""
 
+    @property
+    def importance_clip(self) -> float | None:
+        """Largest importance weight of the sampled-token loss; None for divergences, which have none."""
+        return self.divergence.importance_clip if isinstance(self.divergence, SampledToken) else None
+
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> LossConfig:
         sampled = self.divergence.kind == "sampled"

@@ -126,6 +126,6 @@ def ratio_metrics(rows: Sequence[Row], scored: Mapping[int, RowStats], config: R
 
 
 def _clip(row: Row, config: RunConfig) -> float | None:
-    of_loss = {"rl": config.rl.importance_clip, "distil": getattr(config.loss.divergence, "importance_clip", None)}
+    of_loss = {"rl": config.rl.importance_clip, "distil": config.loss.importance_clip}
     clips = [of_loss[name] for name in row.components if of_loss.get(name) is not None]
     return min((clip for clip in clips if clip is not None), default=None)

@@ -57,6 +57,11 @@ class MicroBatch:
         """Give every token its attempt's outcome."""
         return self.spread([row.outcome for row in self.rows], device)
 
+    def sampled(self, like_N: Tensor) -> Tensor:
+        """Return the sampler's log-probabilities, on the device and of the type of another tensor."""
+        values = [value for row in self.rows for value in row.sampler_logprobs]
+        return sent(torch.tensor(values, dtype=like_N.dtype), like_N.device)
+
     def weighed(self, selection_N: Tensor) -> Tensor:
         """Return the selection times its rows' problem weights: what a token weighs before its gate."""
         return selection_N * self.spread([row.weight for row in self.rows], selection_N.device)

@@ -350,7 +350,6 @@ def make_scorer(
 
 def losses_of(config: RunConfig) -> Losses:
     """Return what the update must know of the recipe's losses."""
-    sampled_clip = getattr(config.loss.divergence, "importance_clip", None)
     return Losses(
         policy=config.rl,
         coefs=config.routing.coefs,
@@ -358,7 +357,7 @@ def losses_of(config: RunConfig) -> Losses:
         longest=config.rollout.max_new_tokens,
         aggregate=config.loss.aggregate,
         importance=config.reads_old,
-        corrects=None if config.rollout.engine.samples_in_place else sampled_clip,
+        corrects=None if config.rollout.engine.samples_in_place else config.loss.importance_clip,
     )
 
 

@@ -319,8 +319,7 @@ class Stepper:
         if not batch.distils:
             temperature = 1.0 if batch.components == ("nll",) else None
             return self._scorer.streams(batch.passages, temperature=temperature, use=use)
-        old_N = torch.cat([self._old[index] for index in batch.indices]) if self._old else None
-        return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=old_N, use=use)
+        return self._scorer.streams(batch.passages, views, self._target, old_logprob_N=self._old_of(batch), use=use)
 
     def _remember_old(self, batches: Sequence[MicroBatch]) -> None:
         """Score the completions under the weights that the step begins with, where several updates follow."""
@@ -329,6 +328,10 @@ class Stepper:
             return
         for batch in batches:
             self._old |= zip(batch.indices, self._logprobs(batch).split_with_sizes(batch.lengths), strict=True)
+
+    def _old_of(self, batch: MicroBatch) -> Tensor | None:
+        """Return what was remembered of a micro-batch; None where nothing is."""
+        return torch.cat([self._old[index] for index in batch.indices]) if self._old else None
 
     def _logprobs(self, batch: MicroBatch) -> Tensor:
         """Return log-probabilities of the sampled tokens under the weights in place: no hint, codes or gradient."""
@@ -340,11 +343,9 @@ class Stepper:
         known = all(row.sampler_logprobs for row in batch.rows)
         if self._losses.corrects is None or not self._scorer.samples_as_scored or not known:
             return 1.0
-        now_N = stats.student_logprob.detach()
-        old_N = torch.cat([self._old[index] for index in batch.indices])[rows].to(now_N) if self._old else now_N
-        sampled = [value for row in batch.rows for value in row.sampler_logprobs]
-        sampled_N = sent(torch.tensor(sampled).to(now_N.dtype), now_N.device)
-        return (old_N - sampled_N[rows]).exp().clamp(max=self._losses.corrects)
+        now_N, old_N = stats.student_logprob.detach(), self._old_of(batch)
+        old_N = now_N if old_N is None else old_N[rows].to(now_N)
+        return (old_N - batch.sampled(now_N)[rows]).exp().clamp(max=self._losses.corrects)
 
     def _reference(self, batch: MicroBatch) -> Tensor | None:
         """Score the completions under the step-0 weights, where the reinforcement branch asks for it."""
@@ -356,13 +357,11 @@ class Stepper:
     def _policy_tokens(self, batch: MicroBatch, streams: TokenStreams, reference_N: Tensor | None) -> PolicyTokens:
         """Collect what the reinforcement branch reads."""
         device = streams.logprob_N.device
-        now_N = streams.logprob_N.detach()
-        old_N = torch.cat([self._old[index] for index in batch.indices]).to(now_N.dtype) if self._old else now_N
-        sampled = [value for row in batch.rows for value in row.sampler_logprobs]
+        now_N, old_N = streams.logprob_N.detach(), self._old_of(batch)
         return PolicyTokens(
             advantage_N=batch.spread([row.advantage for row in batch.rows], device).to(now_N.dtype),
-            old_logprob_N=old_N,
-            sampler_logprob_N=sent(torch.tensor(sampled, dtype=now_N.dtype), device),
+            old_logprob_N=now_N if old_N is None else old_N.to(now_N.dtype),
+            sampler_logprob_N=batch.sampled(now_N),
             reference_logprob_N=None if reference_N is None else reference_N.to(now_N.dtype),
             teacher_logprob_N=streams.stats.teacher_logprob.to(now_N.dtype) if batch.distils else None,
             sequence_N=batch.numbering(device),
