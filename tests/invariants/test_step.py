@@ -51,6 +51,14 @@ class TopHalf:
         return chosen
 
 
+class Outcomes(TopHalf):
+    """Selects all, and notes what became of each token's attempt."""
+
+    def select(self, stats: TokenStats, seed: int) -> Tensor:
+        self.outcomes = stats.advantage.tolist()
+        return torch.ones_like(stats.divergence)
+
+
 class Nothing(TopHalf):
     """Selects no token."""
 
@@ -108,6 +116,15 @@ def test_the_supervised_component_is_cross_entropy_of_the_completions() -> None:
     outcome = stepper.optimize(rows)
     assert outcome.metrics["loss/nll"] == pytest.approx(expected.item(), rel=1e-5)
     assert outcome.metrics["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_selection_knows_what_became_of_each_tokens_attempt() -> None:
+    rows = [replace(row, outcome=float(index)) for index, row in enumerate(ragged_rows(4))]
+    selection = Outcomes()
+    stepper, _ = make_stepper(tiny_model(), None, selection)
+    stepper.optimize(rows)
+    tokens = {float(index): len(row.completion) for index, row in enumerate(rows)}
+    assert {outcome: selection.outcomes.count(outcome) for outcome in tokens} == tokens
 
 
 def test_updates_per_batch_splits_the_batch_into_that_many_optimizer_steps() -> None:
