@@ -108,7 +108,7 @@ class _Loop:
         """Sample all positions. With `unread` nothing is read between two looks; None if candidates were too few."""
         device, longest, ahead = uniform_BT.device, uniform_BT.shape[1], self._guess if references else 0
         logits_BV, cache = self._decoder.read(prompts, longest + ahead, is_ragged=ahead > 0)
-        guesses = Guesses(references, ahead, logits_BV) if ahead else None
+        guesses = Guesses(references, ahead, logits_BV, self._decoder.free) if ahead else None
         page = _Page(len(prompts), longest + ahead + 1, device)
         rows_B = torch.arange(len(prompts), device=device)  # the prompt of each row
         done_B, ended_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B, dtype=torch.bool)

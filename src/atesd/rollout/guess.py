@@ -24,17 +24,28 @@ from atesd.transfer import sent
 _NOTHING = -1
 """In place of a token: no guess."""
 _FREE = 64
-"""Positions of a pass whose arithmetic takes as long as reading the weights does."""
+"""Positions of a pass whose arithmetic takes as long as reading the weights and launching operations, at most."""
+_READING, _LAUNCHING = 8, 10_000_000
+"""The same of float32 on a CPU: positions for reading, and weights of a layer one position of which takes as long to
+compute as its operations take to launch."""
 _MEMORY = 0.8
 """How much a look counts at the next one, in the share of right guesses."""
 LARGEST_LOGITS = 2**25
 """Most logits of a pass that guesses: some half a GiB with what is made of them."""
 
 
+def free_positions(weights: int, *, is_precise: bool) -> int:
+    """Return the positions of a pass whose arithmetic takes as long as all else; `weights` are those of a layer.
+
+    In float32 on a CPU (`is_precise`) a large layer's are soon dearer than reading it; a small one is all launching.
+    """
+    return min(_FREE, _READING + _LAUNCHING // weights) if is_precise else _FREE
+
+
 class Guesses:
     """Where each row stands in its reference, what is guessed next, and how often that was right."""
 
-    def __init__(self, references: Sequence[Sequence[int]], most: int, logits_BV: Tensor) -> None:
+    def __init__(self, references: Sequence[Sequence[int]], most: int, logits_BV: Tensor, free: int) -> None:
         device, width = logits_BV.device, max(map(len, references)) + 1
         texts = [[*reference, *[_NOTHING] * (width - len(reference))] for reference in references]
         self._text_BR = sent(torch.tensor(texts), device)
@@ -43,7 +54,7 @@ class Guesses:
         self._guessed_BP = self._text_BR[:, :1]
         self._count = 0  # of the guessed tokens, those that the pass reads: the first pass reads prompts
         self._tally = torch.zeros(2, dtype=torch.long, device=device)
-        self._pace = Pace(most, logits_BV.shape[-1])
+        self._pace = Pace(most, logits_BV.shape[-1], free)
 
     def take(self, drawn_BP1: Tensor, ended_B: Tensor) -> Tensor:
         """Return how many guessed tokens of each row, [B], were drawn: one more token of it is sound.
@@ -92,8 +103,9 @@ class Guesses:
 class Pace:
     """How many tokens to guess: as many as make a pass worth most for its time."""
 
-    def __init__(self, most: int, vocabulary: int) -> None:
+    def __init__(self, most: int, vocabulary: int, free: int) -> None:
         self._most = most
+        self._free = free
         self._positions = LARGEST_LOGITS // vocabulary
         self._right, self._asked = 0.5, 1.0
 
@@ -111,7 +123,7 @@ class Pace:
         most = max(0, min(self._most, self._positions // rows - 1))
         return max(
             range(most + 1),
-            key=lambda count: sum(share**power for power in range(count + 1)) / (_FREE + rows * (count + 1)),
+            key=lambda count: sum(share**power for power in range(count + 1)) / (self._free + rows * (count + 1)),
         )
 
 

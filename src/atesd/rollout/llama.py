@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from atesd.codes.steer import Codes, Walk
+from atesd.rollout.guess import free_positions
 from atesd.transfer import sent
 
 _Steer = Callable[[Tensor], Tensor]
@@ -125,6 +126,10 @@ class Decoder:
         self._layers = [_Layer(layer) for layer in body.layers[: config.num_hidden_layers]]
         self._norm = _norm(body.norm)
         self._head = _in_parts(model.lm_head) if _is_tall(model.lm_head) else _projection(model.lm_head)
+        weight = self._embedding_VH
+        is_precise = weight.device.type == "cpu" and weight.dtype in _PRECISE
+        self.free = free_positions(self._layers[0].num_weights, is_precise=is_precise)
+        """Positions of a pass whose arithmetic takes as long as all else."""
         self._rotary = body.rotary_emb
         self._cos_S1D = self._sin_S1D = torch.empty(0)
 
@@ -269,6 +274,9 @@ class _Layer:
         self._widened = _projections([mlp.gate_proj, mlp.up_proj])
         self._down = _projection(mlp.down_proj)
         self._activation = mlp.act_fn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        every = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.num_weights = sum(each.in_features * each.out_features for each in every)
         self.head_size: int = attention.head_dim
         self.num_heads: int = attention.k_proj.out_features // attention.head_dim
         self.num_sharing: int = attention.q_proj.out_features // attention.k_proj.out_features
@@ -349,6 +357,13 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found if bias is None else found + bias
 
 
+def _merged(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """Return a weight with its adapters added, in one pass over it each: fresh memory is dear."""
+    for each in adapters:
+        weight = torch.addmm(weight, (each.scale * each.up).to(weight.dtype), each.down.to(weight.dtype))
+    return weight
+
+
 def _projection(layer: Any) -> Callable[[Tensor], Tensor]:
     """Return a linear layer with its adapters as a function."""
     apply = _projections([layer])
@@ -361,10 +376,7 @@ def _projections(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
     adapters = [adapters_of(layer) for layer in layers]
     dtype = plain[0].weight.dtype
     if dtype in _PRECISE:
-        whole = [
-            (sum((each.scale * (each.up @ each.down).to(dtype) for each in own), layer.weight), layer.bias)
-            for layer, own in zip(plain, adapters, strict=True)
-        ]
+        whole = [(_merged(layer.weight, own), layer.bias) for layer, own in zip(plain, adapters, strict=True)]
         return lambda x: [_product(x, *each) for each in whole]
     flat = [each for own in adapters for each in own]
     if not flat:

@@ -9,7 +9,7 @@ import torch
 
 from atesd.recipe import build_config
 from atesd.rollout import decode, guess
-from atesd.rollout.guess import Guesses, Pace
+from atesd.rollout.guess import Guesses, Pace, free_positions
 from atesd.rollout.hf import HFEngine, HFSampler
 from atesd.rollout.llama import Cache, Decoder
 from atesd.rollout.sampler import SamplingConfig
@@ -135,7 +135,7 @@ def drawn(*rows: list[int]) -> torch.Tensor:
 
 def test_where_a_row_stands_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "count", lambda self, rows: 3)
-    guesses = Guesses([[1, 2, 3, 4, 5, 2, 3, 9], [7]], 3, torch.zeros(2, 100))
+    guesses = Guesses([[1, 2, 3, 4, 5, 2, 3, 9], [7]], 3, torch.zeros(2, 100), 64)
     ended = torch.tensor([False, False])
     assert guesses.take(drawn([1], [8]), ended).tolist() == [0, 0], "a first token is sampled, not guessed"
     assert guesses.tallied().tolist() == [1, 2], "but one of two would have been right"
@@ -155,7 +155,7 @@ def test_where_a_row_stands_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_nearest_of_two_occurrences_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "count", lambda self, rows: 2)
-    guesses = Guesses([[1, 2, 3, 8, 8, 8, 8, 8, 8, 2, 3, 9]], 2, torch.zeros(1, 100))
+    guesses = Guesses([[1, 2, 3, 8, 8, 8, 8, 8, 8, 2, 3, 9]], 2, torch.zeros(1, 100), 64)
     ended = torch.tensor([False])
     for token in (2, 3):
         guesses.take(drawn([token]), ended)
@@ -164,7 +164,7 @@ def test_the_nearest_of_two_occurrences_counts(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rows_that_have_ended_are_not_tallied() -> None:
-    guesses = Guesses([[1, 2], [1, 2]], 4, torch.zeros(2, 100))
+    guesses = Guesses([[1, 2], [1, 2]], 4, torch.zeros(2, 100), 64)
     guesses.take(drawn([1], [5]), torch.tensor([False, True]))
     assert guesses.tallied().tolist() == [1, 1]
     assert guesses.tallied().tolist() == [0, 0], "each is told once"
@@ -172,7 +172,7 @@ def test_rows_that_have_ended_are_not_tallied() -> None:
 
 def test_rows_that_leave_take_their_references_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "count", lambda self, rows: 2)
-    guesses = Guesses([[1, 2, 3, 4], [5, 6, 7, 5, 6, 8]], 2, torch.zeros(2, 100))
+    guesses = Guesses([[1, 2, 3, 4], [5, 6, 7, 5, 6, 8]], 2, torch.zeros(2, 100), 64)
     guesses.take(drawn([1], [5]), torch.tensor([False, False]))
     guesses.keep(torch.tensor([1]))
     assert guesses.next().tolist() == [[6, 7]]
@@ -191,7 +191,7 @@ def test_rows_that_leave_take_their_references_along(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_as_many_are_guessed_as_pay(rows: int, right: int, asked: int, expected: int) -> None:
-    pace = Pace(40, 1000)
+    pace = Pace(40, 1000, 64)
     pace.hear(right, asked)
     share = (0.4 + right) / (0.8 + asked)
     worth = [sum(share**power for power in range(count + 1)) / (64 + rows * (count + 1)) for count in range(41)]
@@ -199,8 +199,35 @@ def test_as_many_are_guessed_as_pay(rows: int, right: int, asked: int, expected:
     assert pace.count(rows) == expected
 
 
+@pytest.mark.parametrize(
+    ("weights", "precise", "free"),
+    [
+        (3_538_944, True, 10),  # SmolLM2-135M: 8 + 2
+        (196_608, True, 58),  # the pico tier: 8 + 50
+        (10_000, True, 64),
+        (3_538_944, False, 64),  # in half precision, or on a GPU
+    ],
+)
+def test_a_large_layer_in_float32_has_few_free_positions(weights: int, precise: bool, free: int) -> None:
+    assert free_positions(weights, is_precise=precise) == free
+
+
+@pytest.mark.parametrize(("dtype", "free"), [(torch.float32, 8 + 10), (torch.bfloat16, 64)])
+def test_a_decoder_knows_its_layers_size(dtype: torch.dtype, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And hands it to the pace: launching takes as long here as ten positions of a layer of the tiny model."""
+    model = tiny_model().to(dtype)
+    layer = model.model.layers[0]
+    size = sum(each.weight.numel() for each in layer.modules() if isinstance(each, torch.nn.Linear))
+    monkeypatch.setattr(guess, "_LAUNCHING", 10 * size)
+    assert Decoder(model).free == free
+    paces: list[int] = []
+    monkeypatch.setattr(decode, "Guesses", lambda *given: paces.append(given[3]) or Guesses(*given))
+    sample(model, OPEN, 3, [[1, 2, 3]] * len(PROMPTS))
+    assert set(paces) == {free}
+
+
 def test_a_pace_forgets() -> None:
-    pace = Pace(40, 1000)
+    pace = Pace(40, 1000, 64)
     pace.hear(0, 100)
     assert pace.count(12) == 0
     for _ in range(20):
@@ -213,7 +240,7 @@ def test_a_pace_forgets() -> None:
 
 @pytest.mark.parametrize(("vocabulary", "rows", "most"), [(2**15, 64, 15), (2**15, 1024, 0), (2**15, 4096, 0)])
 def test_logits_of_a_pass_are_bounded(vocabulary: int, rows: int, most: int) -> None:
-    pace = Pace(40, vocabulary)
+    pace = Pace(40, vocabulary, 64)
     pace.hear(10**9, 10**9)
     assert pace.count(rows) == most
 
