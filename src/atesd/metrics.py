@@ -106,7 +106,7 @@ METRICS: dict[str, str] = {
     "route/both_groups": "groups that feed both losses; counted under route/distil_groups and route/rl_groups too",
     "route/nll_groups": "groups trained on their reference in the step",
     "route/skip_groups": "groups that no loss was taken on in the step",
-    "route/idle": "1 where no distillation loss was taken in the step, whatever the routes",
+    "route/idle": "1 where the teacher taught nothing in the step: no distillation loss was taken, no advantage scaled",
     "route/paused": "1 where the step does not count in the exposure's hold window: nothing was distilled",
     "route/retired": "1 once the teacher has retired (router `retire`)",
     "route/mismatch_ema": "moving average of mismatch/top1 that the retirement follows",

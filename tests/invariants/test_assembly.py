@@ -21,7 +21,7 @@ from atesd.types import Observation
 
 from support.composition import BASE as IN_TURNS
 from support.recording import record, rendered
-from support.wired import BASE, SAMPLING
+from support.wired import BASE, GROUPS, PARTIAL, SAMPLING
 
 DOORS: dict[str, Any] = IN_TURNS | {
     "task": {"kind": "doors", "train_size": 4, "probe_size": 3, "eval_size": 2},
@@ -149,3 +149,31 @@ def test_skills_are_credited_for_distilled_attempts_alone(tmp_path: Path) -> Non
     revealer = trainer.parts.revealer
     revealer.observe(Observation(4))
     assert revealer.metrics() == {"skill/look/uses": sum(heard)}, "and not twice"
+
+
+def test_a_teacher_that_scales_advantages_alone_keeps_windows_going(tmp_path: Path) -> None:
+    """RLSD with coef 0: no distillation loss, and yet exposure decides what every advantage is multiplied with."""
+    sections = {
+        "exposure": {"kind": "random", "hold": 1},
+        "routing": {"kind": "both", "coef": 0},
+        "rl": {"teacher_credit": {}},
+        "reward": PARTIAL,
+        "rollout": GROUPS,
+        "step": {"num_steps": 4, "problems": 4},
+    }
+    Trainer.start(build_config(BASE | sections), tmp_path / "run").train()
+    rows = RunDir.open(tmp_path / "run").metrics()[1:]
+    acting = [row for row in rows if "rl/credit" in row]
+    assert acting
+    assert all(row["route/idle"] == float("rl/credit" not in row) for row in rows)
+    assert len({row["exposure/ratio"] for row in rows}) > 1
+    assert not any("loss/distil" in row for row in rows)
+
+
+def test_credit_of_weights_in_half_precision_adds_up_in_float32() -> None:
+    from atesd.train.directions import _nothing
+
+    weights = [
+        torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    ]
+    assert [each.dtype for each in _nothing(weights)] == [torch.float32, torch.float32, torch.float64]

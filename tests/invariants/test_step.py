@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from atesd.losses import gradient
 from atesd.losses.divergence import TokenStreams
@@ -191,6 +192,25 @@ def test_gradient_checkpointing_recomputes_activations_and_changes_no_number(lor
         calls.append(len(count))
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
     assert calls == [2, 3], "teacher and student forward; the student's once more in the backward pass"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_checkpointing_does_not_bring_dropout_back(kind: str) -> None:
+    """In modules (GPT-2) and in functions that ask whether a layer trains (OPT); the model's config keeps its own."""
+    config: Any = (
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+        if kind == "gpt2"
+        else OPTConfig(vocab_size=VOCABULARY, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                       word_embed_proj_dim=16, max_position_embeddings=64, attention_dropout=0.4, dropout=0.4)
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config)
+    enable_checkpointing(model)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        found = [model.train()(ids).logits for _ in range(2)]
+    assert all(torch.equal(each, expected) for each in found)
+    assert (config.attn_pdrop if kind == "gpt2" else config.dropout) > 0
 
 
 def made_again(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -284,6 +284,18 @@ class Gauges:
         rows = [row for number in range(first, step) for row in self.oracle.rows(number)]
         return [row for row in rows if row.outcome is not None]
 
+    def _numbered(self, step: int) -> list[int]:
+        """Return the number of each graded completion's problem among all of them, step by step."""
+        first = max(1, step - self.settings["probe"]["credit_steps"])
+        places = [
+            (number, row.place)
+            for number in range(first, step)
+            for row in self.oracle.rows(number)
+            if row.outcome is not None
+        ]
+        order = sorted({*places})
+        return [order.index(place) for place in places]
+
     def sampled_logprob(self, row: Row) -> Tensor:
         """Return log p of a completion's tokens at the student's temperature under the weights in place, [T]."""
         temperature = self.settings["loss"]["temperature_student"] or self.settings["rollout"]["temperature"]
@@ -299,15 +311,20 @@ class Gauges:
         return -total / sum(len(row.completion) for row in rows)
 
     def reward_folds(self, step: int) -> list[Weights]:
-        """Return g_R by fold: completions of a step's problems number k, k + 8, ... in fold k, each fold times 8."""
+        """Return g_R by fold: completions of problems number k, k + J, ... in fold k of J, each fold times J.
+
+        Problems are numbered through the steps; J is 8, or their number where there are fewer.
+        """
         put(self.oracle.student, self.oracle.weights(self.done(step)))
         rows = self.graded(step)
         tokens = sum(len(row.completion) for row in rows)
         zeros = {name: torch.zeros_like(weight).double() for name, weight in self.run.initial.items()}
         folds = []
-        for fold in range(8):
-            own = [row for row in rows if row.place % 8 == fold and row.outcome]
-            losses = [-8 / tokens * row.outcome * self.sampled_logprob(row).sum() for row in own if row.outcome]
+        numbers = self._numbered(step)
+        count = min(8, len({*numbers}))
+        for fold in range(count):
+            own = [row for row, number in zip(rows, numbers, strict=True) if number % count == fold and row.outcome]
+            losses = [-count / tokens * row.outcome * self.sampled_logprob(row).sum() for row in own if row.outcome]
             folds.append(self._taken(torch.stack(losses).sum()) if losses else zeros)
         return folds
 

@@ -176,8 +176,8 @@ def test_a_beta_policy_is_rewarded_by_the_credit_of_its_draw_over_its_error(orac
             continue
         (ratio,) = {group["ratio"] for group in truth.run.groups[step]}
         folds = together(gauges.reward_credit(step, ratio=ratio))
-        middle = sum(folds) / 8
-        error = np.sqrt(sum((fold - middle) ** 2 for fold in folds) / 7 / 8)
+        middle = sum(folds) / len(folds)
+        error = np.sqrt(sum((fold - middle) ** 2 for fold in folds) / (len(folds) - 1) / len(folds))
         assert metrics["exposure/reward_lp"] == pytest.approx(middle / error, rel=1e-2)
         assert not any(key.startswith("measure/gt_") for key in metrics)
     assert 0 < discarded < 3

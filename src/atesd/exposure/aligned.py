@@ -59,7 +59,7 @@ class AlignedController:
         wanted = self._asked(observation.step)
         if observation.stats.get("reward/std", 0.0) > 0:
             self._instead = None
-        if wanted:
+        if wanted and step_counts(observation.stats):
             spoke = [credits for credits in (self._credits, self._instead) if credits and credits.add(observation)]
             if spoke:
                 self._latest = spoke[0].metrics()

@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller
 from atesd.exposure.held import BoundedMethod, Held
+from atesd.exposure.window import is_idle, step_counts
 from atesd.facts import RunFacts
 from atesd.types import Measurement, Observation
 
@@ -103,6 +104,8 @@ class BanditController(Held):
         self._latest = {}
         level = observation.number(self._measurement) if self.wants(observation.step) else None
         self._count(observation)
+        if observation.step and is_idle(observation.stats) and step_counts(observation.stats):
+            self._start = self._start[0], None  # a part of the window taught nothing
         if not self._clock.ended:
             return
         self._level = observation.step, None if level is None else self._sign * level

@@ -139,6 +139,6 @@ class DifficultyController:
         """Return the bin, 0 the easiest."""
         bins = self._config.bins
         if self._config.by == "pass_rate":
-            return bins // 2 if rate is None else min(bins - 1, max(0, int((1.0 - rate) * bins)))
+            return bins // 2 if rate is None else min(bins - 1, max(0, int((1.0 - rate) * bins + 1e-9)))
         level = self._levels.get(problem)
         return bins // 2 if level is None else bisect_right(self._edges, level)

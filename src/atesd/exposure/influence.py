@@ -27,7 +27,7 @@ from atesd.alignment import Credits, Source
 from atesd.exposure.aligned import AlignedController
 from atesd.exposure.controller import Controller
 from atesd.exposure.held import Held, HeldMethod, Ratio
-from atesd.exposure.window import is_idle
+from atesd.exposure.window import is_idle, step_counts
 from atesd.facts import RunFacts
 from atesd.types import Measurement, Observation
 
@@ -132,7 +132,9 @@ class InfluenceController(Held):
         wanted = self.wants(observation.step)
         found = [observation.number(measurement) for measurement in wanted]
         known = [credit for credit in found if credit is not None]
-        if wanted and len(known) == len(wanted):
+        if wanted and not step_counts(observation.stats):
+            pass  # the window goes on, and is asked about again
+        elif wanted and len(known) == len(wanted):
             decay, before = self._config.decay, self._credits or known
             self._credits = [decay * old + (1 - decay) * new for old, new in zip(before, known, strict=True)]
             self._latest = {

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from atesd.exposure.controller import Controller
 from atesd.exposure.held import BoundedMethod, Held, Ratio
+from atesd.exposure.window import step_counts
 from atesd.facts import RunFacts
 from atesd.types import Measurement, Observation
 
@@ -75,12 +76,14 @@ class PairedController(Held):
         return [Measurement(kind, ratio) for ratio in self._sides]
 
     def observe(self, observation: Observation) -> None:
-        """Move the ratio where both sides were measured and the window has ended."""
+        """Move the ratio where both sides were measured and the window has ended, as only a step that counts does."""
         self._latest = {}
         wanted = self.wants(observation.step)
         found = [observation.number(measurement) for measurement in wanted]
         self._count(observation)
         values = [value for value in found if value is not None]
+        if wanted and not step_counts(observation.stats):
+            return
         if len(values) == 2:
             low, high = self._sides
             self._move((values[0] - values[1]) / (high - low))

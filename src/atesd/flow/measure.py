@@ -53,8 +53,9 @@ class FlowDirections:
 
     def of_references_by_fold(self, references: Sequence[int], weights: Sequence[nn.Parameter]) -> list[Gradient]:
         """Return each fold's gradient, whose mean over folds is that of all."""
-        scale = FOLDS / len(references)
-        parts = [references[fold::FOLDS] for fold in range(FOLDS)]
+        folds = min(FOLDS, len(references))
+        scale = folds / len(references)
+        parts = [references[fold::folds] for fold in range(folds)]
         return [[scale * len(part) * each for each in self.of_references(part, weights)] for part in parts if part]
 
     def of_distillation(

@@ -29,7 +29,7 @@ from atesd.types import Group
 Gradient = list[Tensor]
 
 FOLDS = 8
-"""Parts into which graded completions or references are split, problem by problem, for the error of their direction."""
+"""Parts at most into which graded completions (by problem) or references are split: for their direction's error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +65,24 @@ class Directions:
 
     def of_references_by_fold(self, references: Sequence[Passage], weights: Sequence[nn.Parameter]) -> list[Gradient]:
         """Return each fold's gradient of the token-mean NLL of references, whose mean over folds is that of all."""
-        scale = FOLDS / sum(len(passage.completion) for passage in references)
-        parts = [references[fold::FOLDS] for fold in range(FOLDS)]
+        folds = min(FOLDS, len(references))
+        scale = folds / sum(len(passage.completion) for passage in references)
+        parts = [references[fold::folds] for fold in range(folds)]
         return [self._of_labels(part, [scale] * len(part), weights, temperature=1.0) for part in parts]
 
     def of_rewards(self, graded: Sequence[Graded], weights: Sequence[nn.Parameter]) -> list[Gradient]:
         """Return each fold's gradient of -(1/tokens) sum A log p, whose mean over folds is that of all completions.
 
-        None at all where every A is 0.
+        None at all where every A is 0, or where they are of a single problem. Problems are dealt out in turn.
         """
-        if not any(each.advantage for each in graded):
+        turns = {group: turn for turn, group in enumerate(sorted({each.group for each in graded}))}
+        count = min(FOLDS, len(turns))
+        if count < 2 or not any(each.advantage for each in graded):
             return []
-        scale = FOLDS / sum(len(each.passage.completion) for each in graded)
+        scale = count / sum(len(each.passage.completion) for each in graded)
         folds = []
-        for fold in range(FOLDS):
-            own = [each for each in graded if each.group % FOLDS == fold and each.advantage]
+        for fold in range(count):
+            own = [each for each in graded if turns[each.group] % count == fold and each.advantage]
             factors = [scale * each.advantage for each in own]
             passages = [each.passage for each in own]
             folds.append(self._of_labels(passages, factors, weights, temperature=self._scorer.student_temperature))
@@ -118,7 +121,7 @@ class Directions:
         temperature: float,
     ) -> Gradient:
         """Return the gradient of -sum over passages of factor * log p(completion)."""
-        total = [torch.zeros_like(weight) for weight in weights]
+        total = _nothing(weights)
         with self._recording(weights):
             for members in self._scorer.batches(passages):
                 chosen = [passages[member] for member in members]
@@ -135,7 +138,7 @@ class Directions:
         count: int,
     ) -> list[Gradient]:
         """Return each candidate's gradient of the summed losses over `count`. One student pass serves them all."""
-        totals = [[torch.zeros_like(weight) for weight in weights] for _ in targets]
+        totals = [_nothing(weights) for _ in targets]
         costs = [same[0].cost for same in by_row]
         for members in micro_batches(costs, self._scorer.token_budget):
             variants = list(zip(*(by_row[member] for member in members), strict=True))  # the rows of each candidate
@@ -190,6 +193,12 @@ class Directions:
         whole = self._scorer.view([row.view("teacher") for rows in variants for row in rows], self._teachers.own)
         size = sum(len(row.completion) for row in variants[0])
         return [replace(whole, hidden_NH=piece) for piece in whole.hidden_NH.split_with_sizes([size] * len(variants))]
+
+
+def _nothing(weights: Sequence[nn.Parameter]) -> Gradient:
+    """Return zeros to add gradients to, in float32 for weights in half precision."""
+    half = (torch.bfloat16, torch.float16)
+    return [torch.zeros_like(each, dtype=torch.float32 if each.dtype in half else None) for each in weights]
 
 
 def _add(total: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:

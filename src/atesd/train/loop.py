@@ -238,7 +238,8 @@ class Trainer:
         parts.sync(self.step)
         metrics = outcome.metrics | references | batch_metrics(groups, routes, rows, parts.task.traits)
         metrics |= self.world.total(grader_metrics(parts.driver.reward))
-        idle = "loss/distil" not in outcome.metrics
+        scaled = config.rl.teacher_credit is not None and "rl/credit" in outcome.metrics
+        idle = "loss/distil" not in outcome.metrics and not scaled
         metrics |= {"route/idle": float(idle), "route/paused": float(idle and not config.routing.reads_exposure)}
         if config.rollout.ahead:
             metrics |= {"rollout/lag": lag} | ratio_metrics(rows, outcome.rows, config)

@@ -240,9 +240,19 @@ def _check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass; before adapters are added, whose inputs must then need gradients."""
+    """Recompute activations in the backward pass; before adapters are added, whose inputs must then need gradients.
+
+    Layers are recomputed in training mode alone, which must not bring dropout back: it is set to 0 in the modules, and
+    stays in the model's config.
+    """
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def set_threads(count: int) -> None:

@@ -65,8 +65,12 @@ class Outcomes:
             self._means[level] = DECAY * expected[level] + (1 - DECAY) * mean
 
     def earlier(self) -> list[Graded]:
-        """Return what is kept of the steps before the latest."""
-        return [graded for step in self._kept for graded in step]
+        """Return what is kept of the steps before the latest, their problems numbered through."""
+        found: list[Graded] = []
+        for step in self._kept:
+            begin = found[-1].group + 1 if found else 0
+            found += [graded._replace(group=begin + graded.group) for graded in step]
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, as JSON-able values."""

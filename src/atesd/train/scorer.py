@@ -113,7 +113,7 @@ class Scorer:
         return next(self.model.parameters()).device
 
     def training_mode(self) -> None:
-        """Switch on what the backward pass needs. Dropout stays inactive (as in OPSD's code), but for checkpointing."""
+        """Switch on what the backward pass needs. Dropout is inactive, as in OPSD's code (`enable_checkpointing`)."""
         self.model.train(self._checkpointing)
 
     @contextmanager

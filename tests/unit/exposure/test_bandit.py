@@ -101,6 +101,18 @@ def test_accuracy_counts_upwards() -> None:
     assert controller.state_dict()["decisions"] == [[0, 0.5, 0.5]]
 
 
+def test_a_window_that_counts_without_distillation_is_left_out_and_said() -> None:
+    """Under a router that reads the exposure; what a step with distillation brings is scored again behind it."""
+    controller = build(hold=2)
+    for step, idle in enumerate((0.0, 1.0, 0.0, 0.0, 0.0)):
+        controller.observe(Observation(step, {"route/idle": idle, "route/paused": 0.0}, {NLL: 1.0 / (step + 1)}))
+        if step == 2:
+            assert controller.metrics() == {"exposure/discarded": 1.0}
+        controller.propose(step, ["p"])
+    ((begun, _, gain),) = controller.state_dict()["decisions"]
+    assert (begun, gain) == (2, pytest.approx(1 / 3 - 1 / 5))
+
+
 def test_a_window_without_both_ends_is_left_out_and_said() -> None:
     controller = build(hold=1)
     for step, value in enumerate((1.0, float("nan"), 0.5, 0.25)):

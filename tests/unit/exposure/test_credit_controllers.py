@@ -149,6 +149,24 @@ def test_a_step_without_a_distilled_group_does_not_count() -> None:
         assert controller.state_dict()["held"] == 1, "a router that reads the exposure must see it move"
 
 
+@pytest.mark.parametrize("kind", ["influence", "paired"])
+def test_a_paused_step_where_a_window_could_end_moves_nothing(kind: str) -> None:
+    """It is asked about again and again until a step counts, and only then acts."""
+    controller = build(kind=kind, hold=1)
+    controller.observe(Observation(0))
+    controller.propose(0, ["a"])
+    before = controller.state_dict()
+    for step in (1, 2, 3):
+        values = {measurement: 1.0 + place for place, measurement in enumerate(controller.wants(step))}
+        assert values
+        controller.observe(Observation(step, {"route/idle": 1.0, "route/paused": 1.0}, values))
+        assert controller.state_dict() == before
+    values = {measurement: 1.0 + place for place, measurement in enumerate(controller.wants(4))}
+    controller.observe(Observation(4, {"route/idle": 0.0, "route/paused": 0.0}, values))
+    assert controller.state_dict() != before
+    assert "exposure/discarded" not in controller.metrics()
+
+
 def test_paired_climbs_the_difference_of_both_sides() -> None:
     fields: dict[str, Any] = {"kind": "paired", "hold": 1, "start": 0.5, "delta": 0.2, "rate": 0.1}
     controller = build(**fields)
@@ -216,6 +234,15 @@ def test_bins_by_pass_rate_are_equal_parts_and_the_first_is_easiest(bins: int) -
     ends = controller.propose(0, [""] * 5, [1.0, 7.0, 0.0, -3.0, None])
     assert list(ends) == [ratios[0], ratios[0], ratios[-1], ratios[-1], ratios[bins // 2]]
     assert controller.metrics()["exposure/bin0/share"] == 2 / 5
+
+
+def test_every_bin_has_its_pass_rates_whatever_floats_make_of_them() -> None:
+    """Of five attempts each number of right ones is a bin of its own, but for all and none but one."""
+    controller = build(kind="difficulty", bins=5)
+    controller.observe(seen(0, measured={"probe_nll": 1.0}))
+    ratios = list(controller.propose(0, [""] * 6, [right / 5 for right in range(5, -1, -1)]))
+    assert len(set(ratios[:5])) == 5
+    assert ratios[4] == ratios[5]
 
 
 def test_a_teacher_who_changes_is_measured_for_every_bin() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atesd.recipe import build_config
 from atesd.rollout.render import Renderer
-from atesd.train.admit import answerable
+from atesd.train.admit import answerable, sets_of
 from atesd.types import Problem, UserError
 
 from support.rollouts import byte_tokenizer
@@ -60,3 +61,11 @@ def test_only_five_are_named() -> None:
     many = [Problem(f"p{place}", "first", "l1", "2") for place in range(7)]
     with pytest.raises(UserError, match=r"7 evaluation problems \(p0, p1, p2, p3, p4, \.\.\.\) do not fit"):
         asked(many, 11)
+
+
+def test_a_run_without_anything_to_evaluate_on_is_refused_before_it_begins() -> None:
+    rows = SimpleNamespace(name="own", train=lambda: [ONE], probe=list, evaluation=lambda: [LONGER])
+    assert sets_of(build_config({}), rows) == {"train": [ONE], "probe": [], "evaluation": [LONGER]}
+    rows.evaluation = list
+    with pytest.raises(UserError, match=r"task 'own' has no evaluation problem: raise task\.eval_size"):
+        sets_of(build_config({}), rows)

@@ -48,11 +48,11 @@ def test_the_newest_step_is_not_among_what_is_known() -> None:
     assert kept(outcomes) == [(10, 1.0, 0), (11, -1.0, 0)]
     outcomes.add([group(1.0, 1.0, name=4)])
     assert kept(outcomes) == [
-        (10, 1.0, 0), (11, -1.0, 0), (20, -1.0, 0), (21, 1.0, 0), (30, 1.0, 1), (32, -1.0, 1),
+        (10, 1.0, 0), (11, -1.0, 0), (20, -1.0, 1), (21, 1.0, 1), (30, 1.0, 2), (32, -1.0, 2),
     ]  # fmt: skip
     outcomes.add([group(name=5)])
     assert [name for name, *_ in kept(outcomes)] == [20, 21, 30, 32, 40, 41], "two steps are kept"
-    assert outcomes.earlier()[-1] == Graded(outcomes.earlier()[-1].passage, 0.0, 0)
+    assert outcomes.earlier()[-1] == Graded(outcomes.earlier()[-1].passage, 0.0, 2), "numbered through"
 
 
 def test_every_turn_of_an_attempt_is_kept() -> None:
@@ -83,7 +83,7 @@ def test_running_means_by_level() -> None:
     assert outcomes.of(group(0.0, level="a")) == [pytest.approx(-0.495)]
     assert outcomes.of(group(1.0, level="b")) == [1.0]
     assert kept(outcomes) == [
-        (10, 0.5, 0), (20, -0.5, 1), (30, 0.0, 2), (40, 0.5, 0), (50, pytest.approx(-0.55), 0),
+        (10, 0.5, 0), (20, -0.5, 1), (30, 0.0, 2), (40, 0.5, 3), (50, pytest.approx(-0.55), 4),
     ]  # fmt: skip
 
 
