@@ -18,6 +18,7 @@ import re
 import select
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from os.path import samestat
@@ -38,6 +39,11 @@ _STILL_S, _STILL_FACTOR, _LONGEST_S = 60.0, 20.0, 1e6
 _LONGEST = 2_000
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm)\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*\.?")
+# What the verifier would read as a product, or not at all.
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|~|\{,\}|[ \u00a0\u2009\u202f])\d{3})+(?![\d])")
+_SIGN_BETWEEN = re.compile(r"\D+")
+_MIXED = re.compile(r"(-?)(\d+)[ ]+(\d+)/(\d+)")
+_POWER = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 
 
 class MathReward:
@@ -73,7 +79,7 @@ class MathReward:
         given = extract_answer(completion)
         if given is None or len(given) > _LONGEST:
             return 0.0
-        given, gold = _unwrap(given), _unwrap(gold)
+        given, gold = _spelt(_unwrap(given)), _spelt(_unwrap(gold))
         if same_text(given, gold):
             return 1.0
         if _WORDS.fullmatch(given) and _WORDS.fullmatch(gold):
@@ -104,6 +110,30 @@ def _unwrap(answer: str) -> str:
     """Take off a `\\text{...}` around a whole answer."""
     wrapped = _TEXT.fullmatch(answer.strip())
     return wrapped[1] if wrapped else answer
+
+
+def _spelt(answer: str) -> str:
+    """Write numbers as the verifier reads them.
+
+    `6\\,000` and `6 000` are 6000, `3 1/2` is 3 + 1/2, as with a fraction of one letter, `1.2e3` is a power of ten, digits of
+    full width are plain ones, and a comma at the end says nothing.
+    """
+    answer = "".join(_vulgar(each) for each in answer).strip().rstrip(",;").rstrip()
+    answer = _GROUPS.sub(lambda found: _SIGN_BETWEEN.sub("", found[0]), answer)
+    if mixed := _MIXED.fullmatch(answer):
+        sign, whole, above, below = mixed.groups()
+        return rf"{sign}({whole} + \frac{{{above}}}{{{below}}})"
+    if power := _POWER.fullmatch(answer):
+        return rf"{power[1]} \cdot 10^{{{power[2]}}}"
+    return answer
+
+
+def _vulgar(letter: str) -> str:
+    """Return a fraction of one letter as ` 1/2`, a digit of full width as a plain one, and all else as it is."""
+    plain = unicodedata.normalize("NFKC", letter)
+    if "\u2044" in plain:
+        return f" {plain.replace(chr(0x2044), '/')}"
+    return plain if plain.isascii() and plain.isdigit() and unicodedata.east_asian_width(letter) == "F" else letter
 
 
 class _Worker:

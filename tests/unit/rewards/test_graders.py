@@ -60,6 +60,24 @@ def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
         (r"\boxed{\{1,2\}}", r"\{2,1\}", 1.0),
         (r"\boxed{3}", r"\boxed{3}", 1.0),
         (r"\boxed{3.0}", "$3$", 1.0),
+        (r"\boxed{6\,000}", "6000", 1.0),  # groups of three digits are one number, not a product
+        (r"\boxed{6 000}", "6000", 1.0),
+        (r"\boxed{6\,000}", "0", 0.0),
+        (r"\boxed{2 000 000}", "0", 0.0),
+        (r"\boxed{2~000~000}", "2000000", 1.0),
+        (r"\boxed{12{,}345}", "12345", 1.0),
+        (r"\boxed{5000}", r"5\;000", 1.0),
+        (r"\boxed{1 200.5}", "1200.5", 1.0),
+        (r"\boxed{6 00}", "600", 0.0),  # no group of three
+        (r"\boxed{3 1/2}", r"\frac{7}{2}", 1.0),
+        (r"\boxed{-3 1/2}", "-3.5", 1.0),
+        (r"\boxed{3 1/2}", "1.5", 0.0),
+        ("\\boxed{3\u00bd}", "3.5", 1.0),
+        ("\\boxed{\u00bd}", "0.5", 1.0),
+        ("\\boxed{\uff14\uff12}", "42", 1.0),
+        (r"\boxed{1.2e3}", "1200", 1.0),
+        (r"\boxed{2e}", r"2e", 1.0),
+        (r"\boxed{5,}", "5", 1.0),
         (r"\boxed{on}", "no", 0.0),  # the same product of letters
         (r"\boxed{\text{No}}", "no", 1.0),
         (r"\boxed{y x}", "x y", 1.0),  # single letters are variables
