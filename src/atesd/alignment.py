@@ -17,7 +17,8 @@ force is the one that is most probably the best under N(S, Q): errors that candi
 
 Ours. Deviations from the derivation: 1. the gradients are those of `probe.credit_parameters`; 2. an attempt without
 others at its problem is compared with the running mean of its level; 3. the error is that of g_R alone, the batch that
-is credited is taken as it is.
+is credited is taken as it is; 4. windows count as independent, and those shorter than `probe.credit_steps` share
+completions: with a window of one step z is some twice as wide as it says.
 """
 
 from __future__ import annotations

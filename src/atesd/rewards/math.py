@@ -115,8 +115,8 @@ def _unwrap(answer: str) -> str:
 def _spelt(answer: str) -> str:
     """Write numbers as the verifier reads them.
 
-    `6\\,000` and `6 000` are 6000, `3 1/2` is 3 + 1/2, as with a fraction of one letter, `1.2e3` is a power of ten, digits of
-    full width are plain ones, and a comma at the end says nothing.
+    `6\\,000` and `6 000` are 6000, `3 1/2` is 3 + 1/2, as with a fraction of one letter, `1.2e3` is a power of ten,
+    digits of full width are plain ones, and a comma at the end says nothing.
     """
     answer = "".join(_vulgar(each) for each in answer).strip().rstrip(",;").rstrip()
     answer = _GROUPS.sub(lambda found: _SIGN_BETWEEN.sub("", found[0]), answer)

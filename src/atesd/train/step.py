@@ -7,6 +7,8 @@ and divides by counts of the whole update, so cutting the batch into micro-batch
 one pass of the student, and before it, without gradient, one more for each of these: a selection over the whole update,
 log-probabilities of the weights that several updates begin with, and those of step 0 for a KL term.
 
+Deviation: of several updates a batch each reads a live or an averaged teacher as it then is, not as the step began.
+
     loss = sum over components of coef * sum(weight * value) / count        components: distil, rl, nll
 
 `count` is each component's own, or, where a router sends every group to one component only, that of all together.
