@@ -102,7 +102,8 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, *overrides: str, stop: bool = Fal
     """Return recipe and `Keep` that `atesd eval MODEL --task aime24` hands to the evaluation."""
     calls: list[tuple[Any, Any]] = []
 
-    def evaluate_model(config: Any, model: str, keep: Any) -> Evaluation:
+    def evaluate_model(config: Any, model: str, keep: Any, *, write: Any) -> Evaluation:
+        assert write is None, "without --out"
         calls.append((config, keep))
         if stop:
             raise KeyboardInterrupt
