@@ -147,7 +147,8 @@ METRICS: dict[str, str] = {
     "task/dropped": "training problems left out before step 0 because their prompts do not fit the context",
     "eval/{}/avg@{}": "mean accuracy of k samples a problem, and its interval `_low`, `_high`",
     "eval/{}/pass@{}": "unbiased pass@k, and its interval",
-    "eval/{}/maj@{}": "accuracy of the majority answer of k samples, and its interval",
+    "eval/{}/maj@{}": "accuracy of the most frequent answer, by its wording, of k samples, and its interval; absent "
+    "where no sample has an answer",
     "eval/{}/length_mean": "mean completion length in evaluation, tokens",
     "eval/{}/truncated_frac": "share of evaluated completions that hit the length limit (graded as wrong)",
     "eval/{}/turns_mean": "mean number of turns of an evaluated attempt, where any has several",

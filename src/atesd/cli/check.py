@@ -168,11 +168,11 @@ def task_of(task: str, overrides: Sequence[str] = ()) -> Task:
     return _section_with(section, overrides).build(RunFacts())
 
 
-def problems_of(task: str, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Return all problems of what `section_of` reads, none of them held out."""
+def whole_task_of(task: str, overrides: Sequence[str] = ()) -> Task:
+    """Turn what `section_of` reads into a task that trains on all its problems, none of them held out."""
     section = section_of(task)
     held_out = {"probe_size": 0, "eval_size": 0} if section["kind"] in (*_ALL_ROWS, "gym") else {}
-    return _section_with({**section, **held_out}, overrides).build(RunFacts()).train()
+    return _section_with({**section, **held_out}, overrides).build(RunFacts())
 
 
 # Every row is checked, those too whose answer cannot be recognised, and none is held out.

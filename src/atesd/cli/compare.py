@@ -203,6 +203,8 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
             raise UserError(f"unknown arm {arm!r}: {meant}the recipe and the built-in arms are {', '.join(known)}")
         if not re.fullmatch(r"\w[\w.+-]*", arm):
             raise UserError(f"arm {arm!r} cannot name a folder: use letters, digits, and any of _ . + -")
+        if arm == "start":
+            raise UserError("no arm can be called 'start', as results call what was there before training: rename it")
         chosen[arm] = known[arm]
         armed = with_overrides(config, known[arm], source=f"{recipe}: arm {arm!r}")
         refuse_own(arm, armed, config)
@@ -263,15 +265,17 @@ def finish(folder: Path, console: Console) -> None:
     from atesd.report.quality import qualities
 
     summary = summarise(folder)
-    if found := qualities(load_comparison(folder)):
+    study = load_comparison(folder)
+    arms = [arm.name for arm in study.arms]
+    if found := qualities(study):
         summary["quality"] = found
     write_atomic(folder / "summary.json", dump_json(summary))
     console.print(summary_table(summary))
     if summary["paired"]:
-        console.print(paired_table(summary))
+        console.print(paired_table(summary, arms))
     console.print(leaders_line(summary["leaders"]))
     for name, found in summary.get("quality", {}).items():
-        console.print(quality_table(name, found))
+        console.print(quality_table(name, found, arms))
     if warning := caution(len(summary["seeds"])):
         console.print(warning)
     report = write_report([folder], folder / "report.html")
@@ -294,24 +298,29 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def paired_table(summary: Mapping[str, Any]) -> Table:
-    """Return paired differences."""
+def paired_table(summary: Mapping[str, Any], arms: Sequence[str]) -> Table:
+    """Return paired differences; `arms` are all of the comparison, in order."""
     from atesd.evaluate.metrics import Difference
+    from atesd.report.compare import pairs_by_key
     from atesd.report.tables import verdict
 
     table = Table(title="paired differences", title_justify="left")
     few = any(pair["t_low"] is not None for pair in summary["paired"].values())
     for name in ("pair", "difference", "95 % interval", *(["t over seeds"] if few else []), "reading"):
         table.add_column(name, justify="left" if name in {"pair", "reading"} else "right")
-    for name, pair in summary["paired"].items():
-        row = [name.replace("-", " - ", 1), f"{pair['difference']:+.3f}", interval(pair, sign="+")]
+    for key, names in pairs_by_key(arms).items():
+        if key not in summary["paired"]:
+            continue
+        pair = summary["paired"][key]
+        row = [" - ".join(names), f"{pair['difference']:+.3f}", interval(pair, sign="+")]
         row += [interval(pair, sign="+", over="t_")] if few else []
         table.add_row(*row, verdict(Difference(**pair).sign))
     return table
 
 
-def quality_table(name: str, found: Mapping[str, Any]) -> Table:
-    """Return one number about all samples: means over seeds and paired differences."""
+def quality_table(name: str, found: Mapping[str, Any], arms: Sequence[str]) -> Table:
+    """Return one number about all samples: means over seeds and paired differences of the comparison's arms."""
+    from atesd.report.compare import pairs_by_key
     from atesd.report.quality import reading, said
 
     table = Table(title=f"{name.replace('_', ' ')}, mean over seeds (t interval, 95 %)", title_justify="left")
@@ -320,8 +329,9 @@ def quality_table(name: str, found: Mapping[str, Any]) -> Table:
     table.add_row("start", said(found["start"]), "")
     for arm, entry in found["arms"].items():
         table.add_row(arm, said(entry), "")
-    for pair, entry in found["paired"].items():
-        table.add_row(pair.replace("-", " - ", 1), said(entry, "+"), reading(entry))
+    for key, pair in pairs_by_key(arms).items():
+        if entry := found["paired"].get(key):
+            table.add_row(" - ".join(pair), said(entry, "+"), reading(entry))
     return table
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from atesd.types import UserError
 
 if TYPE_CHECKING:
     from atesd.config import RunConfig
-    from atesd.evaluate.runner import Evaluation
+    from atesd.evaluate.runner import Evaluation, Row
 
 
 def run_eval(
@@ -81,10 +82,7 @@ def run_eval(
         results = default_folder(name, str(task))
     if run is not None and task is not None:
         warn_of_trained(own, config)
-    result = _evaluated(config, folder, console, results, overrides if is_benchmark else None)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows))
+    result = _evaluated(config, folder, console, results, overrides if is_benchmark else None, out)
     num_problems = len(result.rows) // config.eval.k
     called = task if is_benchmark else config.task.kind
     console.print(metrics_table(result.metrics, f"{folder} on {num_problems} problems of {called}"))
@@ -94,17 +92,24 @@ def run_eval(
 
 
 def _evaluated(
-    config: RunConfig, folder: str, console: Console, results: Path | None, official: Sequence[str] | None
+    config: RunConfig,
+    folder: str,
+    console: Console,
+    results: Path | None,
+    official: Sequence[str] | None,
+    out: Path | None,
 ) -> Evaluation:
     """Evaluate with a status line. With `results` samples are kept there, and Ctrl-C says how to go on.
 
-    `official` holds the user's overrides of a benchmark: what they leave open is as in the paper.
+    `official` holds the user's overrides of a benchmark: what they leave open is as in the paper. All samples are
+    written to `out` before the metrics are computed.
     """
     from atesd.train.inspect import Keep, evaluate_model
 
+    write = None if out is None else partial(write_rows, out)
     with console.status(f"evaluating {folder} with {config.eval.k} completions a problem") as status:
         if results is None:
-            return evaluate_model(config, folder)
+            return evaluate_model(config, folder, write=write)
         show = EvalProgress(console, status, results.name)
         keep = Keep(results, show, console.print)
         if official is not None:
@@ -112,12 +117,18 @@ def _evaluated(
             keep = replace(keep, think=think, fit=not sets(official, "eval.max_new_tokens"))
             config = with_official_prompt(config)
         try:
-            return evaluate_model(config, folder, keep)
+            return evaluate_model(config, folder, keep, write=write)
         except KeyboardInterrupt:
             console.print(
                 f"stopped; the samples of every complete part are kept in {results}: the same command goes on"
             )
             raise SystemExit(130) from None
+
+
+def write_rows(out: Path, rows: Sequence[Row]) -> None:
+    """Write one object a line, into a folder that is made where it is missing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def is_run(path: Path) -> bool:

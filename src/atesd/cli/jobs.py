@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 from time import monotonic, sleep
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.live import Live
@@ -32,27 +32,39 @@ _ERROR_LINE = re.compile(r"(error|[\w.]+(Error|Exception|Exit|Interrupt)):? ?(?P
 
 
 class Tail:
-    """Reads what was appended to a JSON Lines file since the last call; starts again when the file is replaced."""
+    """Reads what was appended to a JSON Lines file since the last call.
+
+    It starts again when the file was replaced or rewound: another inode, a file shorter than what was read, or no whole
+    row where the next one belongs. Damaged rows are left out: the run and the report say which they are.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = self._offset = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the complete new rows."""
+        """Return the complete new rows, all of them where it starts again."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
             return []
         with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._inode, self._offset = inode, 0
-            file.seek(self._offset)
-            text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._inode or found.st_size < self._offset:
+                self._inode, self._offset = found.st_ino, 0
+            began = self._offset
+            rows = self._read(file)
+            if began and None in rows:
+                self._offset = 0
+                rows = self._read(file)
+        return [row for row in rows if row is not None]
+
+    def _read(self, file: BinaryIO) -> list[dict[str, Any] | None]:
+        """Read the complete lines behind the offset, None for one that is no row."""
+        file.seek(self._offset)
+        *lines, rest = file.read().split(b"\n")
+        self._offset = file.tell() - len(rest)
+        return [_row(line) for line in lines]
 
 
 @dataclass(slots=True)
@@ -261,6 +273,14 @@ class Runner:
             return "?"
         missing = sum(1.0 - job.share for job in self._jobs if not job.failed)
         return clock((monotonic() - self._begin) / done * missing)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
 
 
 def clear_stillborn(path: Path) -> None:

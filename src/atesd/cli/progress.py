@@ -184,9 +184,9 @@ def metrics_table(metrics: Mapping[str, float], title: str, start: Mapping[str, 
     table.add_column("metric")
     for name in (["start"] if start else []) + ["value", "95 % interval"]:
         table.add_column(name, justify="right")
-    for key in sorted(metrics, key=_rank):
-        if key.endswith(("_low", "_high")):
-            continue
+    bounded = [key for key in metrics if f"{key}_low" in metrics and f"{key}_high" in metrics]
+    bounds = {f"{key}{end}" for key in bounded for end in ("_low", "_high")}
+    for key in sorted((key for key in metrics if key not in bounds), key=_rank):
         low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
         before = [number(start.get(key))] if start else []

@@ -8,10 +8,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from atesd.cli.progress import bar, clock, make_console, silence_libraries
-from atesd.types import Problem, UserError
+from atesd.types import UserError
 
 if TYPE_CHECKING:
     from atesd.config import RunConfig
+    from atesd.tasks.base import Task
 
 _SECONDS_A_STEP = 0.35
 
@@ -66,13 +67,13 @@ def run_model_warmup(
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(f"--{wrong['loc'][0]}: {wrong['msg']} (given: {wrong['input']})") from error
-    config, problems = chosen(model, data, recipe, overrides)
+    config, source = chosen(model, data, recipe, overrides)
     console = make_console()
     console.print(f"warming {model} up: {plan.steps} steps of {plan.batch} samples, {plan.hinted:.0%} of them hinted")
     begin = monotonic()
     try:
         with bar(console, plan.steps) as show:
-            found = warm_up(config, problems, out, plan, progress=show)
+            found = warm_up(config, source.train(), out, plan, source=source, progress=show)
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         raise SystemExit(130) from None
@@ -84,8 +85,8 @@ def run_model_warmup(
     console.print(f"use it with model.path={out}")
 
 
-def chosen(model: str, data: str, recipe: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, Sequence[Problem]]:
-    """Return the recipe that will train the model, with this model, and the problems of the warm-up's data.
+def chosen(model: str, data: str, recipe: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, Task]:
+    """Return the recipe that will train the model, with this model, and the task that trains on the warm-up's data.
 
     Overrides of the task choose the data, all others change the recipe. Without `recipe`, `data` must be one.
     """
@@ -104,10 +105,10 @@ def chosen(model: str, data: str, recipe: Path | None, overrides: Sequence[str])
     config = load_config(recipe or Path(data), [*others, f'model.path="{model}"'])
     if is_recipe:
         source = load_config(Path(data), of_data)
-        return config, source.task.build(source.facts()).train()
-    from atesd.cli.check import problems_of
+        return config, source.task.build(source.facts())
+    from atesd.cli.check import whole_task_of
 
-    return config, problems_of(data, of_data)
+    return config, whole_task_of(data, of_data)
 
 
 def refuse_unused(needed: str | None, **options: object) -> None:

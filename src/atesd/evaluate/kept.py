@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atesd.evaluate.runner import Evaluation, Row, Traits, sample, summarise
+from atesd.evaluate.runner import Evaluation, Row, Traits, Write, sample, summarise
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
 from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
@@ -50,8 +50,9 @@ def evaluate_kept(
     seed: int,
     traits: Traits,
     show: Callable[[Progress], None],
+    write: Write | None = None,
 ) -> Evaluation:
-    """Evaluate part by part, reading the parts that are there already.
+    """Evaluate part by part, reading the parts that are there already; `write` gets all rows before the metrics.
 
     UserError without problems, where the folder holds the results of other settings, where it is damaged, or while
     another process writes it.
@@ -73,6 +74,8 @@ def evaluate_kept(
                 sampled += len(part)
             tables += found
             show(Progress(len(tables), len(problems), sampled, _correct(tables)))
+        if write is not None:
+            write([row for table in tables for row in table])
         result = summarise(task, tables)
         write_atomic(folder / "result.json", dump_json(result.metrics))
         return result

@@ -6,7 +6,7 @@ Shapes: P problems, K samples a problem, S seeds. Correctness is 0 or 1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import comb
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ FEW_SEEDS = 5
 
 _RESAMPLES = 10_000
 _RESAMPLES_NESTED = 4_000
+_DRAWN = 4_000_000  # problems at a time: some 64 MB for places and values
 
 
 class Interval(NamedTuple):
@@ -67,10 +68,16 @@ def pass_at_k(correct_PK: NDArray[np.bool_] | Array, k: int) -> Array:
 def maj_at_k(answers_PK: Sequence[Sequence[str | None]], correct_PK: NDArray[np.bool_] | Array) -> Array:
     """Return the expected accuracy of each problem's most frequent answer, [P].
 
-    Samples without an answer have no vote; a problem without any answer is wrong. Tied answers count by the mean of
-    their correctness, and so do samples that share a wording but not a grade.
+    Votes count an answer's wording: 1/2 and 0.5 are two answers. Samples without an answer have no vote; a problem
+    without any answer is wrong, so that where no problem has one the result says nothing (`have_answers`). Tied answers
+    count by the mean of their correctness, and so do samples that share a wording but not a grade.
     """
     return np.array([_majority(answers, row) for answers, row in zip(answers_PK, correct_PK, strict=True)])
+
+
+def have_answers(answers_PK: Sequence[Sequence[str | None]]) -> bool:
+    """Tell whether any sample has an answer that could be voted for: actions and free text have none."""
+    return any(answer is not None for answers in answers_PK for answer in answers)
 
 
 def _majority(answers_K: Sequence[str | None], correct_K: NDArray[np.bool_] | Array) -> float:
@@ -84,9 +91,9 @@ def _majority(answers_K: Sequence[str | None], correct_K: NDArray[np.bool_] | Ar
 
 def bootstrap_interval(values_P: Array, *, resamples: int = _RESAMPLES, seed: int = 0) -> Interval:
     """Return the 95 % percentile interval of the mean, resampling problems. A single problem gives (mean, mean)."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values_P), size=(resamples, len(values_P)))
-    return _percentiles(np.asarray(values_P, dtype=np.float64)[picks].mean(axis=1))
+    values_P = np.asarray(values_P, dtype=np.float64)
+    draws = _draws(np.random.default_rng(seed), len(values_P), resamples)
+    return _percentiles(np.concatenate([values_P[picks_RP].mean(axis=1) for _, picks_RP in draws]))
 
 
 def arm_interval(
@@ -144,18 +151,27 @@ def few_seeds_interval(values_SP: Array) -> Interval | None:
 
 
 def _resampled_means(values_SP: Array, shared: bool, resamples: int, seed: int) -> Array:
-    """Return bootstrap means; one drawn seed after another, to hold one [resamples, P] array at a time."""
+    """Return bootstrap means; drawn problems serve every drawn seed where they are shared, else one seed."""
     rng = np.random.default_rng(seed)
     num_seeds, num_problems = values_SP.shape
     seeds_RS = rng.integers(0, num_seeds, size=(resamples, num_seeds))
-    problems_RP = rng.integers(0, num_problems, size=(resamples, num_problems))
     total_R = np.zeros(resamples)
-    for drawn_R in seeds_RS.T:
-        if not shared:
-            problems_RP = rng.integers(0, num_problems, size=(resamples, num_problems))
-        total_R += values_SP[drawn_R[:, None], problems_RP].mean(axis=1)
+    for part, problems_RP in _draws(rng, num_problems, resamples):  # unshared they only move the generator on
+        for drawn_R in seeds_RS[part].T if shared else ():
+            total_R[part] += values_SP[drawn_R[:, None], problems_RP].mean(axis=1)
+    for drawn_R in () if shared else seeds_RS.T:
+        for part, problems_RP in _draws(rng, num_problems, resamples):
+            total_R[part] += values_SP[drawn_R[part, None], problems_RP].mean(axis=1)
     means_R: Array = total_R / num_seeds
     return means_R
+
+
+def _draws(rng: np.random.Generator, num_problems: int, resamples: int) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Yield which resamples are drawn, and their problems, [r, P]: in parts, whose numbers are those of one draw."""
+    rows = max(1, _DRAWN // num_problems)
+    for start in range(0, resamples, rows):
+        part = slice(start, min(start + rows, resamples))
+        yield part, rng.integers(0, num_problems, size=(part.stop - part.start, num_problems))
 
 
 def _percentiles(means_R: Array) -> Interval:

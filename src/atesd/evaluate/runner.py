@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from atesd.evaluate.metrics import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
+from atesd.evaluate.metrics import avg_at_k, bootstrap_interval, have_answers, maj_at_k, pass_at_k
 from atesd.rewards.answer import extract_answer
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig, Temperature
@@ -18,6 +18,8 @@ from atesd.types import Config, Group, Problem, StopReason, UserError
 Traits = Callable[[Problem, str], dict[str, bool]]
 Row = dict[str, Any]
 """One sample of a problem, as it is written to a file."""
+Write = Callable[[Sequence[Row]], object]
+"""Puts rows where they are safe."""
 
 
 class EvalConfig(Config):
@@ -59,11 +61,24 @@ class Evaluation:
 
 
 def evaluate(
-    task: str, problems: Sequence[Problem], driver: Driver, sampling: SamplingConfig, *, seed: int, traits: Traits
+    task: str,
+    problems: Sequence[Problem],
+    driver: Driver,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    traits: Traits,
+    write: Write | None = None,
 ) -> Evaluation:
-    """Evaluate on problems, all samples in one request; `sampling.group_size` is k. UserError without problems."""
+    """Evaluate on problems, all samples in one request; `sampling.group_size` is k. UserError without problems.
+
+    `write` gets the rows before anything is computed from them.
+    """
     refuse_none(task, problems)
-    return summarise(task, sample(problems, driver, sampling, seed=seed, traits=traits))
+    tables = sample(problems, driver, sampling, seed=seed, traits=traits)
+    if write is not None:
+        write([row for table in tables for row in table])
+    return summarise(task, tables)
 
 
 def refuse_none(task: str, problems: Sequence[Problem]) -> None:
@@ -136,11 +151,14 @@ def _accuracy(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     """Return Average@k, pass@j for powers of two and k, and maj@k with intervals, and Average@k by level.
 
     A reward of 1 is correct; of several rewards the first one's, without its weight, since their sum is no verdict.
+    maj@k votes by an answer's wording, and is left out where no sample has an answer.
     """
     correct_PK = np.array([[row["reward"] == 1.0 for row in table] for table in tables])
     k = correct_PK.shape[1]
     answers = [[row["answer"] for row in table] for table in tables]
-    values = {f"avg@{k}": correct_PK.mean(axis=1), f"maj@{k}": maj_at_k(answers, correct_PK)}
+    values = {f"avg@{k}": correct_PK.mean(axis=1)}
+    if have_answers(answers):
+        values[f"maj@{k}"] = maj_at_k(answers, correct_PK)
     for j in sorted({min(2**power, k) for power in range(k.bit_length() + 1)}):
         values[f"pass@{j}"] = pass_at_k(correct_PK, j)
     metrics: dict[str, float] = {}

@@ -61,7 +61,7 @@ def find(study: Study) -> Findings:
     """Compute a study's findings; only a comparison has pairs."""
     arms = {arm.name: accuracy(finals(arm)) for arm in study.arms}
     return Findings(
-        start=accuracy(starts(study)),
+        start=accuracy(starts(study)) if study.is_comparison else _together(starts(study)),
         arms=arms,
         paired=paired(study) if study.is_comparison else {},
         leaders=leaders(study, arms),
@@ -88,12 +88,26 @@ def leaders(study: Study, found: Mapping[str, Mapping[str, float] | None]) -> tu
 
 
 def starts(study: Study) -> list[Evaluation]:
-    """Return one step-0 evaluation a seed: that of the first arm which has one."""
-    found: dict[int | None, Evaluation] = {}
+    """Return one step-0 evaluation a seed of a comparison, that of the first arm which has one.
+
+    Runs that were named together may have begun as different models: every one has its own.
+    """
+    found: dict[object, Evaluation] = {}
     for run in study.runs:
         if run.start is not None:
-            found.setdefault(run.seed, run.start)
+            found.setdefault(run.origin, run.start)
     return list(found.values())
+
+
+def _together(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
+    """Return the accuracy of starts that are no seeds of one thing, so without an interval over seeds.
+
+    None where they have different numbers of problems, and no start stands for all.
+    """
+    if len({len(evaluation.problem_ids) for evaluation in evaluations}) > 1:
+        return None
+    found = accuracy(evaluations)
+    return found and {key: value for key, value in found.items() if not key.startswith("t_")}
 
 
 def finals(arm: Arm) -> list[Evaluation]:
@@ -138,8 +152,11 @@ def paired(study: Study) -> dict[str, Difference]:
     UserError where the learned arm and another were evaluated on different problems; else such pairs are left out.
     """
     arms = {arm.name: arm for arm in study.arms}
-    pairs = [(a, b) for a, b in pairs_of(list(arms)) if LEARNED in arms or have_same_problems(arms[a], arms[b])]
-    found = {f"{a}-{b}": difference(arms[a], arms[b]) for a, b in pairs}
+    found = {
+        key: difference(arms[a], arms[b])
+        for key, (a, b) in pairs_by_key(list(arms)).items()
+        if LEARNED in arms or have_same_problems(arms[a], arms[b])
+    }
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
@@ -154,6 +171,11 @@ def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
         pairs = [(name, arms[0]) for name in arms[1:]]
     pairs = [pair for pair in pairs if set(pair) != {HALF, FULL}]
     return pairs + [(HALF, FULL)] * (HALF in arms and FULL in arms)
+
+
+def pairs_by_key(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return the same pairs by the keys of their differences, FIRST-SECOND: a name may hold a hyphen itself."""
+    return {f"{first}-{second}": (first, second) for first, second in pairs_of(arms)}
 
 
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> Floats:

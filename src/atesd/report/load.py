@@ -131,6 +131,11 @@ class Run:
         return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
 
     @property
+    def origin(self) -> tuple[Path, int | None]:
+        """What runs with one start in common share: comparison and seed; a run that was named by itself has its own."""
+        return (self.path, None) if self.seed is None else (self.path.parent.parent, self.seed)
+
+    @property
     def right(self) -> str:
         """When a sample of a flow counts as right, which completes "the share of samples that ..."; else empty."""
         return str(self.about.get("right", ""))
@@ -228,7 +233,8 @@ def load_study(paths: Sequence[Path]) -> Study:
     """Read what the paths name: one comparison, or any number of run directories and comparisons.
 
     One comparison keeps its arm names. Otherwise every run directory is an arm of its own, and the arms of
-    comparisons are called FOLDER/ARM. UserError: no path, a path that is neither, or a broken file.
+    comparisons are called FOLDER/ARM. UserError: no path, a path that is neither, a broken file, or evaluations with
+    different numbers of samples a problem.
     """
     if not paths:
         raise UserError("nothing to report: give at least one run directory or comparison directory")
@@ -246,7 +252,7 @@ def load_study(paths: Sequence[Path]) -> Study:
         task=studies[0].task,
         is_comparison=False,
         arms=tuple(_renamed(arm, name) for name, (_, arm) in zip(names, arms, strict=True)),
-        k=studies[0].k,
+        k=_same_k(studies),
         seeds=tuple(sorted({seed for study in studies for seed in study.seeds})),
         seconds=sum(study.seconds for study in studies),
         missing=tuple(name for study in studies for name in study.missing),
@@ -367,6 +373,18 @@ def _single(path: Path) -> Study:
         seconds=run.seconds,
         missing=() if run.result is not None else (f"{run.arm}: not finished",),
     )
+
+
+def _same_k(studies: Sequence[Study]) -> int:
+    """Return the samples a problem of those that were evaluated. UserError where they differ: Average@k is of one k."""
+    found = {study.k: study.title for study in reversed(studies) if study.k}
+    if len(found) > 1:
+        named = ", ".join(f"{title} has {k}" for k, title in sorted(found.items()))
+        raise UserError(
+            f"evaluations have different numbers of samples a problem ({named}), and a report has one Average@k: "
+            "report them apart, or train them with one eval.k"
+        )
+    return next(iter(found), 0)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from atesd.evaluate.metrics import t_interval
-from atesd.report.compare import pairs_of
+from atesd.report.compare import pairs_by_key, pairs_of
 from atesd.report.load import Run, Study
 from atesd.report.plots import SAME, names_in
 from atesd.report.tables import NOT_TOLD_APART, swatch, table
@@ -54,10 +54,10 @@ def reading(entry: Mapping[str, Any]) -> str:
 
 
 def _quality(study: Study, key: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    starts: dict[int | None, float] = {}
+    starts: dict[object, float] = {}
     for run in study.runs:
         if run.rows and run.rows[0]["step"] == 0 and key in run.rows[0]:
-            starts.setdefault(run.seed, run.rows[0][key])
+            starts.setdefault(run.origin, run.rows[0][key])
     finals = {
         arm.name: {run.seed: run.rows[-1][key] for run in arm.runs if _is_complete(run) and key in run.rows[-1]}
         for arm in study.arms
@@ -68,7 +68,7 @@ def _quality(study: Study, key: str, pairs: Sequence[tuple[str, str]]) -> dict[s
         if seeds:
             paired[f"{first}-{second}"] = _entry([finals[first][seed] - finals[second][seed] for seed in seeds])
     return {
-        "start": _entry(list(starts.values())) if starts else None,
+        "start": _entry(list(starts.values()), over_seeds=study.is_comparison) if starts else None,
         "arms": {name: _entry(list(found.values())) for name, found in finals.items() if found},
         "paired": paired,
     }
@@ -78,8 +78,9 @@ def _is_complete(run: Run) -> bool:
     return run.result is not None and bool(run.rows)
 
 
-def _entry(values: Sequence[float]) -> dict[str, Any]:
-    low, high = t_interval(np.array(values)) if len(values) > 1 else (None, None)
+def _entry(values: Sequence[float], *, over_seeds: bool = True) -> dict[str, Any]:
+    """Return the mean with its interval; starts of runs that were named together are no seeds, and have none."""
+    low, high = t_interval(np.array(values)) if over_seeds and len(values) > 1 else (None, None)
     return {"mean": float(np.mean(values)), "low": low, "high": high, "seeds": len(values)}
 
 
@@ -91,9 +92,11 @@ def _table(study: Study, name: str, found: Mapping[str, Any]) -> str:
         for arm, entry in found["arms"].items()
     ]
     rows += [
-        f"<tr><th scope=row>{escape(pair.replace('-', MINUS, 1))}</th>"
-        f"<td class=number>{said(entry, '+')}</td><td class=verdict>{reading(entry)}</td></tr>"
-        for pair, entry in found["paired"].items()
+        f"<tr><th scope=row>{escape(MINUS.join(pair))}</th>"
+        f"<td class=number>{said(found['paired'][key], '+')}</td>"
+        f"<td class=verdict>{reading(found['paired'][key])}</td></tr>"
+        for key, pair in pairs_by_key(list(index)).items()
+        if key in found["paired"]
     ]
     words = escape(name.replace("_", " "))
     head = ["Arm or pair", "Mean over seeds, with its t interval of 95\u00a0%", "Reading"]

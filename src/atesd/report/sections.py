@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from atesd.evaluate.metrics import Difference
-from atesd.report.compare import Findings, caution
+from atesd.report.compare import LEARNED, Findings, caution, pairs_by_key
 from atesd.report.load import Run, Study
 from atesd.report.panels import PANELS
 from atesd.report.plots import Shown
@@ -162,10 +162,10 @@ def finding(findings: Findings, right: str = "") -> str:
 def _against(findings: Findings) -> str:
     """Compare the learned arm with the first others, in a sentence."""
     pairs = [
-        f"{points(entry.difference)} against {escape(name.removeprefix('learned-'))} "
+        f"{points(entry.difference)} against {escape(other)} "
         f"({points(entry.low)} to {points(entry.high)}{_untold(entry)})"
-        for name, entry in findings.paired.items()
-        if name.startswith("learned-")
+        for key, (arm, other) in pairs_by_key(list(findings.arms)).items()
+        if arm == LEARNED and (entry := findings.paired.get(key)) is not None
     ]
     if not pairs:
         return ""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from atesd.evaluate.metrics import avg_at_k, maj_at_k, pass_at_k
-from atesd.report.compare import Findings, finals, pairs_of, seconds, starts
+from atesd.evaluate.metrics import avg_at_k, have_answers, maj_at_k, pass_at_k
+from atesd.report.compare import Findings, finals, pairs_by_key, seconds, starts
 from atesd.report.load import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, seen_in_words
@@ -73,8 +73,8 @@ def paired_table(study: Study, findings: Findings) -> str:
     reach = max(0.05, math.ceil(20 * max(abs(bound) for entry in found.values() for bound in entry[1:3])) / 20)
     names = [arm.name for arm in study.arms]
     rows = []
-    for first, second in pairs_of(names):
-        entry = found.get(f"{first}-{second}")
+    for key, (first, second) in pairs_by_key(names).items():
+        entry = found.get(key)
         if entry is None:
             continue
         drawn = interval_drawing((entry.low, entry.difference, entry.high), (-reach, reach), names.index(first), 0.0)
@@ -137,8 +137,8 @@ def _passed(evaluation: Evaluation) -> float:
 
 
 def _majority(evaluation: Evaluation) -> float:
-    correct = evaluation.correct
-    return float(maj_at_k(evaluation.graded_answers, correct).mean()) if correct.size else math.nan
+    answers = evaluation.graded_answers
+    return float(maj_at_k(answers, evaluation.correct).mean()) if have_answers(answers) else math.nan
 
 
 def settings_table(rows: Sequence[tuple[str, str]]) -> str:

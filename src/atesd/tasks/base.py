@@ -19,6 +19,7 @@ _CITES_HINT = re.compile(
 
 
 _MOST_PAIRS = 10
+_MOST_DIGITS = 600  # Python refuses to read more than 4300, and can be told to refuse more than 640
 
 
 class Task(Protocol):
@@ -122,9 +123,18 @@ def check_gold(problems: Sequence[Problem], reward: RewardFunction) -> CheckRepo
 
 
 def corrupt(answer: str) -> str:
-    """Return an answer that is certainly another one: the first number plus 1, or a marked text."""
-    changed, count = re.subn(r"\d+", lambda number: str(int(number.group()) + 1), answer, count=1)
+    """Return an answer that is certainly another one: the first number plus 1, or a marked text.
+
+    Of a number that is too long to be read as one, the last digit changes.
+    """
+    changed, count = re.subn(r"\d+", lambda number: _another(number.group()), answer, count=1)
     return changed if count else f"not {answer}"
+
+
+def _another(number: str) -> str:
+    if len(number) <= _MOST_DIGITS:
+        return str(int(number) + 1)
+    return f"{number[:-1]}{(int(number[-1]) + 1) % 10}"
 
 
 def _closing(problem: Problem, answer: str, *, replace: bool = False) -> str:

@@ -27,8 +27,13 @@ def sets_of(config: RunConfig, task: Task) -> dict[str, list[Problem]]:
     return sets
 
 
-def refuse_hostile(config: RunConfig, renderer: Renderer, task: Task, sets: Mapping[str, Sequence[Problem]]) -> None:
-    """UserError naming the row whose text could be taken for the prompt's own: a control token, or a hint's fence."""
+def refuse_hostile(
+    config: RunConfig, renderer: Renderer, task: Task | None, sets: Mapping[str, Sequence[Problem]]
+) -> None:
+    """UserError naming the row whose text could be taken for the prompt's own: a control token, or a hint's fence.
+
+    `task` is the one that the problems are from; where it is not known, set and problem are named.
+    """
     refuse_texts(task, sets, renderer.flaw, () if config.prompt.hint == "none" else fences(config.prompt.teacher))
 
 

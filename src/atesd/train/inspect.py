@@ -12,7 +12,7 @@ from typing import Any
 
 from atesd.config import RunConfig
 from atesd.evaluate.kept import Progress, evaluate_kept
-from atesd.evaluate.runner import Evaluation, evaluate
+from atesd.evaluate.runner import Evaluation, Write, evaluate
 from atesd.exposure.prompt import student_messages
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig, Weights
@@ -24,6 +24,7 @@ from atesd.train.admit import answerable, refuse_hostile, shown_instead
 from atesd.train.hints import Hints
 from atesd.train.hub import commit_of, fetched
 from atesd.train.model import context_length, decide_dtype, load, resolve, set_threads
+from atesd.train.resume import digests_of_code
 from atesd.train.setup import for_evaluation, make_renderer, sampling_side
 from atesd.train.tokens import load_tokenizer
 from atesd.types import Problem, Trajectory, Turn, UserError
@@ -113,10 +114,13 @@ class Keep:
     """Whether completions may be cut to what the context of the model holds."""
 
 
-def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = None) -> Evaluation:
+def evaluate_model(
+    config: RunConfig, model: str | Path, keep: Keep | None = None, *, write: Write | None = None
+) -> Evaluation:
     """Evaluate a model folder (or hub id) on the recipe's held-out problems, as a run would at its step 0.
 
-    With `keep` the samples are kept in parts, each with a seed of its own, and an earlier evaluation goes on.
+    With `keep` the samples are kept in parts, each with a seed of its own, and an earlier evaluation goes on. `write`
+    gets all samples, one row each, before anything is computed from them.
     """
     set_threads(config.threads)
     config = decide_dtype(config)
@@ -136,7 +140,7 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
     if keep is None or not keep.fit:
         problems = answerable(config, renderer, problems, context_length(loaded))
     if keep is None:
-        return evaluate(task.name, problems, driver, sampling, seed=seed, traits=task.traits)
+        return evaluate(task.name, problems, driver, sampling, seed=seed, traits=task.traits, write=write)
     if keep.fit:
         longest = max((len(renderer.student_ids(driver.student_messages(each))) for each in problems), default=0)
         sampling = _fitted(sampling, context_length(loaded), longest, keep.say)
@@ -148,7 +152,16 @@ def evaluate_model(config: RunConfig, model: str | Path, keep: Keep | None = Non
         f"{keep.folder}"
     )
     return evaluate_kept(
-        keep.folder, settings, task.name, problems, driver, sampling, seed=seed, traits=task.traits, show=keep.show
+        keep.folder,
+        settings,
+        task.name,
+        problems,
+        driver,
+        sampling,
+        seed=seed,
+        traits=task.traits,
+        show=keep.show,
+        write=write,
     )
 
 
@@ -163,12 +176,13 @@ def _fitted(sampling: SamplingConfig, context: int | None, prompt: int, say: Cal
 
 
 def _settings(config: RunConfig, model: str, sampling: SamplingConfig, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Return what the numbers of an evaluation depend on; models and problems by digest."""
+    """Return what the numbers of an evaluation depend on; models, problems and the user's code by digest."""
     texts = [[problem.id, problem.problem, problem.answer] for problem in problems]
     chosen = {name: config.model_dump(mode="json")[name] for name in ("task", "reward", "prompt", "env", "seed")}
     return {
         "model": _digest(_weights(Path(resolve(model)))) if Path(resolve(model)).is_dir() else model,
-        "dtype": config.model.dtype,
+        **{name: getattr(config.model, name) for name in ("dtype", "quantization", "attn_implementation")},
+        "code": digests_of_code(config) or None,  # as in folders that do not know of it
         **sampling.model_dump(mode="json"),
         **chosen,
         "engine": config.rollout.engine.model_dump(mode="json"),

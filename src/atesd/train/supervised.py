@@ -85,11 +85,13 @@ def warm_up(
     out: Path,
     plan: WarmupConfig,
     *,
+    source: Task | None = None,
     progress: Callable[[int, int, float], object] = lambda *_: None,
 ) -> Warmed:
     """Train `config.model` on the problems that are not the recipe's and write a model folder, adapters merged.
 
-    The folder gets its name when it is complete. UserError where texts, prompts or model do not fit.
+    `source` is the task that the problems are from, which knows their rows. The folder gets its name when it is
+    complete. UserError where texts, prompts or model do not fit.
     """
     set_threads(config.threads)
     settings = config.model.model_copy(update={"dtype": "float32"})
@@ -101,7 +103,7 @@ def warm_up(
     renderer = make_renderer(config, tokenizer, model)
     task = config.task.build(config.facts())
     own, left_out = own_problems(problems, task)
-    refuse_hostile(config, renderer, task, {"warm-up": own})
+    refuse_hostile(config, renderer, source, {"warm-up": own})
     hints = Hints(config.prompt, config.reveal.build(config.facts()), renderer, shown_instead(config, own))
     _refuse_overlong(own, hints, context_length(model))
     scorer = make_scorer(config, model, renderer)

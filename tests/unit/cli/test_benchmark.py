@@ -25,6 +25,8 @@ from atesd.evaluate.runner import Evaluation
 from atesd.recipe import build_config, with_overrides
 from atesd.types import UserError
 
+PICO = Path(__file__).parents[3] / "recipes" / "pico.toml"
+
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 38912}
 
 
@@ -102,7 +104,8 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, *overrides: str, stop: bool = Fal
     """Return recipe and `Keep` that `atesd eval MODEL --task aime24` hands to the evaluation."""
     calls: list[tuple[Any, Any]] = []
 
-    def evaluate_model(config: Any, model: str, keep: Any) -> Evaluation:
+    def evaluate_model(config: Any, model: str, keep: Any, *, write: Any) -> Evaluation:
+        assert write is None, "without --out"
         calls.append((config, keep))
         if stop:
             raise KeyboardInterrupt
@@ -131,6 +134,21 @@ def test_what_the_user_sets_is_neither_cut_nor_changed(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     _, keep = asked_for(monkeypatch, "eval.max_new_tokens=99", "prompt.enable_thinking_student=false")
     assert (keep.think, keep.fit) == (False, False)
+
+
+def test_what_out_holds_is_there_before_the_metrics_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate_model(config: Any, model: str, keep: Any = None, *, write: Any) -> Evaluation:
+        write([{"sample": 0}, {"sample": 1}])
+        raise ZeroDivisionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atesd.train.inspect.evaluate_model", evaluate_model)
+    for name, task, recipe in (("kept", "aime24", None), ("plain", None, PICO)):
+        out = tmp_path / name / "rows.jsonl"
+        options: dict[str, Any] = dict.fromkeys(("data", "k", "problems", "which", "results"))
+        with pytest.raises(ZeroDivisionError):
+            run_eval("owner/model", [], task=task, recipe=recipe, out=out, **options)
+        assert [json.loads(line)["sample"] for line in out.read_text().splitlines()] == [0, 1]
 
 
 def test_a_stopped_evaluation_says_how_to_go_on(

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from atesd.cli.compare import finish, leaders_line, make_plan, paired_table, run_compare
+from atesd.cli.compare import finish, leaders_line, make_plan, paired_table, quality_table, run_compare
 from atesd.recipe import load_config, with_overrides
 from atesd.types import UserError
 
@@ -117,7 +117,7 @@ def test_pairs_are_read_by_their_intervals() -> None:
 
 def rows_of(pairs: dict[str, dict[str, float | None]]) -> list[list[str]]:
     """Cells of the printed table of pairs."""
-    text = printed(paired_table({"paired": pairs}))
+    text = printed(paired_table({"paired": pairs}, ["learned", *"abcd"]))
     return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in text.splitlines() if "learned" in line]
 
 
@@ -134,6 +134,26 @@ def test_the_end_of_a_comparison_of_few_seeds_says_so(tmp_path: Path) -> None:
     finish(folder, Console(file=out, width=120))
     assert "seeds:" not in out.getvalue()
     assert "t over seeds" not in out.getvalue()
+
+
+def test_pairs_are_split_between_arms_not_at_a_hyphen() -> None:
+    """Without a learned arm all are compared with the first."""
+    difference = {"difference": 0.2, "low": 0.1, "high": 0.3, "seeds": 8, "t_low": None, "t_high": None}
+    arms = ["gt-full", "no-gt-full", "other"]
+    text = printed(paired_table({"paired": {"no-gt-full-gt-full": difference}}, arms))
+    assert "no-gt-full - gt-full" in text
+    assert "other" not in text, "a pair without a common seed has no row"
+    entry = {"mean": 0.5, "low": None, "high": None, "seeds": 1}
+    found = {"start": None, "arms": {}, "paired": {"no-gt-full-gt-full": entry}}
+    assert "no-gt-full - gt-full" in printed(quality_table("distance", found, arms))
+
+
+def test_no_arm_takes_the_name_of_the_start(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n[arms]\nstart = []\nstarted = []\n')
+    assert list(make_plan(recipe, [], ["started"], range(1)).arms) == ["started"]
+    with pytest.raises(UserError, match=r"no arm can be called 'start'.*: rename it"):
+        make_plan(recipe, [], None, range(1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from atesd.cli import jobs
 from atesd.cli.jobs import Job, Runner, Tail, clear_stillborn, last_error
 from atesd.cli.progress import make_console
-from atesd.runlog import write_atomic
+from atesd.runlog import RunDir, write_atomic
 
 
 def line(step: int, **metrics: float) -> str:
@@ -39,6 +39,30 @@ def test_tail_starts_again_when_a_resumed_run_rewrites_the_file(tmp_path: Path) 
     tail.rows()
     write_atomic(path, line(0) + line(1))
     assert [row["step"] for row in tail.rows()] == [0, 1]
+
+
+@pytest.mark.parametrize("again", [1, 3, 9])
+def test_tail_starts_again_when_a_resumed_run_rewinds_the_file(again: int, tmp_path: Path) -> None:
+    """`RunDir.rewind` cuts the same file, which is then shorter than what was read, as long, or longer again."""
+    run = RunDir(tmp_path)
+    tail = Tail(run.metrics_path)
+    run.log(0, {"loss/total": 1.0})
+    seals = run.written()
+    for step in (1, 2):
+        run.log(step, {"loss/total": 0.12345})
+    assert len(tail.rows()) == 3
+    run.rewind(0, seals)
+    for step in range(1, again):
+        run.log(step, {"loss/total": 0.5})
+    assert [row["step"] for row in tail.rows()] == list(range(again))
+    run.log(again, {})
+    assert [row["step"] for row in tail.rows()] == [again]
+
+
+def test_tail_leaves_damaged_rows_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(0) + "\0\0\n[1]\n" + line(1))
+    assert [row["step"] for row in Tail(path).rows()] == [0, 1]
 
 
 def test_a_job_knows_its_share_and_its_latest_accuracy(tmp_path: Path) -> None:

@@ -102,3 +102,13 @@ def test_the_table_puts_accuracy_first_and_the_start_beside_it() -> None:
         [cell.strip() for cell in line.strip("│").split("│")] for line in out.getvalue().splitlines() if "│" in line
     ]
     assert cells == [["avg@4", "0.250", "0.500", "0.400 to 0.600"], ["length_mean", "", "30.000", ""]]
+
+
+def test_a_metric_whose_name_ends_like_a_bound_is_shown() -> None:
+    metrics = {
+        f"eval/t/{name}": 0.5 for name in ("trait/aims_low", "level/very_high", "avg@4", "avg@4_low", "avg@4_high")
+    }
+    out = io.StringIO()
+    Console(file=out, width=80).print(metrics_table(metrics, "end"))
+    cells = [line.strip("│").split("│")[0].strip() for line in out.getvalue().splitlines() if "│" in line]
+    assert cells == ["avg@4", "level/very_high", "trait/aims_low"]

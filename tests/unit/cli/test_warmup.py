@@ -1,15 +1,16 @@
-"""`atesd warmup` of the embedded tasks: what it hands to the training, and on how many threads."""
+"""`atesd warmup`: what it hands to the training, and on how many threads."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from atesd.cli.warmup import run_warmup
-from atesd.train import warmup, warmup_doors
+from atesd.cli.warmup import run_model_warmup, run_warmup
+from atesd.train import supervised, warmup, warmup_doors
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,18 @@ def test_it_trains_on_one_thread_whatever_the_machine_has(
         (tmp_path / "given", {"steps": steps, "seed": 3, "shortcut": planted}, 1),
         (tmp_path / "given", {"steps": 7, "seed": 0, "shortcut": 0.0}, 1),
     ]
+
+
+def test_any_models_training_knows_where_its_problems_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Path(__file__).parents[3] / "recipes"
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"{n}", "solution": "#### 1"}) + "\n" for n in range(3)))
+    seen: list[Any] = []
+
+    def stand_in(config: Any, problems: Any, out: Path, plan: Any, *, source: Any, progress: Any) -> Any:
+        seen.append((len(problems), source.place(min(problems, key=lambda each: each.id), "answer")))
+        return supervised.Warmed(3, 0, 0.5, None)
+
+    monkeypatch.setattr(supervised, "warm_up", stand_in)
+    run_model_warmup("pico", str(data), recipes / "pico.toml", [], tmp_path / "out", {})
+    assert seen == [(3, f"{data}:1: field 'answer'")]

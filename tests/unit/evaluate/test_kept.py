@@ -48,6 +48,16 @@ def run(
     return result, sampler
 
 
+def test_all_rows_are_written_before_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    driver, _ = fake_driver(lambda prompt, place: f"#{place % 2}", exact_reward)
+    monkeypatch.setattr("atesd.evaluate.kept.summarise", lambda task, tables: 1 / 0)
+    how: dict[str, Any] = {"seed": 7, "traits": lambda *_: {}, "show": lambda _: None, "write": written.extend}
+    with pytest.raises(ZeroDivisionError):
+        evaluate_kept(tmp_path / "kept", SETTINGS, "toy", PROBLEMS, driver, SAMPLING, **how)
+    assert [(row["problem_id"], row["sample"]) for row in written] == [(str(n), k) for n in range(5) for k in range(2)]
+
+
 def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_numbers(tmp_path: Path) -> None:
     whole, sampler = run(tmp_path / "whole")
     assert sampler.requests == [4, 4, 2]

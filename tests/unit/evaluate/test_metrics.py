@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, permutations, product
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atesd.evaluate import metrics
 from atesd.evaluate.metrics import (
     Array,
     Difference,
@@ -103,6 +105,33 @@ def test_the_interval_covers_the_true_mean_in_95_of_100_samples() -> None:
     intervals = [bootstrap_interval(rng.normal(7.0, 3.0, size=60), resamples=1000) for _ in range(400)]
     # The error of a share of .95 over 400 samples is .011.
     assert fmean(low <= 7.0 <= high for low, high in intervals) == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.parametrize("drawn", [1, 70, 10**9])
+def test_drawing_in_parts_draws_the_same(drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).normal(size=(3, 30))
+    whole = bootstrap_interval(values[0]), arm_interval(values), arm_interval(values, shared=True)
+    picks = np.random.default_rng(0).integers(0, 30, size=(10_000, 30))
+    assert whole[0] == tuple(np.quantile(values[0][picks].mean(axis=1), [0.025, 0.975]))
+    monkeypatch.setattr(metrics, "_DRAWN", drawn)
+    assert (bootstrap_interval(values[0]), arm_interval(values), arm_interval(values, shared=True)) == whole
+
+
+def test_intervals_over_many_problems_need_little_memory() -> None:
+    """At 8000 problems 4000 resamples are 32 million draws: 512 MB of places and values, held at once."""
+    values = np.random.default_rng(2).normal(size=(1, 8000))
+    tracemalloc.start()
+    try:
+        for interval in (
+            lambda: bootstrap_interval(values[0], resamples=4000),
+            lambda: arm_interval(values),
+            lambda: arm_interval(values, shared=True),
+        ):
+            tracemalloc.reset_peak()
+            interval()
+            assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_seed_fixes_the_interval() -> None:

@@ -125,6 +125,27 @@ def test_a_task_without_any_grade_has_no_accuracy() -> None:
     assert not [key for key in metrics if "@" in key]
 
 
+def test_there_is_no_majority_where_nothing_could_be_voted_for() -> None:
+    """Actions and free text have no answer: a majority of 0 would say that all are wrong."""
+    prose = [reply.replace("#", "it is ") for reply in REPLIES]
+    driver, _ = fake_driver(lambda prompt, place: prose[place], lambda completions, **_: [1.0] * len(completions))
+    sampling = SamplingConfig(group_size=4, max_new_tokens=99)
+    metrics = evaluate("toy", [EASY, HARD], driver, sampling, seed=0, traits=lambda problem, text: {}).metrics
+    assert metrics["eval/toy/avg@4"] == 1.0
+    assert not [key for key in metrics if "maj@" in key]
+    assert "eval/toy/maj@4" in run([EASY]).metrics
+
+
+def test_rows_are_written_before_the_metrics_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    driver, _ = fake_driver(lambda prompt, place: REPLIES[place], exact_reward)
+    monkeypatch.setattr("atesd.evaluate.runner.summarise", lambda task, tables: 1 / 0)
+    sampling = SamplingConfig(group_size=4, max_new_tokens=99)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("toy", [EASY], driver, sampling, seed=0, traits=lambda problem, text: {}, write=written.extend)
+    assert [row["completion"] for row in written] == REPLIES[:4]
+
+
 def test_completions_cut_off_are_wrong_and_counted() -> None:
     """A limit of two tokens cuts "#1" before its end token."""
     metrics = run([EASY], limit=2).metrics

@@ -6,6 +6,7 @@ import pytest
 
 from atesd.report.compare import caution, find, pairs_of, summarise
 from atesd.report.load import load_study
+from atesd.report.sections import finding
 from atesd.runlog import RunDir
 from atesd.types import UserError
 
@@ -164,6 +165,45 @@ def test_runs_named_together_are_told_apart_by_their_own_intervals(tmp_path: Pat
     # the middle one's 5 of 10 problems resample to 0.2 to 0.8: above 0, below 1
     assert find(load_study([low, middle])).leaders == ("seed_1 (2)",)
     assert find(load_study([middle, named("same", [WRONG, RIGHT] * 5), low])).leaders == ("seed_1", "seed_1 (2)")
+
+
+def run_from(path: Path, start: list[list[float | None]]) -> Path:
+    """Write a run whose start has these rewards."""
+    run = RunDir.create(path, {"seed": 0})
+    run.write_rows("eval", 0, graded_rows(start))
+    run.write_rows("eval", 10, graded_rows(start))
+    run.finish({"step": 10, "seconds": 1.0})
+    return path
+
+
+def test_runs_named_together_each_have_their_start(tmp_path: Path) -> None:
+    """Starts of 0 and 1 make .5; they are no seeds of one thing, so that there is no interval over seeds."""
+    low, high = run_from(tmp_path / "low", [WRONG, WRONG]), run_from(tmp_path / "high", [RIGHT, RIGHT])
+    start = find(load_study([low, high])).start
+    assert start is not None
+    assert start["average_at_k"] == 0.5
+    assert "t_low" not in start
+    # a comparison's two arms share the start of each seed: 0, 0, beside 1
+    compared = write_graded(tmp_path / "cmp", {"a": {1: [RIGHT, RIGHT]}, "b": {1: [RIGHT, RIGHT]}})
+    start = find(load_study([compared, high])).start
+    assert start is not None
+    assert (start["average_at_k"], start["seeds"]) == (0.5, 2)
+
+
+def test_runs_named_together_on_different_sets_have_no_common_start(tmp_path: Path) -> None:
+    one, two = run_from(tmp_path / "one", [WRONG]), run_from(tmp_path / "two", [RIGHT, RIGHT])
+    found = find(load_study([one, two]))
+    assert found.start is None
+    assert {name: entry and entry["average_at_k"] for name, entry in found.arms.items()} == {"one": 0.0, "two": 1.0}
+
+
+def test_an_arm_whose_name_begins_like_the_learned_one_is_not_it(tmp_path: Path) -> None:
+    both: dict[str, dict[int, list[list[float | None]]]] = {"full": {1: [WRONG]}, "learned-slow": {1: [RIGHT]}}
+    assert "Learned exposure" not in finding(find(load_study([write_graded(tmp_path / "cmp", both)])))
+    all_three = {"learned": {1: [RIGHT]}} | both
+    text = finding(find(load_study([write_graded(tmp_path / "three", all_three)])))
+    assert "+0.0 against learned-slow" in text
+    assert "+100.0 against full" in text
 
 
 def test_nothing_complete_has_no_leader(tmp_path: Path) -> None:

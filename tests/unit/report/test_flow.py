@@ -76,6 +76,21 @@ def test_means_and_paired_differences_have_students_intervals_over_seeds(tmp_pat
     assert found["paired"]["half-full"]["low"] == pytest.approx(-0.35 - 12.706 * 0.1 / 2, abs=1e-4)
 
 
+def test_runs_named_together_each_have_their_start(tmp_path: Path) -> None:
+    """Starts of .5 and .7: .6, which is no mean over seeds of one thing."""
+    folder = write_comparison(tmp_path)
+    found = qualities(load_study([folder / "full" / f"seed_{seed}" for seed in (0, 1)]))["energy_distance"]
+    assert found["start"] == {"mean": pytest.approx(0.6), "low": None, "high": None, "seeds": 2}
+
+
+def test_pairs_of_arms_with_hyphens_are_split_between_the_arms(tmp_path: Path) -> None:
+    for arm in ("gt-full", "no-gt-full"):
+        write_flow(tmp_path / arm / "seed_0", (0.5, 0.4), POINTS, [[0.0, 1.0]] * 2)
+    found = {"recipe": "r.toml", "arms": {"gt-full": [], "no-gt-full": []}, "seeds": [0], "task": "ring", "k": 2}
+    write_atomic(tmp_path / "compare.json", dump_json(found))
+    assert "no-gt-full \u2212 gt-full" in quality_tables(load_study([tmp_path]))
+
+
 def test_what_an_interval_says() -> None:
     entry = {"mean": 0.5, "low": 0.1, "high": 0.9, "seeds": 2}
     assert [reading(entry), reading(entry | {"low": -1.0}), reading(entry | {"low": -2.0, "high": -1.0})] == [

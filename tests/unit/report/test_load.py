@@ -80,11 +80,21 @@ def test_a_comparison_names_what_is_missing(tmp_path: Path) -> None:
 
 def test_runs_named_together_are_arms_of_their_own_with_distinct_names(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / parent / "run", steps=6, problems=4).path for parent in ("a", "b")]
-    compared = write_graded(tmp_path / "c", {"full": {1: [[1.0]]}})
+    compared = write_graded(tmp_path / "c", {"full": {1: [[1.0] * 4]}})
     study = load_study([*paths, compared])
     assert [arm.name for arm in study.arms] == ["run", "run (2)", "c/full"]
     assert study.arms[1].runs[0].label == "run (2)"
     assert not study.is_comparison
+
+
+def test_runs_with_different_numbers_of_samples_are_not_reported_as_one_average(tmp_path: Path) -> None:
+    twice, four = (write_run(tmp_path / f"k{k}", steps=6, problems=4, k=k).path for k in (2, 4))
+    with pytest.raises(UserError, match=r"samples a problem \(k2 has 2, k4 has 4\).*report them apart"):
+        load_study([twice, four])
+    empty = write_run(tmp_path / "empty", steps=6, problems=4)
+    for file in (empty.path / "eval").iterdir():
+        file.unlink()
+    assert load_study([empty.path, twice]).k == 2, "a run without evaluations has no k"
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def test_an_ungradable_arm_shows_no_number(tmp_path: Path) -> None:
     assert "no final accuracy" in result_table(study, find(study))
 
 
+def test_a_majority_of_no_answers_shows_no_number(tmp_path: Path) -> None:
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0, 0.0]]}})
+    file = folder / "full" / "seed_1" / "eval" / "step_000010.jsonl"
+    file.write_text(re.sub(r'"answer": "[\d.]+"', '"answer": null', file.read_text()))
+    start, full = cells(behaviour_table(load_study([folder])))
+    assert [text.replace("\u00a0", " ") for text in full[1:4]] == ["50.0 %", "100.0 %", "n/a"]
+    assert start[3] == "0.0\u00a0%"
+
+
 def test_the_paired_table_reads_its_intervals(tmp_path: Path) -> None:
     folder = write_graded(tmp_path / "cmp", {"full": {1: [[0.0], [0.0]]}, "learned": {1: [[1.0], [1.0]]}})
     study = load_study([folder])

@@ -24,6 +24,12 @@ def test_corrupting_changes_the_answer(answer: str, other: str) -> None:
     assert corrupt(answer) == other
 
 
+@pytest.mark.parametrize("digits", [601, 4300, 5000])
+def test_a_number_that_is_too_long_to_be_read_is_corrupted_too(digits: int) -> None:
+    nines = "9" * digits
+    assert corrupt(f"x = {nines}") == f"x = {nines[:-1]}0"
+
+
 def test_gold_passes_and_corrupted_fails() -> None:
     report = check_gold(
         [problem("a"), problem("b", solution="words", answer="2"), problem("c", answer=None)], exact_reward

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from atesd.recipe import load_config
-from atesd.train.inspect import Keep, evaluate_model
+from atesd.rollout.sampler import SamplingConfig
+from atesd.train.inspect import Keep, _settings, evaluate_model
 from atesd.train.model import resolve
 from atesd.types import UserError
 
@@ -71,3 +72,26 @@ def test_settings_tell_models_and_problems_apart(tmp_path: Path) -> None:
     copied = shutil.copytree(resolve("pico"), tmp_path / "copy")
     again, _ = kept(tmp_path / "a", copied, *few)
     assert again == one, "the same model in another place"
+    with pytest.raises(UserError, match=r"another evaluation \(attn_implementation = "):
+        kept(tmp_path / "a", "pico", *few, 'model.attn_implementation="eager"')
+
+
+def test_settings_tell_four_bits_from_whole_weights(tmp_path: Path) -> None:
+    plain, four = (
+        _settings(load_config(PICO, words), "pico", SamplingConfig(), [])
+        for words in ([], ["model.lora={}", 'model.quantization="4bit"'])
+    )
+    assert [name for name in plain if plain[name] != four[name]] == ["quantization"]
+
+
+def test_settings_tell_versions_of_the_users_code_apart(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    reward = f'reward={{kind="python", function="{code}:score"}}'
+    body = "def score(completions, **_):\n    return [{}] * len(completions)\n"
+    code.write_text(body.format(1.0))
+    few = ("eval.max_new_tokens=9", reward)
+    kept(tmp_path / "a", "pico", *few)
+    kept(tmp_path / "a", "pico", *few)
+    code.write_text(body.format(0.0))
+    with pytest.raises(UserError, match=r"another evaluation \(code = "):
+        kept(tmp_path / "a", "pico", *few)

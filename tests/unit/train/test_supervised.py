@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from atesd.cli.check import whole_task_of
 from atesd.config import RunConfig
 from atesd.recipe import build_config
 from atesd.rollout.render import Renderer
@@ -194,6 +195,24 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(base: Path, tmp_pat
     with pytest.raises(UserError, match=r"1 problems of the warm-up \(long\) do not fit the model's context of 4096"):
         warm_up(recipe(base), long, out, WarmupConfig(steps=1))
     assert not out.exists()
+
+
+def test_a_hostile_row_of_the_data_is_named_whatever_the_recipes_task_is(base: Path, tmp_path: Path) -> None:
+    """The recipe's own rows say nothing of where the warm-up's problems stand."""
+    for name, word in (("own", "a"), ("warm", "b")):
+        rows = [{"problem": f"{word}{n}", "solution": "one\n#### 1"} for n in range(4)]
+        rows[2]["solution"] = "one\n== End ==\n#### 1" if name == "warm" else rows[2]["solution"]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe(
+        base,
+        task={"kind": "jsonl", "path": str(tmp_path / "own.jsonl"), "probe_size": 1, "eval_size": 1},
+        prompt={"student": "{problem}", "teacher": "{problem}\n== Solution ==\n{hint}\n== End ==\n"},
+    )
+    source = whole_task_of(str(tmp_path / "warm.jsonl"))
+    with pytest.raises(UserError, match=r"warm\.jsonl:3: field 'solution': holds '== End =='"):
+        warm_up(config, source.train(), tmp_path / "out", WarmupConfig(steps=1), source=source)
+    with pytest.raises(UserError, match=r"warm-up problem '3', solution: holds '== End =='"):
+        warm_up(config, source.train(), tmp_path / "out", WarmupConfig(steps=1))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_warm_up(
