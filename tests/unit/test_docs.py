@@ -8,7 +8,7 @@ import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -51,6 +51,7 @@ def test_the_refusal_of_an_incomplete_method_reads_as_the_page_shows_it() -> Non
     with pytest.raises(TypeError) as caught:
 
         class Sawtooth(ExposureMethod):
+            kind: Literal["sawtooth"] = "sawtooth"
             reads_length: ClassVar[bool] = False
 
             def describe(self) -> str:

@@ -172,7 +172,7 @@ def test_a_long_episode_is_played_again_without_a_deadlock(gym: str) -> None:
 
 
 def test_each_answer_that_is_played_again_has_the_whole_limit(gym: str, tmp_path: Path) -> None:
-    """Ten answers of .25 s take longer than the limit of one, 2 s. A new process has more time at its first question."""
+    """Ten answers of .25 s take longer than the limit of one, 2 s. A new process has more time at its first one."""
     world = environment(gym, timeout_s=2.0)
     problem = Problem("q", "count", "x", extra={"seed": 8, "slow_file": str(tmp_path / "slow")})
     bad, first, second = (world.episode(problem, 0) for _ in range(3))
