@@ -47,6 +47,8 @@ class Count:
             time.sleep(0.25)
         if action.startswith("long"):
             return action, 0.0, False, False, {}
+        if action == "tell":
+            return "long" * 10**5, 0.0, False, False, {}
         said = 7 if action == "number" else f"{self.said} after {self.seed}"
         reward = float("inf") if action == "infinite" else 0.5
         return said, reward, action == "stop", False, {}
@@ -196,14 +198,14 @@ def test_a_reply_that_the_process_does_not_take_is_a_hang(gym: str) -> None:
         within(60.0, lambda: episode.step("long" * 10**5))
 
 
-def test_a_long_answer_may_wait_for_its_reader(gym: str) -> None:
-    """As while the engine samples: its pipe is full, and the rest of it comes once the first piece is read."""
+@pytest.mark.parametrize("reply", ["tell", "long" * 10**5])
+def test_a_long_question_or_answer_may_wait_for_its_reader(gym: str, reply: str) -> None:
+    """As while the engine samples: a pipe is full, and the rest comes once the first piece is read."""
     episode = environment(gym, timeout_s=2.0).episode(PROBLEM, 0)
     episode.reset(PROMPT)
-    reply = "long" * 10**5
     episode.begin(reply)
     time.sleep(2.2)
-    assert heard(episode.step(reply)) == [reply]
+    assert heard(episode.step(reply)) == ["long" * 10**5]
 
 
 @pytest.mark.parametrize(("column", "given", "message"), [
