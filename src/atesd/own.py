@@ -29,7 +29,7 @@ from pydantic import Field, TypeAdapter, create_model
 from pydantic.errors import PydanticUserError
 from pydantic_core import core_schema
 
-from atesd.types import Method, UserError, one_line, shown
+from atesd.types import Method, UserError, first_line, shown
 
 PATTERN = r"^.+:[A-Za-z_]\w*$"
 """A `kind` that is an import path."""
@@ -177,7 +177,7 @@ def load_method(place: str, base: type[Method]) -> type[Method]:
             ),
         )
     except (TypeError, NameError, PydanticUserError) as error:
-        raise UserError(f"kind = {shown(place)}: {_first_line(error)}") from error
+        raise UserError(f"kind = {shown(place)}: {first_line(error)}") from error
     _named[place] = named
     _places[found] = _places[named] = place
     return named
@@ -237,12 +237,8 @@ def _from_file(path: Path) -> ModuleType:
 
 def _broken(place: str, error: BaseException) -> UserError:
     return UserError(
-        f"kind = {shown(place)} cannot be imported ({type(error).__name__}: {_first_line(error)}): mend its module"
+        f"kind = {shown(place)} cannot be imported ({type(error).__name__}: {first_line(error)}): mend its module"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return one_line((str(error).strip().splitlines() or [""])[0][:200])
 
 
 def _adapter(kind: type[Method]) -> TypeAdapter[Any]:

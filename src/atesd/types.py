@@ -103,6 +103,11 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, cut to a readable length."""
+    return one_line((str(error).strip().splitlines() or [""])[0][:200])
+
+
 def shown(value: object, longest: int = 200) -> str:
     """Return a value as Python writes it, on one line and cut to a readable length."""
     try:

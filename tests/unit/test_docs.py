@@ -8,11 +8,13 @@ import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 import atesd
+from atesd.exposure.controller import Controller, ExposureMethod
+from atesd.facts import RunFacts
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,22 @@ def test_recipes_hold_to_the_schema_and_mistakes_do_not(recipe: Path) -> None:
     tree = tomllib.loads(recipe.read_text())
     assert [error.message for error in validator.iter_errors(tree)] == []
     assert list(validator.iter_errors(tree | {"optim": {"lrr": 1}}))
+
+
+def test_the_refusal_of_an_incomplete_method_reads_as_the_page_shows_it() -> None:
+    with pytest.raises(TypeError) as caught:
+
+        class Sawtooth(ExposureMethod):
+            kind: Literal["sawtooth"] = "sawtooth"
+            reads_length: ClassVar[bool] = False
+
+            def describe(self) -> str:
+                return ""
+
+            def build(self, run: RunFacts) -> Controller:
+                raise NotImplementedError
+
+    assert f"\n    TypeError: {caught.value}\n" in (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 
 
 def test_the_notebook_runs_and_the_page_names_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

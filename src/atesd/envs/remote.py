@@ -2,7 +2,8 @@
 
 A worker plays many episodes, one question at a time. One that does not answer in time is ended: the episode that it was
 asked about has hung, and its others are played again in a new worker, with the same seeds and replies, when they are
-next asked. So does a worker that ends by itself: then that episode has failed.
+next asked; each of those answers has the whole limit again. So does a worker that ends by itself: then that episode has
+failed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import Field
 
 from atesd.envs.base import EpisodeError, GradingMethod, opened
 from atesd.facts import RunFacts
-from atesd.types import Ending, Message, Problem, UserError
+from atesd.types import Ending, Message, Problem, UserError, shown
 
 _START_S = 120.0  # a worker imports its library at its first question
 
@@ -85,16 +86,21 @@ class Remote:
         weakref.finalize(self, _end_all, self._workers)
 
     def episode(self, problem: Problem, seed: int) -> RemoteEpisode:
-        """Open an episode. A problem with a seed of its own is played with it, so that a group plays the same game."""
+        """Open an episode. A problem with a seed of its own is played with it, so that a group plays the same game.
+
+        UserError where a column that the environment needs is missing, or one cannot be passed on to a worker.
+        """
         if self._section.needs and self._section.needs not in problem.extra:
             raise UserError(
                 f"this environment plays problems with a {self._section.needs!r}, which {problem.id!r} has not: take "
                 "the task that makes them (docs/agents.md)"
             )
         row = {**problem.extra, "id": problem.id, "problem": problem.problem, "answer": problem.answer}
+        _check_json(problem, row)
+        own_seed = _seed(problem, seed)
         self._opened += 1
         worker = self._workers[self._opened % len(self._workers)]
-        return RemoteEpisode(self, worker, self._opened, row, int(problem.extra.get("seed", seed)))
+        return RemoteEpisode(self, worker, self._opened, row, own_seed)
 
 
 class RemoteEpisode:
@@ -150,19 +156,26 @@ class RemoteEpisode:
 
 
 class Worker:
-    """A process and the questions that wait for it, in their order; one is on its way at a time."""
+    """A process and the questions that wait for it, in their order; one is on its way at a time.
+
+    Nothing waits for a pipe without the time limit, which begins anew with every piece that goes or comes.
+    """
 
     def __init__(self, session: str, settings: Mapping[str, Any], timeout_s: float) -> None:
-        self._line = [session, dict(settings)]
+        self._first_line = json.dumps([session, dict(settings)])
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._known: set[int] = set()
         """Episodes that this process plays."""
         self._waiting: deque[tuple[RemoteEpisode, str, Any]] = deque()
         self._asked: tuple[RemoteEpisode, str, Any] | None = None
+        self._lines: deque[str] = deque()
+        """What is still to be sent for it, one line an answer: what is played again, then the question itself."""
+        self._unwritten = b""
+        self._buffer = b""
+        self._has_answered = False
         self._deadline = 0.0
         self._answers: dict[int, dict[str, Any]] = {}
-        self._buffer = b""
 
     def ask(self, episode: RemoteEpisode, ask: str, given: Any) -> None:
         """Queue a question, and send it where nothing is on its way."""
@@ -201,63 +214,97 @@ class Worker:
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
                     pipe.close()
-        self._process, self._known, self._asked, self._buffer = None, set(), None, b""
+        self._process, self._known, self._asked, self._lines = None, set(), None, deque()
+        self._unwritten = self._buffer = b""
 
     def _send(self) -> None:
-        """Send the next question, with all that its episode was asked before where this process does not know it."""
+        """Begin with the next question, behind all that its episode was asked before where the process is new to it."""
         if self._asked is not None or not self._waiting:
             return
         episode, ask, given = self._waiting.popleft()
         if ask == "close" and self._process is None:
             return
-        self._asked = (episode, ask, given)
-        lines = []
-        fresh = self._process is None
-        self._deadline = monotonic() + self._timeout_s + (_START_S if fresh else 0.0)
+        lines = self._lines_of(episode, ask, given)
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "atesd.envs.worker"],  # nothing is imported from the working directory
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONHASHSEED": "0"},
-                start_new_session=True,
-            )
-            lines.append(json.dumps(self._line))
-        self._silent = 0
-        if ask not in ("reset", "close") and episode.number not in self._known:
-            lines.append(json.dumps([episode.number, "reset", episode.opening]))
-            lines += [json.dumps([episode.number, "step", reply]) for reply in episode.replies]
-            self._silent = 1 + len(episode.replies)
+            self._start()
         if ask != "close":
             self._known.add(episode.number)
-        lines.append(json.dumps([episode.number, ask, given]))
+        self._asked, self._lines = (episode, ask, given), lines
+        self._send_line()
+
+    def _lines_of(self, episode: RemoteEpisode, ask: str, given: Any) -> deque[str]:
+        """Return a question, behind all that its episode was asked before where this process does not know it."""
+        asked = [(ask, given)]
+        if ask not in ("reset", "close") and episode.number not in self._known:
+            asked = [("reset", episode.opening), *(("step", reply) for reply in episode.replies), *asked]
+        return deque(json.dumps([episode.number, *each]) for each in asked)
+
+    def _start(self) -> None:
+        """Start a process."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "atesd.envs.worker"],  # nothing is imported from the working directory
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._has_answered = False
+        self._unwritten = f"{self._first_line}\n".encode()
+
+    def _send_line(self) -> None:
+        """Send the next line, whose answer has a time limit of its own."""
+        self._unwritten += f"{self._lines.popleft()}\n".encode()
+        self._wait_anew()
+        self._write()
+
+    def _wait_anew(self) -> None:
+        self._deadline = monotonic() + self._timeout_s + (0.0 if self._has_answered else _START_S)
+
+    def _write(self) -> None:
+        """Write what the pipe takes at once; `_receive` goes on with the rest."""
+        assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write("".join(line + "\n" for line in lines).encode())
-            self._process.stdin.flush()
+            written = os.write(self._process.stdin.fileno(), self._unwritten)
+        except BlockingIOError:
+            return
         except OSError:
             self._lost(Ending.ERROR, "its process has ended")
+            return
+        self._unwritten = self._unwritten[written:]
+        self._wait_anew()
 
     def _receive(self) -> None:
-        """Wait for the answer that is on its way, or for its time to be over."""
+        """Wait until a piece of the question goes, a piece of its answer comes, or its time is over."""
         if self._asked is None:
             return
         assert self._process is not None
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        ready, _, _ = select.select([pipe], [], [], max(0.0, self._deadline - monotonic()))
-        if not ready:
+        to_write = [self._process.stdin] if self._unwritten else []
+        left = max(0.0, self._deadline - monotonic())
+        readable, writable, _ = select.select([self._process.stdout], to_write, [], left)
+        if writable:
+            self._write()
+        elif readable:
+            self._read(self._process.stdout.fileno())
+        else:
             self._lost(Ending.HANG, f"it did not answer within {self._timeout_s:g} s (env.timeout_s)")
-            return
-        read = os.read(pipe, 2**16)
-        if not read:
+
+    def _read(self, pipe: int) -> None:
+        piece = os.read(pipe, 2**16)
+        if not piece:
             self._lost(Ending.ERROR, "its process has ended")
             return
-        *whole, self._buffer = (self._buffer + read).split(b"\n")
+        self._wait_anew()
+        *whole, self._buffer = (self._buffer + piece).split(b"\n")
         for line in whole:
-            if self._silent:
-                self._silent -= 1
+            self._has_answered = True
+            if self._lines:  # the episode has had this answer
+                self._send_line()
             else:
                 self._take(json.loads(line))
 
@@ -280,3 +327,30 @@ class Worker:
 def _end_all(workers: Sequence[Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+def _check_json(problem: Problem, row: Mapping[str, Any]) -> None:
+    """UserError where a column is no JSON: workers read nothing else."""
+    for name, given in row.items():
+        try:
+            json.dumps(given)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"env: column {shown(name, 60)} of problem {shown(problem.id, 60)} is {shown(given, 60)}, which is no "
+                "JSON and cannot be passed on to the environment's process: write it as text or numbers, or list only "
+                "the further columns that you need in task.columns.extra"
+            ) from error
+
+
+def _seed(problem: Problem, otherwise: int) -> int:
+    """Return a problem's own seed. UserError where its column of that name is no number."""
+    if "seed" not in problem.extra:
+        return otherwise
+    given = problem.extra["seed"]
+    try:
+        return int(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"env: column 'seed' of problem {shown(problem.id, 60)} is {shown(given, 60)}, but episodes are played "
+            "from it: write a whole number, rename the column, or leave it out of task.columns.extra"
+        ) from error

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module, util
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, ClassVar, Literal, Protocol, cast
 
 from pydantic import Field
@@ -14,7 +15,7 @@ from atesd.facts import RunFacts
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.math import MathReward
 from atesd.rewards.own import OwnReward
-from atesd.types import Method, UserError
+from atesd.types import Method, UserError, first_line
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, **columns) -> one reward or None ("not gradable") a completion."""
@@ -114,19 +115,38 @@ def load_function(place: str) -> RewardFunction:
     source, colon, name = place.rpartition(":")
     if not colon or not source or not name:
         raise UserError(f"reward.function = {place!r} names no function: write package.module:name or file.py:name")
-    try:
-        if source.endswith(".py"):
-            spec = util.spec_from_file_location(f"atesd_reward_{Path(source).stem}", source)
-            assert spec is not None
-            assert spec.loader is not None
-            module = util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
-            spec.loader.exec_module(module)
-        else:
-            module = import_module(source)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise UserError(f"reward.function = {place!r}: {source} cannot be imported ({error}): mend the path") from error
+    module = _module(place, source)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward.function = {place!r}: {source} has no function {name!r}: mend the name")
     return cast("RewardFunction", function)
+
+
+def _module(place: str, source: str) -> ModuleType:
+    try:
+        return _from_file(source) if source.endswith(".py") else import_module(source)
+    except (Exception, SystemExit) as error:  # a module is anybody's code
+        remedy = "mend the path" if _is_absent(source, error) else "mend its module"
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"reward.function = {place!r}: {source} cannot be imported ({why}): {remedy}") from error
+
+
+def _is_absent(source: str, error: BaseException) -> bool:
+    """Tell whether the module itself is not there, rather than something that it needs."""
+    if source.endswith(".py"):
+        return not Path(source).is_file()
+    return isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}.")
+
+
+def _from_file(source: str) -> ModuleType:
+    spec = util.spec_from_file_location(f"atesd_reward_{Path(source).stem}", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module

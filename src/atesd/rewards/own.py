@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from atesd.rewards.limit import OutOfTime, within
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 _LARGEST = 1e6
 
@@ -17,14 +17,18 @@ class OwnReward:
 
     UserError, which names the function, where it takes longer, raises, or does not return one finite number or None a
     completion, of at most a million in size (our choice: squares of larger ones drown in rounding); also where it has
-    graded nothing so far although gold answers exist.
+    graded nothing so far although gold answers exist, unless it is one of several.
     """
 
-    def __init__(self, place: str, function: Callable[..., Any], timeout_s: float) -> None:
+    def __init__(self, place: str, function: Callable[..., Any], timeout_s: float, *, is_part: bool = False) -> None:
         self._place = place
         self._function = function
         self._timeout_s = timeout_s
-        self._has_graded = False
+        self._has_graded = is_part
+
+    def as_part(self) -> OwnReward:
+        """Return it as one of several rewards, which may have nothing to say about a whole batch."""
+        return OwnReward(self._place, self._function, self._timeout_s, is_part=True)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Grade a batch, in TRL's signature."""
@@ -47,7 +51,7 @@ class OwnReward:
                 "mend what it waits for, or raise reward.timeout_s",
             ) from error
         except (Exception, SystemExit) as error:
-            first = (str(error).splitlines() or [""])[0][:200]
+            first = first_line(error)
             raise self._error(
                 f"raised {type(error).__name__}{first and ': '}{first}",
                 "mend it, or let it return None for a completion that it cannot grade",

@@ -3,7 +3,8 @@
     total = sum of weight_i * reward_i over the rewards i that graded the completion; None where none did
 
 As in TRL. A reward of None therefore lowers no total, but totals of problems that different rewards grade are on
-different scales: within a group, where advantages compare, all completions belong to one problem.
+different scales: within a group, where advantages compare, all completions belong to one problem. One of several may
+return None for a whole batch, as rewards that each grade one domain do; the only one may not (`rewards/own.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import Grader, NamedGrader, RewardFunction
+from atesd.rewards.own import OwnReward
 
 
 class WeightedReward:
@@ -55,6 +57,7 @@ def build_reward(section: NamedGrader | Sequence[NamedGrader] | None, default: G
         if section.weight == 1 and section.name is None:
             return section.build(run)
         section = [section]
-    return WeightedReward(
-        {each.called: each.build(run) for each in section}, {each.called: each.weight for each in section}
-    )
+    functions = {each.called: each.build(run) for each in section}
+    if len(functions) > 1:
+        functions = {name: each.as_part() if isinstance(each, OwnReward) else each for name, each in functions.items()}
+    return WeightedReward(functions, {each.called: each.weight for each in section})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from atesd.envs.base import EpisodeError
 from atesd.envs.libraries import Gymnasium, TrlEnvironment, TrlSession, loaded
 from atesd.facts import RunFacts
+from atesd.rewards.limit import within
 from atesd.rollout.sampler import SamplingConfig
 from atesd.types import Ending, Message, Problem, UserError
 
@@ -18,6 +22,7 @@ from support.rollouts import fake_driver
 
 GYM = '''
 import time, sys, os
+from pathlib import Path
 
 class Count:
     """Counts the replies; the reply names what goes wrong."""
@@ -25,6 +30,7 @@ class Count:
     def reset(self, seed=None, options=None):
         self.said, self.seed = 0, seed
         print("a library that prints")
+        self.slow = Path(options.get("slow_file", "/nowhere"))
         if options.get("slow"):
             time.sleep(60)
         return f"seed {seed}", {}
@@ -37,6 +43,12 @@ class Count:
             os._exit(3)
         if action == "raise":
             raise ValueError("no such\\ndoor")
+        if self.slow.exists():
+            time.sleep(0.25)
+        if action.startswith("long"):
+            return action, 0.0, False, False, {}
+        if action == "tell":
+            return "long" * 10**5, 0.0, False, False, {}
         said = 7 if action == "number" else f"{self.said} after {self.seed}"
         reward = float("inf") if action == "infinite" else 0.5
         return said, reward, action == "stop", False, {}
@@ -141,6 +153,89 @@ def test_what_goes_wrong_is_told_apart_and_neighbours_go_on(
     assert good.reward() == 1.5
     bad.close()
     good.close()
+
+
+def hang(episode: Any) -> None:
+    with pytest.raises(EpisodeError) as caught:
+        episode.step("hang")
+    assert caught.value.ending is Ending.HANG
+
+
+def test_a_long_episode_is_played_again_without_a_deadlock(gym: str) -> None:
+    """25 replies and answers of 9 kB are more than both pipes hold: nobody may write them all before it reads."""
+    world = environment(gym, timeout_s=3.0)
+    bad, good = (world.episode(PROBLEM, 0) for _ in range(2))
+    for episode in (bad, good):
+        episode.reset(PROMPT)
+    for _ in range(25):
+        good.step("long" * 2250)
+    hang(bad)
+    assert heard(within(90.0, lambda: good.step("a"))) == ["26 after 5"]
+
+
+def test_each_answer_that_is_played_again_has_the_whole_limit(gym: str, tmp_path: Path) -> None:
+    """Ten answers of .25 s take longer than the limit of one, 2 s. A new process has more time at its first one."""
+    world = environment(gym, timeout_s=2.0)
+    problem = Problem("q", "count", "x", extra={"seed": 8, "slow_file": str(tmp_path / "slow")})
+    bad, first, second = (world.episode(problem, 0) for _ in range(3))
+    for episode in (bad, first, second):
+        episode.reset(PROMPT)
+    for _ in range(10):
+        second.step("a")
+    hang(bad)
+    assert heard(first.step("a")) == ["1 after 8"]
+    (tmp_path / "slow").touch()
+    assert heard(second.step("a")) == ["11 after 8"]
+
+
+def test_a_reply_that_the_process_does_not_take_is_a_hang(gym: str) -> None:
+    """A stopped process reads nothing, and a pipe holds 64 kB."""
+    world = environment(gym, timeout_s=1.0)
+    episode = world.episode(PROBLEM, 0)
+    episode.reset(PROMPT)
+    os.kill(world._workers[0]._process.pid, signal.SIGSTOP)
+    with pytest.raises(EpisodeError, match="it did not answer within 1 s"):
+        within(60.0, lambda: episode.step("long" * 10**5))
+
+
+@pytest.mark.parametrize("reply", ["tell", "long" * 10**5])
+def test_a_long_question_or_answer_may_wait_for_its_reader(gym: str, reply: str) -> None:
+    """As while the engine samples: a pipe is full, and the rest comes once the first piece is read."""
+    episode = environment(gym, timeout_s=2.0).episode(PROBLEM, 0)
+    episode.reset(PROMPT)
+    episode.begin(reply)
+    time.sleep(2.2)
+    assert heard(episode.step(reply)) == ["long" * 10**5]
+
+
+@pytest.mark.parametrize(("column", "given", "message"), [
+    ("when", datetime(2026, 1, 2), r"column 'when' of problem 'q' is datetime.*no JSON .*: write it as text or"),
+    ("sets", [{1}], r"column 'sets' of problem 'q' is \[\{1\}\], which is no JSON"),
+    ("seed", None, r"column 'seed' of problem 'q' is None, but .*: write a whole number, rename the column, or leave"),
+    ("seed", "five", "column 'seed' of problem 'q' is 'five', but"),
+    ("seed", float("nan"), "column 'seed' of problem 'q' is nan, but"),
+    ("seed", float("inf"), "column 'seed' of problem 'q' is inf, but"),
+])  # fmt: skip
+def test_a_column_that_cannot_be_passed_on_ends_the_run_in_one_line(
+    gym: str, column: str, given: Any, message: str
+) -> None:
+    """Before anything is asked, so that a neighbour closes without waiting."""
+    world = environment(gym)
+    good = world.episode(PROBLEM, 0)
+    good.reset(PROMPT)
+    with pytest.raises(UserError, match=f"^env: {message}") as caught:
+        world.episode(Problem("q", "count", "x", extra={column: given}), 0)
+    assert "\n" not in str(caught.value)
+    assert heard(good.step("a")) == ["1 after 5"]
+    within(30.0, good.close)
+
+
+def test_a_question_that_cannot_be_written_is_not_waited_for(gym: str) -> None:
+    episode = environment(gym).episode(PROBLEM, 0)
+    episode.opening["row"]["when"] = datetime(2026, 1, 2)
+    with pytest.raises(TypeError):
+        episode.begin(None)
+    within(30.0, episode.close)
 
 
 def test_a_batch_with_hangs_and_infinite_rewards_is_counted(gym: str) -> None:

@@ -231,8 +231,8 @@ def test_kinds_build_their_graders() -> None:
     ("place", "message"),
     [
         ("exact_reward", "names no function"),
-        ("no.such.module:f", "cannot be imported"),
-        ("no/such/file.py:f", "cannot be imported"),
+        ("no.such.module:f", r"cannot be imported \(ModuleNotFoundError: No module named 'no'\): mend the path$"),
+        ("no/such/file.py:f", r"cannot be imported \(FileNotFoundError: .*\): mend the path$"),
         ("atesd.rewards.exact:nothing", "has no function 'nothing'"),
     ],
 )

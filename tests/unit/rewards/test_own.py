@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,34 @@ def test_it_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
     assert PythonConfig(function=f"{path}:short").build(RunFacts())(**COLUMNS) == [1.0, 0.0]
     columns = {**COLUMNS, "completions": [r"\boxed{1}", r"\boxed{2}"]}
     assert PythonConfig(function="atesd.rewards.exact:exact_reward").build(RunFacts())(**columns) == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("undefined", "NameError: name 'undefined' is not defined"),
+        ("{}['missing']", "KeyError: 'missing'"),
+        ("raise RuntimeError('first\\nsecond')", "RuntimeError: first"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import library_that_is_not_there", "ModuleNotFoundError: No module named 'library_that_is_not_there'"),
+        ("def score(", "SyntaxError: '(' was never closed (broken.py, line 1)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_in_one_line(
+    code: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(code)
+    (tmp_path / "broken_reward_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for source in (str(path), "broken_reward_module"):
+        says = why.replace("broken.py", Path(source).with_suffix(".py").name)
+        with pytest.raises(UserError) as caught:
+            PythonConfig(function=f"{source}:score").build(RunFacts())
+        assert str(caught.value) == (
+            f"reward.function = '{source}:score': {source} cannot be imported ({says}): mend its module"
+        )
+    assert not {"atesd_reward_broken", "broken_reward_module"} & set(sys.modules), "half a module is left"
 
 
 def test_it_gets_what_trl_gives_and_its_result_comes_as_plain_floats() -> None:

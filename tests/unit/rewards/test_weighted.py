@@ -11,7 +11,7 @@ from atesd.config import RunConfig
 from atesd.facts import RunFacts
 from atesd.recipe import build_config, load_config
 from atesd.rewards.exact import exact_reward
-from atesd.rewards.kinds import ExactConfig, MathConfig
+from atesd.rewards.kinds import ExactConfig, MathConfig, PythonConfig
 from atesd.rewards.weighted import WeightedReward, build_reward
 from atesd.rollout.sampler import SamplingConfig
 from atesd.routing.route import Route
@@ -60,6 +60,29 @@ def test_one_plain_reward_is_itself_and_every_other_is_weighted() -> None:
         assert isinstance(build_reward(section, MathConfig(), run), WeightedReward)
     halved = build_reward(ExactConfig(weight=0.5), MathConfig(), run)
     assert halved(["p"], [r"\boxed{1}"], answer=["1"]) == [0.5]
+
+
+def test_one_of_several_may_be_silent_for_a_batch_and_the_only_one_may_not(tmp_path: Path) -> None:
+    """TRL's rewards of several domains: each returns None for completions of another one, here for the whole batch."""
+    path = tmp_path / "mine.py"
+    path.write_text("def code(completions, **_):\n    return [None] * len(completions)\n")
+    silent, run = PythonConfig(function=f"{path}:code"), RunFacts()
+    columns: dict[str, Any] = {"prompts": ["p"], "completions": [r"\boxed{1}"], "answer": ["1"]}
+    both = build_reward((ExactConfig(), silent), ExactConfig(), run)
+    assert isinstance(both, WeightedReward)
+    assert both.parts(**columns) == {"exact": [1.0], "code": [None]}
+    assert both(**columns) == [1.0]
+    for alone in (silent, (silent,), silent.model_copy(update={"weight": 0.5})):
+        with pytest.raises(UserError, match="returned None for all 1 completions"):
+            build_reward(alone, ExactConfig(), run)(**columns)
+
+
+def test_one_of_several_is_checked_like_the_only_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def code(**_):\n    return ['1']\n")
+    both = build_reward((ExactConfig(), PythonConfig(function=f"{path}:code")), ExactConfig(), RunFacts())
+    with pytest.raises(UserError, match="returned '1' for a completion"):
+        both(["p"], ["1"], answer=["1"])
 
 
 PROBLEMS = [Problem("a", "one", "s", answer="1", extra={"bonus": 3.0}), Problem("b", "two", "s")]
