@@ -59,7 +59,7 @@ def report(out: Path) -> None:
     (out / "speed.svg").write_text(draw(lines(raw)), encoding="utf-8")
     for line in lines(raw):
         print(line)
-    for name in ("matmul_fraction", "exposure_share", "probe_share", "token_exponent"):
+    for name in ("matmul_fraction", "exposure_share", "rows_share", "probe_share", "token_exponent"):
         print(f"{name:<34} {summary[name]:.3f}")
     print(phases.table(raw["step"]["pico"]["phases"]["atesd_beta"]))
 
