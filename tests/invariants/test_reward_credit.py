@@ -139,16 +139,19 @@ class Dense:
         return found
 
     def probe_folds(self, references: Sequence[Any]) -> list[list[Tensor]]:
-        """Return the gradient of the references' token-mean NLL by fold: every eighth of them, scaled to a mean."""
-        tokens = sum(len(each.completion) for each in references)
+        """Return the gradient of the references' token-mean NLL by fold: every eighth of them, scaled to a mean.
+
+        Of fewer than eight each is a fold.
+        """
+        tokens, count = sum(len(each.completion) for each in references), min(8, len(references))
         found = []
-        for fold in range(8):
+        for fold in range(count):
             part = []
-            for prompt, completion, _ in references[fold::8]:
+            for prompt, completion, _ in references[fold::count]:
                 logits = self.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
                 logs = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])  # at temperature 1
                 part.append(-logs.sum())
-            loss = 8 * torch.stack(part).sum() / tokens if part else 0 * sum(w.sum() for w in self.weights)
+            loss = count * torch.stack(part).sum() / tokens
             found.append(list(torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)))
         return found
 
@@ -236,11 +239,12 @@ def test_credits_by_level_and_fold_are_those_of_dense_gradients(updates: int) ->
     assert set(binds) == {True, False}, "one gradient is clipped, and one is not"
 
 
-def test_the_probes_credits_by_level_and_fold_are_those_of_dense_gradients() -> None:
-    """Nine references: the first fold has two of them, each other one. No grades are needed."""
-    tree = TREE | {"task": {"kind": "pico", "train_size": 24, "probe_size": 9, "eval_size": 1}}
+@pytest.mark.parametrize("size", [9, 3])
+def test_the_probes_credits_by_level_and_fold_are_those_of_dense_gradients(size: int) -> None:
+    """Of nine references the first fold has two, each other one. No grades are needed."""
+    tree = TREE | {"task": {"kind": "pico", "train_size": 24, "probe_size": size, "eval_size": 1}}
     parts, steps = began(tree | {"optim": OPTIM | {"max_grad_norm": 0.01}})
-    assert len(parts.probe.references) == 9
+    assert len(parts.probe.references) == size
     dense = Dense(parts)
     folds = dense.probe_folds(parts.probe.references)
     for ratio, table in zip((0.0, 1.0), tables(parts, "probe_influence_by_level", 0.0, 1.0), strict=True):

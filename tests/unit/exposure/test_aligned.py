@@ -230,6 +230,18 @@ def test_a_step_without_distillation_does_not_end_a_window_unless_the_router_rea
         assert play(controller, 1)[:2] == held
 
 
+def test_paused_steps_add_no_windows() -> None:
+    controller = build(by="level", hold=1)
+    controller.observe(Observation(0))
+    play(controller, 0)
+    before = controller.state_dict()["credits"]
+    for step in (1, 2, 3):
+        controller.observe(credit(step, stats={"route/idle": 1.0, "route/paused": 1.0}, easy=1, hard=1))
+        assert controller.state_dict()["credits"] == before
+    controller.observe(credit(4, easy=1, hard=1))
+    assert controller.state_dict()["credits"] != before
+
+
 def test_credits_decay_by_the_recipes_rate_a_window() -> None:
     """Two windows for .3, then two for .8: with a decay of 0 the latest says all, at .9 they stand in the balance."""
     for decay, expected in ((0.0, 0.8), (0.9, 0.3)):
