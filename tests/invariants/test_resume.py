@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,15 @@ def test_a_stop_writes_a_step_once(step: int, written: int, tmp_path: Path, monk
     assert names.count(step) == written
 
 
+@pytest.fixture
+def hangs_up() -> Iterator[None]:
+    """Let a hang-up end the process, as in a terminal, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangs_up")
 def test_a_terminal_that_hangs_up_stops_a_run_with_its_state_saved(tmp_path: Path, uninterrupted: Any) -> None:
     run = tmp_path / "run"
     trainer = Trainer.start(build_config(TREE), run)
@@ -143,13 +152,11 @@ def test_a_terminal_that_hangs_up_stops_a_run_with_its_state_saved(tmp_path: Pat
     with pytest.raises(Interrupted, match="after step 5"):
         trainer.train()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
-    try:
-        resumed = Trainer.resume(run)
-        resumed.listener = lambda row: os.kill(os.getpid(), signal.SIGHUP)
-        resumed.train()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    resumed = Trainer.resume(run)
+    resumed.listener = lambda row: os.kill(os.getpid(), signal.SIGHUP)
+    resumed.train()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert outcome(run) == uninterrupted
 
 
