@@ -23,8 +23,9 @@ TREE = BASE | EMA | {"exposure": {"kind": "fixed", "ratio": 0.5}, "step": {"num_
 TREE |= {"save": {"every": 1, "keep": 2, "rollouts_every": 1}}
 
 
-def stopped(run: Path, tree: dict[str, Any], step: int = 3) -> None:
+def stopped(run: Path, tree: dict[str, Any], step: int = 3, controller: Any = None) -> None:
     trainer = Trainer.start(build_config(tree), run)
+    trainer.parts.controller = controller or trainer.parts.controller
     trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == step)
     with pytest.raises(Interrupted):
         trainer.train()
@@ -133,11 +134,7 @@ def test_a_run_with_code_of_ones_own_goes_on_in_another_folder_and_tells_changed
 
 
 def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
-    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
-    trainer.parts.controller = Half()
-    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
-    with pytest.raises(Interrupted):
-        trainer.train()
+    stopped(tmp_path / "run", TREE, 2, Half())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with (
         pytest.warns(UserWarning, match="goes on to step 9"),
@@ -242,11 +239,7 @@ class Half:
 
 
 def test_a_part_assigned_by_hand_is_never_replaced_in_silence(tmp_path: Path) -> None:
-    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
-    trainer.parts.controller = Half()
-    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
-    with pytest.raises(Interrupted):
-        trainer.train()
+    stopped(tmp_path / "run", TREE, 2, Half())
     with pytest.raises(UserError, match=r"a controller of its own, .*Half, where its recipe names .*prepare="):
         Trainer.resume(tmp_path / "run")
     resumed = Trainer.resume(tmp_path / "run", prepare=lambda parts: setattr(parts, "controller", Half()))

@@ -470,6 +470,9 @@ def test_a_file_is_evaluated_whole_and_what_was_trained_on_is_told(
     said = capsys.readouterr()
     assert "on 73 problems of jsonl" in said.out
     assert "3 of the 73 problems to be evaluated are among those that the run was trained on" in said.err
+    few = ("--k", "1", "--problems", "1")
+    assert run(monkeypatch, "eval", str(out), "--recipe", PICO, "--task", str(file), *few) == 0
+    assert "trained on" not in capsys.readouterr().err, "another recipe does not say what the run was trained on"
     file.write_text("".join(json.dumps(row) + "\n" for row in unseen))
     assert run(monkeypatch, "eval", str(out), "--task", str(file), "--k", "1", "--problems", "2") == 0
     said = capsys.readouterr()

@@ -80,7 +80,7 @@ def run_eval(
     if results is None and is_benchmark:
         name = model if run is None else f"{run.name}-{which or 'final'}"
         results = default_folder(name, str(task))
-    if run is not None and task is not None:
+    if run is not None and task is not None and recipe is None:  # else the run's own task is not known
         warn_of_trained(own, config)
     result = _evaluated(config, folder, console, results, overrides if is_benchmark else None, out)
     num_problems = len(result.rows) // config.eval.k

@@ -129,12 +129,10 @@ class InfluenceController(Held):
     def observe(self, observation: Observation) -> None:
         """Average the credits in; a candidate without one spoils the whole set, which is then left out."""
         self._latest = {}
-        wanted = self.wants(observation.step)
+        wanted = self.wants(observation.step) if step_counts(observation.stats) else ()
         found = [observation.number(measurement) for measurement in wanted]
         known = [credit for credit in found if credit is not None]
-        if wanted and not step_counts(observation.stats):
-            pass  # the window goes on, and is asked about again
-        elif wanted and len(known) == len(wanted):
+        if wanted and len(known) == len(wanted):
             decay, before = self._config.decay, self._credits or known
             self._credits = [decay * old + (1 - decay) * new for old, new in zip(before, known, strict=True)]
             self._latest = {

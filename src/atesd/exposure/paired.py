@@ -78,12 +78,10 @@ class PairedController(Held):
     def observe(self, observation: Observation) -> None:
         """Move the ratio where both sides were measured and the window has ended, as only a step that counts does."""
         self._latest = {}
-        wanted = self.wants(observation.step)
+        wanted = self.wants(observation.step) if step_counts(observation.stats) else ()
         found = [observation.number(measurement) for measurement in wanted]
         self._count(observation)
         values = [value for value in found if value is not None]
-        if wanted and not step_counts(observation.stats):
-            return
         if len(values) == 2:
             low, high = self._sides
             self._move((values[0] - values[1]) / (high - low))
