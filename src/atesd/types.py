@@ -104,8 +104,9 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, cut to a readable length."""
-    return one_line((str(error).strip().splitlines() or [""])[0][:200])
+    """Return the first line of what an error says, cut to a readable length; its class where it says nothing."""
+    text = str(error).strip()
+    return one_line(text.splitlines()[0][:200]) if text else type(error).__name__
 
 
 def shown(value: object, longest: int = 200) -> str:

@@ -51,9 +51,9 @@ class OwnReward:
                 "mend what it waits for, or raise reward.timeout_s",
             ) from error
         except (Exception, SystemExit) as error:
-            first = first_line(error)
+            said = f": {first_line(error)}" if str(error).strip() else ""
             raise self._error(
-                f"raised {type(error).__name__}{first and ': '}{first}",
+                f"raised {type(error).__name__}{said}",
                 "mend it, or let it return None for a completion that it cannot grade",
             ) from error
 

@@ -17,9 +17,8 @@ from atesd.losses.tiles import Tile
 from atesd.rollout.known import PATH_TOLERANCE, relative_distance
 from atesd.train.batch import Passage, ViewInput, view_input
 from atesd.train.heads import kind_of, output_layer
-from atesd.train.hub import first_line
 from atesd.train.scorer import Scorer, hidden_states
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 PROMPTS = 2
 """How many prompts are compared."""

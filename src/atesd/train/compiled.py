@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from atesd.train.heads import kind_of
-from atesd.train.hub import first_line
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 
 def compile_layers(model: nn.Module) -> None:

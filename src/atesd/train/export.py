@@ -15,9 +15,8 @@ from atesd.config import RunConfig
 from atesd.runlog import write_atomic
 from atesd.seals import MANIFEST
 from atesd.train.checkpoint import write_weights
-from atesd.train.hub import first_line
 from atesd.train.model import load
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 ADAPTER = "adapter_config.json"
 _PATIENCE_S = 10.0
@@ -77,12 +77,6 @@ def locate(path: str, revision: str | None = None) -> dict[str, Any]:
             f"folder, or download the model first where there is a connection, with: hf download {path}"
         ) from error
     return named
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, for one-line messages."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def _ask(path: str, revision: str | None) -> None:

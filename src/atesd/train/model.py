@@ -26,10 +26,10 @@ from atesd.rollout.weights import largest_weight
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.attention import use_short_rows
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer, refuse_router_loss
-from atesd.train.hub import Base, base_of_adapter, cached_in_part, commit_of, fetched, first_line, locate
+from atesd.train.hub import Base, base_of_adapter, cached_in_part, commit_of, fetched, locate
 from atesd.train.smollm2 import smollm2_folder
 from atesd.train.tokens import load_tokenizer
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # two seconds, which only loading a model is worth

@@ -34,9 +34,9 @@ from atesd.recipe import with_overrides
 from atesd.rollout.guess import LARGEST_LOGITS
 from atesd.sections import ModelConfig
 from atesd.train.heads import beside_text, decoder, kind_of, output_layer
-from atesd.train.hub import base_of_adapter, fetched, first_line, locate
+from atesd.train.hub import base_of_adapter, fetched, locate
 from atesd.train.model import add_lora, resolve
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 GIB = 2**30
 _FOUR_BITS = 0.516

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atesd.train.hub import base_of_adapter, cached_in_part, first_line, locate
-from atesd.types import UserError
+from atesd.train.hub import base_of_adapter, cached_in_part, locate
+from atesd.types import UserError, first_line
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 PLAIN = """\

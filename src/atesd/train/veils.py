@@ -26,9 +26,8 @@ from atesd.exposure.revealer import Masker, ModelSize
 from atesd.rollout.known import SHORT_ROWS
 from atesd.train.batch import Pass, Passage, Veil
 from atesd.train.heads import decoder, kind_of
-from atesd.train.hub import first_line
 from atesd.transfer import sent
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 _ATTENTION = "atesd_veiled"
 _ROUNDING = 1e-2

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, Falc
 
 from atesd.sections import LoraConfig, ModelConfig
 from atesd.train.heads import head, output_layer
-from atesd.train.hub import first_line
 from atesd.train.model import add_lora, context_length, load, resolve, set_threads
 from atesd.train.tokens import load_tokenizer
-from atesd.types import UserError
+from atesd.types import UserError, first_line
 
 from support.architectures import family
 from support.folders import write_byte_model
