@@ -14,8 +14,9 @@ from pathlib import Path
 
 from atesd.report.checked import writable
 from atesd.report.compare import accuracy, finals
-from atesd.report.load import Study, load_comparison
+from atesd.report.load import load_comparison
 from atesd.report.special import accuracy_curve
+from atesd.report.study import Study
 from atesd.report.traces import COLOURS, SYMBOLS, band_opacity
 from atesd.runlog import write_atomic
 from atesd.types import UserError

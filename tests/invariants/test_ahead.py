@@ -113,7 +113,8 @@ def test_a_run_goes_on_bit_for_bit_with_what_was_under_way(watched: Any, tmp_pat
         trainer = started(fake, run, AHEAD)
 
         def listen(row: dict[str, Any]) -> None:
-            trainer._stop_asked = row["step"] == stop
+            if row["step"] == stop:
+                trainer.stop()
 
         trainer.listener = listen
         with pytest.raises(Interrupted):

@@ -18,6 +18,7 @@ from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train import checkpoint
 from atesd.train.loop import Interrupted, Trainer
+from atesd.types import UserError
 
 STEPS = 12
 TREE: dict[str, Any] = {
@@ -121,6 +122,21 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_p
     assert outcome(run) == uninterrupted
 
 
+def test_a_listener_may_stop_a_run_which_then_only_resume_continues(tmp_path: Path, uninterrupted: Any) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer.start(build_config(TREE), run)
+    trainer.listener = lambda row: row["step"] == 5 and trainer.stop()
+    with pytest.raises(Interrupted, match="after step 5"):
+        trainer.train()
+    with pytest.raises(UserError, match=r"this trainer ended at step 5: Trainer\.resume\('.*run'\) goes on"):
+        trainer.train()
+    resumed = Trainer.resume(run)
+    resumed.listener = lambda row: row["step"] == uninterrupted[0][-1]["step"] and resumed.stop()
+    result = resumed.train()
+    assert outcome(run) == uninterrupted
+    assert resumed.train() == result
+
+
 @pytest.mark.parametrize(("step", "written"), [(4, 1), (5, 1)])
 def test_a_stop_writes_a_step_once(step: int, written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 4 is saved anyway, step 5 for the stop; the checkpoint of a step is never replaced by itself."""
@@ -215,7 +231,7 @@ def test_credit_from_graded_rollouts_goes_on_as_if_nothing_had_happened(
     run = tmp_path / "cut"
     trainer = Trainer.start(build_config(tree), run)
     for stop in (3, 4, 7):
-        trainer.listener = lambda row, at=stop, of=trainer: setattr(of, "_stop_asked", row["step"] == at)
+        trainer.listener = lambda row, at=stop, of=trainer: row["step"] == at and of.stop()
         with pytest.raises(Interrupted):
             trainer.train()
         trainer = Trainer.resume(run)

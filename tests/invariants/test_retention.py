@@ -314,7 +314,7 @@ def test_what_a_run_logs_is_of_its_own_completions_and_hints(tmp_path: Path) -> 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     trainer = Trainer.start(build_config(TREE), tmp_path / "cut")
-    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
+    trainer.listener = lambda row: row["step"] == 2 and trainer.stop()
     with pytest.raises(Interrupted):
         trainer.train()
     Trainer.resume(tmp_path / "cut").train()

@@ -26,7 +26,7 @@ TREE |= {"save": {"every": 1, "keep": 2, "rollouts_every": 1}}
 def stopped(run: Path, tree: dict[str, Any], step: int = 3, controller: Any = None) -> None:
     trainer = Trainer.start(build_config(tree), run)
     trainer.parts.controller = controller or trainer.parts.controller
-    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == step)
+    trainer.listener = lambda row: row["step"] == step and trainer.stop()
     with pytest.raises(Interrupted):
         trainer.train()
 

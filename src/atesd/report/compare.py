@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from atesd.evaluate.metrics import FEW_SEEDS, Difference, arm_interval, avg_at_k, few_seeds_interval, paired_difference
-from atesd.report.load import Arm, Evaluation, Floats, Study, load_comparison
+from atesd.report.load import load_comparison
+from atesd.report.study import Arm, Evaluation, Floats, Study
 from atesd.types import UserError
 
 LEARNED, HALF, FULL = "learned", "half", "full"

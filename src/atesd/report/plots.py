@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from atesd.report.load import Floats, Run, Study
+from atesd.report.study import Floats, Run, Study
 from atesd.report.traces import Figure, figure, line, of_no_arm, with_legend
 
 SAME = 1e-6  # numbers that differ by less do not change

@@ -13,8 +13,8 @@ import numpy as np
 
 from atesd.evaluate.metrics import t_interval
 from atesd.report.compare import pairs_by_key, pairs_of
-from atesd.report.load import Run, Study
 from atesd.report.plots import SAME, names_in
+from atesd.report.study import Run, Study
 from atesd.report.tables import NOT_TOLD_APART, swatch, table
 
 PREFIX = "quality/"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from atesd.report.checked import is_number, is_shade, is_step, is_text, list_of, optional, read_rows
-from atesd.report.load import Run, Study
+from atesd.report.study import Run, Study
 
 BYTES = 2_000_000  # of all packed completions
 STEPS = 8  # steps a run

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from atesd.report.checked import is_number, is_text, list_of, read_rows
-from atesd.report.load import Evaluation, Floats, Run, Study
 from atesd.report.plots import Choices
+from atesd.report.study import Evaluation, Floats, Run, Study
 from atesd.report.traces import Figure, colour, figure, short, with_legend
 
 POINTS = 400  # of a scatter

@@ -9,11 +9,11 @@ from typing import Any
 
 from atesd.evaluate.metrics import Difference
 from atesd.report.compare import LEARNED, Findings, caution, pairs_by_key
-from atesd.report.load import Run, Study
 from atesd.report.panels import PANELS
 from atesd.report.plots import Shown
 from atesd.report.quality import quality_tables
 from atesd.report.rollouts import pack_rollouts
+from atesd.report.study import Run, Study
 from atesd.report.tables import (
     NOT_TOLD_APART,
     behaviour_table,

@@ -9,8 +9,8 @@ import numpy as np
 
 from atesd.report.checked import is_number
 from atesd.report.compare import accuracy, are_shared, finals
-from atesd.report.load import Arm, Evaluation, Floats, Run, Study, setting
 from atesd.report.plots import FROM_ZERO, Choices, Draw, Quantity, by_arm, mean_by_step, names_in, natural
+from atesd.report.study import Arm, Evaluation, Floats, Run, Study, setting
 from atesd.report.traces import (
     Figure,
     axis,

@@ -11,7 +11,7 @@ import numpy as np
 
 from atesd.evaluate.metrics import avg_at_k, have_answers, maj_at_k, pass_at_k
 from atesd.report.compare import Findings, finals, pairs_by_key, seconds, starts
-from atesd.report.load import Evaluation, Study
+from atesd.report.study import Evaluation, Study
 from atesd.report.traces import COLOURS, SYMBOLS
 from atesd.report.words import duration, seen_in_words
 

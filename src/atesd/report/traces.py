@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from atesd.report.load import Floats
+from atesd.report.study import Floats
 
 Figure = dict[str, Any]
 

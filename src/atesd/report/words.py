@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atesd.report.checked import is_number
-from atesd.report.load import Run, Study, setting
+from atesd.report.study import Run, Study, setting
 
 MODELS = {
     "pico": "pico: the packaged tiny Qwen3 with its warm-start weights",

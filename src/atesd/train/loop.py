@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from types import FrameType
 from typing import Any
 
 from atesd.config import RunConfig
@@ -48,15 +43,13 @@ from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.train.share import decide_shard
 from atesd.train.stats import StepOutcome
+from atesd.train.stop import Stop
 from atesd.train.teacher import trained_tensors
 from atesd.train.track import Trackers, refuse_missing
 from atesd.train.world import World, fingerprint
 from atesd.types import Group, Measurement, Observation, Problem, UserError
 
 Listener = Callable[[dict[str, Any]], None]
-
-_ECHO_S = 3.0
-"""A launcher hands on the signal that a terminal has given to its processes already."""
 
 
 def classes_of(parts: Any) -> dict[str, str]:
@@ -89,7 +82,8 @@ class Trainer:
         self._seconds = 0.0
         self._best: dict[str, float] | None = None
         self._latest_eval: dict[str, float] = {}
-        self._stop_asked = False
+        self._stop = Stop()
+        self._has_ended = False
         self._trackers = Trackers(config.track if self.world.is_main else TrackConfig(), run.path)
         self.report: Callable[[Path], Path] | None = None
         """Writes the report of a run's directory, for trackers that keep files; unset, they get none."""
@@ -185,19 +179,26 @@ class Trainer:
             return trainer
 
     def train(self) -> dict[str, Any]:
-        """Run to the end and return what `result.json` holds. Interrupted after a signal to stop, state saved."""
+        """Run to the end and return what `result.json` holds. Interrupted after a signal or `stop`, state saved.
+
+        UserError where this trainer's run has ended before its last step: it is no longer the only writer.
+        """
+        done = self.run.result()
+        if done is not None and self.step >= self.config.step.num_steps:
+            self.run.unlock()
+            return done
+        if self._has_ended:
+            raise UserError(f"this trainer ended at step {self.step}: Trainer.resume({str(self.run.path)!r}) goes on")
+        self._has_ended = True
         try:
-            done = self.run.result()
-            if done is not None and self.step >= self.config.step.num_steps:
-                return done
             self.parts.refuse_unheard()
-            with self._stoppable(), self.world.sound(Interrupted):
+            with self._stop.on_signals(self.world), self.world.sound(Interrupted):
                 self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
                     self._begin()
                 while self.step < self.config.step.num_steps:
                     self._one_step()
-                    if self.world.any(self._stop_asked) and self.step < self.config.step.num_steps:
+                    if self.world.any(self._stop.asked) and self.step < self.config.step.num_steps:
                         if not self._due(self.config.save.every):
                             self._save()
                         raise Interrupted(self.step, self.run.path)
@@ -206,6 +207,13 @@ class Trainer:
             self._ahead.drop()
             self._trackers.finish()
             self.run.unlock()
+
+    def stop(self) -> None:
+        """Have the run end after its present step, as a signal does, from a listener or another thread.
+
+        Of several processes one is enough.
+        """
+        self._stop.asked = True
 
     def _begin(self) -> None:
         """Measure and evaluate the untrained student: l_0, and the start of every curve."""
@@ -423,35 +431,3 @@ class Trainer:
             self._trackers.attach(self.report(self.run.path))
         self.world.barrier()
         return result
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Let the first SIGINT, SIGTERM or SIGHUP end the run after the current step; a second one ends it at once.
-
-        SIGHUP is left alone where it is ignored, as under nohup.
-        """
-
-        def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            if self._stop_asked:
-                if self.world.size > 1 and perf_counter() - asked[0] < _ECHO_S:
-                    return
-                raise KeyboardInterrupt
-            self._stop_asked = True
-            asked.append(perf_counter())
-            if self.world.is_main:
-                with suppress(OSError):  # a terminal that has hung up
-                    print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
-
-        asked: list[float] = []
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
-        before = {number: signal.signal(number, ask) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

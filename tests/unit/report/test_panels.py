@@ -15,10 +15,11 @@ import pytest
 from atesd.metrics import METRICS
 from atesd.report import special
 from atesd.report.compare import find
-from atesd.report.load import Run, Study, load_run, load_study
+from atesd.report.load import load_run, load_study
 from atesd.report.panels import CURVES, PANELS
 from atesd.report.plots import Shown, names_in
 from atesd.report.sections import sections
+from atesd.report.study import Run, Study
 from atesd.runlog import RunDir
 
 from support.runs import ARMS, route_metrics, write_compare, write_graded, write_run

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from atesd.report.html import write_report
-from atesd.report.load import Run, load_run, load_study
+from atesd.report.load import load_run, load_study
+from atesd.report.study import Run
 from atesd.report.words import duration, listed, run_in_words, seen_in_words, settings_in_words
 from atesd.runlog import RunDir
 

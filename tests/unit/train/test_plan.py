@@ -12,7 +12,8 @@ from transformers import GPT2Config, Qwen3Config
 from atesd.config import RunConfig
 from atesd.recipe import build_config, load_config, with_overrides
 from atesd.train.batch import micro_batches
-from atesd.train.plan import DEVICES, GIB, Device, Lengths, activations, lower_until_it_fits, make_plan, skeleton
+from atesd.train.plan import DEVICES, GIB, Device, Lengths, lower_until_it_fits, make_plan
+from atesd.train.traced import activations, skeleton
 from atesd.types import UserError
 
 from support.peaks import measured_sampling, measured_update, planned, small_config

@@ -31,7 +31,7 @@ def test_tensorboard_shows_every_step_once_though_the_run_was_interrupted(tmp_pa
     pytest.importorskip("tensorboard")
     tree = BASE | {"step": {"num_steps": 3, "problems": 2}, "save": {"every": 1}, "track": {"to": ["tensorboard"]}}
     trainer = Trainer.start(build_config(tree), tmp_path / "run")
-    trainer.listener = lambda row: setattr(trainer, "_stop_asked", row["step"] == 2)
+    trainer.listener = lambda row: row["step"] == 2 and trainer.stop()
     with pytest.raises(Interrupted):
         trainer.train()
     Trainer.resume(tmp_path / "run").train()
