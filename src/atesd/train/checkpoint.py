@@ -15,7 +15,6 @@ from (seed, purpose, step).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
-from atesd.runlog import dump_json, step_name
+from atesd.runlog import dump_json, settle, step_name
 from atesd.seals import MANIFEST, seal_files
 from atesd.train.optim import MASTER
 from atesd.train.shard import Whole, local, piece, shared_as
@@ -255,8 +254,7 @@ def _replace(partial: Path, folder: Path) -> None:
     """Give a complete folder its name; a folder of that name steps aside first and is removed last."""
     for path in partial.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            settle(path)
     aside = folder.with_name(folder.name + _ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     with suppress(FileNotFoundError):
