@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -142,6 +143,26 @@ def test_what_is_under_way_keeps_its_adapter_and_its_version(fake: FakeVllm) -> 
     sampler.sync(weights(3))
     assert version_of(fake) == ["v3"]
     assert submitted.seconds() > 0
+
+
+def test_an_adapter_is_loaded_while_completions_take_all_places(fake: FakeVllm) -> None:
+    sampler = sampler_of(fake, concurrency=1)
+    asked, loaded_meanwhile = threading.Event(), threading.Event()
+
+    def waits(_: FakeVllm, answer: Any) -> Any:
+        asked.set()
+        loaded_meanwhile.wait(timeout=30)
+        return answer
+
+    fake.faults += [waits]
+    submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
+    assert asked.wait(timeout=60)
+    begun = time.monotonic()
+    sampler.sync(weights(1))
+    assert time.monotonic() - begun < 25, "the trainer waited for a completion"
+    loaded_meanwhile.set()
+    assert {turn.weights_version for turn in submitted.result()} == {0}
+    assert fake.most_at_once == 1
 
 
 def test_what_was_under_way_when_the_server_was_started_again_comes_of_the_same_weights(
