@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -255,6 +257,24 @@ def test_what_is_given_up_is_not_asked_again(fake: FakeVllm, warned: list[warnin
     with pytest.raises((UserError, CancelledError)):
         submitted.result()
     assert len(fake.asked) == 1
+
+
+def test_a_program_that_ends_does_not_wait_for_what_it_gave_up(tmp_path: Path) -> None:
+    """As after an error, or a second Ctrl-C: an answer may be minutes away."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import time\n"
+        "from atesd.rollout.answers import Order\n"
+        "from atesd.rollout.requests import Requests\n"
+        "from atesd.rollout.sampler import SamplingConfig\n"
+        "class Slow:\n"
+        "    url = 'http://slow'\n"
+        "    def post(self, *given, **named):\n"
+        "        time.sleep(600)\n"
+        "orders = [Order((1,), (place,), 0) for place in range(3)]\n"
+        "Requests(Slow(), orders, 'name', SamplingConfig(), [0], concurrency=2).give_up()\n"
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=300)
 
 
 def test_nothing_is_left_behind(fake: FakeVllm, tmp_path: Path) -> None:
