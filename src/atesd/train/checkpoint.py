@@ -123,7 +123,8 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     for aside in checkpoints.glob(f"*{_ASIDE}"):
         restore_interrupted(aside.with_name(aside.name.removesuffix(_ASIDE)))
         shutil.rmtree(aside, ignore_errors=True)
-    return sorted(path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    found = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def restore_interrupted(folder: Path) -> None:
