@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.recipe import build_config
 from atesd.rollout.sampler import Weights
+from atesd.runlog import step_name
 from atesd.train import checkpoint
 from atesd.train.checkpoint import find_checkpoints, restore_interrupted
 from atesd.train.loop import Trainer
@@ -137,3 +138,10 @@ def test_the_sampler_gets_the_weights_of_every_step_and_their_version(tmp_path: 
     trainer.parts.driver.sampler.sync = sync  # type: ignore[method-assign]
     trainer.train()
     assert seen == [(1, False, True), (2, False, True)]
+
+
+def test_a_millionth_step_is_newer_than_the_ones_before(tmp_path: Path) -> None:
+    """Else it would be removed as soon as it is written."""
+    for step in (999_975, 1_000_000, 25):
+        (tmp_path / step_name(step)).mkdir()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_000025", "step_999975", "step_1000000"]
