@@ -75,9 +75,9 @@ def settle(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def dump_json(value: object) -> str:
-    """Serialise readably, refusing NaN and infinities, which JSON lacks."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def dump_json(value: object, *, indent: int | None = 2) -> str:
+    """Serialise readably, or in one line, refusing NaN and infinities, which JSON lacks."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -104,7 +104,7 @@ def save_checkpoint(
         if not world.is_main:
             return folder
         _write_model(partial, model, tokenizer)
-        (partial / "state.json").write_text(dump_json(state), encoding="utf-8")
+        (partial / "state.json").write_text(dump_json(state, indent=None), encoding="utf-8")  # a line a token else
         _seal(partial)
         _replace(partial, folder)
     except BaseException:

@@ -403,7 +403,7 @@ class Trainer:
         tensors = {**trained_tensors(self.parts.model), **own}
         self.world.refuse_difference(
             f"come to other weights or decisions by step {self.step}, which is not saved",
-            fingerprint(tensors, dump_json(states)),
+            fingerprint(tensors, dump_json(states, indent=None)),
             "some part of the run is random by itself, or the machines differ; go on from the last checkpoint with "
             "--resume, on machines of one kind",
         )
