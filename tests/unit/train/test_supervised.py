@@ -106,6 +106,16 @@ def test_samples_are_the_solutions_behind_both_roles_prompts(base: Path) -> None
         assert sorted(asked_ids) == sorted(each.id for each in PROBLEMS), "every problem once an epoch"
 
 
+def test_hints_show_every_quarter_of_a_solution_from_none_to_all(base: Path) -> None:
+    """Four lines, so that each of the ratios 0, .25, .5, .75 and 1 shows another part."""
+    whole = Problem("four", "add", "1\n2\n3\nit is 4", "4")
+    maker, _ = hints(base)
+    drawn = islice(samples([whole], maker, 7, WarmupConfig(hinted=1.0)), 100)
+    expected = {maker.teacher_ids(whole, quarters / 4) for quarters in range(5)}
+    assert len(expected) == 5
+    assert {passage.prompt for passage, _ in drawn} == expected
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {False}), (1.0, {True})])
 def test_the_share_of_hinted_samples_may_be_none_or_all(share: float, expected: set[bool], base: Path) -> None:
     drawn = islice(samples(PROBLEMS, hints(base)[0], 7, WarmupConfig(hinted=share)), 50)
