@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from atesd.cli.check import whole_task_of
@@ -159,6 +160,16 @@ def test_updates_are_those_of_a_plain_loop(base: Path, tmp_path: Path) -> None:
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "warm")
     for name, weight in model.named_parameters():
         assert torch.allclose(written.get_parameter(name), weight, atol=1e-4), name
+
+
+def test_a_tenth_of_the_updates_is_on_the_way_up_and_the_others_on_the_way_down(base: Path, tmp_path: Path) -> None:
+    rates: list[float] = []
+    watch = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        warm_up(recipe(base), PROBLEMS, tmp_path / "warm", WarmupConfig(steps=20, batch=1, lr=1e-2))
+    finally:
+        watch.remove()
+    assert rates == pytest.approx([0.5e-2, 1e-2, *(1e-2 * left / 18 for left in range(18, 0, -1))])
 
 
 def test_adapters_are_merged_into_an_ordinary_folder(base: Path, tmp_path: Path) -> None:
