@@ -93,6 +93,17 @@ def test_a_run_evaluates_with_the_prompts_of_evaluation(tmp_path: Path) -> None:
     assert [set(call.prompts) for call in run.calls if expected & set(call.prompts)] == [expected, expected]
 
 
+def test_a_router_reads_the_largest_exposure_of_its_step(tmp_path: Path) -> None:
+    sections = {"exposure": {"kind": "random"}, "routing": {"kind": "retire"}, "rollout": GROUPS}
+    trainer = Trainer.start(build_config(BASE | sections), tmp_path / "run")
+    seen: list[float] = []
+    route = trainer.parts.router.route
+    trainer.parts.router.route = lambda groups, ratio: (seen.append(ratio), route(groups, ratio))[1]  # type: ignore[method-assign]
+    trainer.parts.controller.propose = lambda *_: [0.25, 0.75, 0.5, 0.25]  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [0.75, 0.75]
+
+
 def test_sampled_tokens_a_second(tmp_path: Path) -> None:
     Trainer.start(build_config(BASE), tmp_path / "run").train()
     for row in RunDir.open(tmp_path / "run").metrics()[1:]:

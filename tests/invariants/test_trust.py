@@ -85,7 +85,26 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(cut: Path) -> None:
 def test_a_run_without_a_checkpoint_of_its_first_steps_begins_anew(tmp_path: Path) -> None:
     stopped(tmp_path / "run", TREE | {"save": {"every": 3}}, step=3)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
-    assert Trainer.resume(tmp_path / "run").step == 0, "none was due before step 3 was logged"
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.step == 0, "none was due before step 3 was logged"
+    resumed.train()
+    assert [row["step"] for row in resumed.run.metrics()] == [0, 1, 2, 3, 4], "what was logged before is forgotten"
+
+
+def test_a_run_that_is_killed_behind_its_last_checkpoint_still_gets_its_result(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Trainer) -> None:
+        raise OSError("killed")
+
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(Trainer, "_finish", die)
+        trainer.train()
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.step == 4
+    resumed.train()
+    assert outcome(tmp_path / "run") == outcome(runs / "whole")
 
 
 OWN = """
