@@ -14,6 +14,7 @@ import pytest
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
+from atesd.train.resume import resumed_config
 from atesd.train.rows import proposed
 from atesd.types import Problem, UserError
 
@@ -98,9 +99,10 @@ def test_a_run_that_is_killed_behind_its_last_checkpoint_still_gets_its_result(
         raise OSError("killed")
 
     trainer = Trainer.start(build_config(TREE), tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_finish", die)
-        trainer.train()
+        with pytest.raises(OSError, match="killed"):
+            trainer.train()
     resumed = Trainer.resume(tmp_path / "run")
     assert resumed.step == 4
     resumed.train()
@@ -161,6 +163,14 @@ def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     ):
         Trainer.resume(tmp_path / "run", ["step.num_steps=9"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["about.json", "env.json", "result.json"])
+def test_a_record_that_is_not_as_it_was_sealed_is_told(name: str, runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    (run / name).write_text((run / name).read_text() + " ")
+    with pytest.raises(UserError, match=rf"is damaged: {re.escape(name)} .*restore it from a copy, or start a new run"):
+        Trainer.resume(run)
 
 
 def test_damaged_logs_are_told_and_logs_of_later_steps_forgotten(cut: Path, runs: Path) -> None:
@@ -357,6 +367,22 @@ def test_a_run_that_depends_on_its_length_keeps_it(section: dict[str, Any], mess
     edit(tmp_path / "run", step__num_steps=9)
     with pytest.raises(UserError, match=message):
         Trainer.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("rollout.engine.url=http://other:1", "rollout.engine.timeout_s=5.0", "rollout.engine.wait_s=5.0"),
+        *("rollout.engine.concurrency=3", "rollout.engine.adapters=elsewhere"),
+        *("step.token_budget=64", "rollout.batch_tokens=64", "save.every=7", "track.project=other"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* sums are taken in another order:UserWarning")
+def test_what_decides_no_result_may_change_under_way(override: str, tmp_path: Path) -> None:
+    config = build_config({"rollout": {"engine": {"kind": "vllm"}}})
+    run = RunDir.create(tmp_path / "run", config.model_dump(mode="json"))
+    key = override.partition("=")[0]
+    assert [changed for changed, *_ in resumed_config(run, None, [override]).changes] == [key]
 
 
 def test_a_run_is_not_made_shorter(cut: Path) -> None:
