@@ -14,7 +14,7 @@ import pytest
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
-from atesd.train.resume import resumed_config
+from atesd.train.resume import digests_of_code, resumed_config
 from atesd.train.rows import proposed
 from atesd.types import Problem, UserError
 
@@ -152,6 +152,25 @@ def test_a_run_with_code_of_ones_own_goes_on_in_another_folder_and_tells_changed
     (there / "steady.py").write_text(OWN + "# changed")
     with pytest.warns(UserWarning, match=r"steady\.py:Steady is no longer the code that the run began with"):
         Trainer.resume(there / "run")
+
+
+@pytest.mark.parametrize(
+    ("sections", "place"),
+    [
+        ({"env": {"kind": "trl", "factory": "own.py:Game"}, "task": {"kind": "jsonl", "path": "x"}}, "own.py:Game"),
+        ({"reward": {"kind": "python", "function": "own.py:score"}}, "own.py:score"),
+        ({"reward": [{"kind": "exact"}, {"kind": "python", "function": "own.py:score"}]}, "own.py:score"),
+    ],
+)
+def test_code_of_environments_and_rewards_is_known_by_its_digest(
+    sections: dict[str, Any], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("class Game: ...\n")
+    before = digests_of_code(build_config(sections))
+    assert list(before) == [place]
+    (tmp_path / "own.py").write_text("class Game: 1\n")
+    assert digests_of_code(build_config(sections)) != before
 
 
 def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
