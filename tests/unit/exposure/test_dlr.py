@@ -257,6 +257,9 @@ def test_perplexities_are_cut_at_three_deviations() -> None:
     controller.observe(Observation(0, {}, {Measurement("reference_nll"): far}))
     found = controller._features.of(["p0", "p16"], [None, None])
     np.testing.assert_allclose(found, [[-0.25], [3.0]], atol=1e-12)
+    controller.propose(0, ids)
+    controller.observe(Observation(1, {}, {Measurement("reference_nll"): dict(far, p0=9.0)}))
+    np.testing.assert_allclose(controller._features.of(["p0"], [None]), [[-0.25]], err_msg="those of step 0 stay")
 
 
 @pytest.mark.parametrize("cut", range(7))

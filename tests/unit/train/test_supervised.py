@@ -187,6 +187,36 @@ def test_adapters_are_merged_into_an_ordinary_folder(base: Path, tmp_path: Path)
     assert "warmup.json" in json.loads((out / "manifest.json").read_text())["files"]
 
 
+def test_adapters_of_a_warm_up_begin_by_its_seed(base: Path, tmp_path: Path) -> None:
+    """One problem without hints, so that the samples are the same whatever the seed."""
+    config = recipe(base, model={"path": str(base), "lora": {"r": 2, "targets": ["q_proj"]}})
+
+    def merged(name: str, seed: int) -> torch.Tensor:
+        plan = WarmupConfig(steps=2, batch=1, lr=1e-2, hinted=0.0, seed=seed)
+        warm_up(config, PROBLEMS[:1], tmp_path / name, plan)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        return model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+
+    first = merged("first", 1)
+    assert torch.equal(first, merged("again", 1))
+    assert not torch.equal(first, merged("other", 2))
+
+
+def test_a_prompt_and_a_solution_with_its_end_token_may_fill_the_context(base: Path, tmp_path: Path) -> None:
+    config, (_, tokenizer) = recipe(base), load(ModelConfig(path=str(base)), seed=0)
+    maker = Hints(config.prompt, config.reveal.build(config.facts()), Renderer(tokenizer), {})
+
+    def filled(tokens: int) -> Problem:
+        whole = Problem("long", "x", "1\n" * 900, "1")
+        room = tokens - maker.longest(whole) - len(maker.solution_ids(whole)) - 1
+        return Problem("long", "x" * (1 + room), whole.solution, "1")
+
+    plan = WarmupConfig(steps=1, batch=1, hinted=1.0)
+    with pytest.raises(UserError, match=r"1 problems of the warm-up \(long\) do not fit the model's context of 4096"):
+        warm_up(config, [filled(4097)], tmp_path / "over", plan)
+    assert warm_up(config, [filled(4096)], tmp_path / "full", plan).problems == 1
+
+
 def test_a_warm_up_learns_its_solutions(base: Path, tmp_path: Path) -> None:
     seen: list[float] = []
     plan = WarmupConfig(steps=30, batch=6, lr=1e-2, hinted=0.5)
