@@ -17,7 +17,7 @@ from atesd.runlog import RunDir
 from atesd.train.hints import Hints
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.setup import Parts, assemble
-from atesd.types import Observation
+from atesd.types import Observation, UserError
 
 from support.composition import BASE as IN_TURNS
 from support.recording import record, rendered
@@ -102,6 +102,15 @@ def test_a_router_reads_the_largest_exposure_of_its_step(tmp_path: Path) -> None
     trainer.parts.controller.propose = lambda *_: [0.25, 0.75, 0.5, 0.25]  # type: ignore[method-assign]
     trainer.train()
     assert seen == [0.75, 0.75]
+
+
+def test_the_gap_to_the_sampler_is_judged_by_the_recipes_own_bounds(tmp_path: Path) -> None:
+    """Rounding in float32 is beyond the one that is next to nothing, whichever it is."""
+    strict = SAMPLING | {"gap_warning": 1e-15}
+    with pytest.warns(UserWarning, match=r"more than rollout\.gap_warning = 1e-15"):
+        Trainer.start(build_config(BASE | {"rollout": strict}), tmp_path / "warned").train()
+    with pytest.raises(UserError, match=r"more than rollout\.gap_limit = 1e-15"):
+        Trainer.start(build_config(BASE | {"rollout": strict | {"gap_limit": 1e-15}}), tmp_path / "stopped").train()
 
 
 def test_sampled_tokens_a_second(tmp_path: Path) -> None:
