@@ -74,16 +74,42 @@ def test_checkpointing_runs_layers_again_in_the_backward_pass(checkpointing: boo
     assert (passes.count(True) > batches) == checkpointing
 
 
-def test_a_models_further_end_tokens_end_completions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_models_further_end_tokens_end_completions(listed: bool, tmp_path: Path) -> None:
     from atesd.train.model import resolve
 
     model = AutoModelForCausalLM.from_pretrained(resolve("pico"))
     tokenizer = AutoTokenizer.from_pretrained(resolve("pico"))
     further = next(id_ for id_ in range(len(tokenizer)) if id_ != tokenizer.eos_token_id)
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, further])
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, further] if listed else further)
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path)
     assert parts(model={"path": str(tmp_path)}).renderer.eos_ids == (tokenizer.eos_token_id, further)
+
+
+def test_each_role_thinks_as_its_own_setting_says_and_the_teacher_begins_with_its_prefill(tmp_path: Path) -> None:
+    template = tmp_path / "thinking.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '1' if enable_thinking else '0' }}{% endif %}"
+    )
+    prompt = {"chat_template": str(template), "enable_thinking_student": False, "enable_thinking_teacher": True}
+    made = parts(prompt=BASE["prompt"] | prompt | {"teacher_prefill": "abc"})
+    (problem, *_) = made.problems
+    student = made.tokenizer.decode(made.hints.student_ids(problem))
+    teacher = made.tokenizer.decode(made.hints.teacher_ids(problem, 1.0))
+    assert student == f"<|user|>{problem.problem}<|assistant|>0"
+    assert teacher == f"<|user|>{problem.problem}\n>{problem.solution}<|assistant|>1abc"
+
+
+def test_a_schedule_is_put_where_it_stood_after_so_many_updates() -> None:
+    made = parts(optim={"lr": 1e-3, "schedule": "linear"}, step={"num_steps": 2, "problems": 4, "updates_per_batch": 2})
+    made.set_schedule(3)
+    assert made.scheduler.get_last_lr() == [pytest.approx(1e-3 / 4)], "what the next update logs"
+    assert [group["lr"] for group in made.optimizer.param_groups] == made.scheduler.get_last_lr()
+    made.optimizer.step()
+    made.scheduler.step()
+    assert made.scheduler.get_last_lr() == [pytest.approx(0.0)]
 
 
 def test_a_run_evaluates_with_the_prompts_of_evaluation(tmp_path: Path) -> None:
