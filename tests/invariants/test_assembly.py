@@ -16,7 +16,7 @@ from atesd.routing.route import Route
 from atesd.runlog import RunDir
 from atesd.train.hints import Hints
 from atesd.train.loop import Interrupted, Trainer
-from atesd.train.setup import Parts, assemble
+from atesd.train.setup import Parts, assemble, losses_of
 from atesd.types import Observation, UserError
 
 from support.composition import BASE as IN_TURNS
@@ -110,6 +110,20 @@ def test_a_schedule_is_put_where_it_stood_after_so_many_updates() -> None:
     made.optimizer.step()
     made.scheduler.step()
     assert made.scheduler.get_last_lr() == [pytest.approx(0.0)]
+
+
+def test_sampled_tokens_are_corrected_where_the_sampler_has_weights_of_its_own() -> None:
+    sampled = {"loss": {"divergence": {"kind": "sampled", "importance_clip": 3.0}}}
+    served = {"rollout": SAMPLING | {"engine": {"kind": "vllm"}}}
+    assert losses_of(build_config(sampled)).corrects is None
+    assert losses_of(build_config(sampled | served)).corrects == 3.0
+    assert losses_of(build_config(served)).corrects is None, "a divergence does not depend on what was sampled"
+
+
+def test_the_weights_that_a_step_begins_with_are_asked_where_a_loss_reads_them() -> None:
+    assert not losses_of(build_config({})).importance
+    assert losses_of(build_config({"loss": {"divergence": {"kind": "sampled"}}})).importance
+    assert losses_of(build_config({"routing": {"kind": "both"}, "rollout": {"group_size": 2}})).importance
 
 
 def test_a_run_evaluates_with_the_prompts_of_evaluation(tmp_path: Path) -> None:

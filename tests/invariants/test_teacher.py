@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from atesd.sections import LoraConfig, TeacherConfig
@@ -53,6 +54,26 @@ def test_an_ema_teacher_starts_at_the_student_and_follows_the_closed_form() -> N
     with teacher.in_place():
         torch.testing.assert_close(model.weight.data, torch.tensor([[3.0 - 2.0 * 0.9**5]]))
     assert model.weight.item() == 3.0
+
+
+def test_an_ema_teacher_keeps_999_parts_in_a_thousand_unless_it_is_told_otherwise() -> None:
+    """OPSD's code."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.constant_(model.weight, 1.0)
+    teacher = Teacher(TeacherConfig(weights="ema"), model)
+    torch.nn.init.constant_(model.weight, 2.0)
+    teacher.update()
+    with teacher.in_place():
+        assert model.weight.item() == pytest.approx(1.001, abs=1e-12)
+
+
+@pytest.mark.parametrize("weights", ["frozen", "live", "ema"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_teachers_pass_records_a_gradient(weights: str, lora: bool) -> None:
+    model = add_lora(tiny_model(), LoraConfig(r=4), 0) if lora else tiny_model()
+    with Teacher(TeacherConfig.model_validate({"weights": weights}), model).in_place():
+        assert not model(IDS).logits.requires_grad
+    assert model(IDS).logits.requires_grad
 
 
 def test_an_ema_teacher_of_a_student_at_rest_stays_where_it_is() -> None:
