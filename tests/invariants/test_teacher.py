@@ -8,6 +8,7 @@ import torch
 from atesd.sections import LoraConfig, TeacherConfig
 from atesd.train.model import add_lora
 from atesd.train.teacher import Teacher
+from atesd.types import UserError
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
@@ -96,6 +97,18 @@ def testadd_lora_the_frozen_teacher_is_the_adapter_switched_off() -> None:
     with teacher.in_place():
         assert torch.equal(logits(model), first)
     assert not teacher.tensors()
+
+
+def test_a_checkpoint_holds_the_average_alone_and_all_of_it() -> None:
+    frozen, averaged = (Teacher(TeacherConfig(weights=kind), tiny_model()) for kind in ("frozen", "ema"))
+    kept = averaged.tensors()
+    assert set(kept) == {name for name, _ in tiny_model().named_parameters()}
+    assert not frozen.tensors()
+    averaged.load_tensors(kept)
+    frozen.load_tensors({})
+    for teacher, other in ((averaged, {}), (averaged, dict(list(kept.items())[1:])), (frozen, kept)):
+        with pytest.raises(UserError, match="holds other teacher weights than this run's"):
+            teacher.load_tensors(other)
 
 
 def test_every_update_of_a_step_moves_the_ema_teacher() -> None:
