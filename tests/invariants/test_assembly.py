@@ -17,7 +17,7 @@ from atesd.runlog import RunDir
 from atesd.train.hints import Hints
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.setup import Parts, assemble, losses_of
-from atesd.types import Observation, UserError
+from atesd.types import Observation, Stateless, UserError
 
 from support.composition import BASE as IN_TURNS
 from support.recording import record, rendered
@@ -151,6 +151,37 @@ def test_the_gap_to_the_sampler_is_judged_by_the_recipes_own_bounds(tmp_path: Pa
         Trainer.start(build_config(BASE | {"rollout": strict}), tmp_path / "warned").train()
     with pytest.raises(UserError, match=r"more than rollout\.gap_limit = 1e-15"):
         Trainer.start(build_config(BASE | {"rollout": strict | {"gap_limit": 1e-15}}), tmp_path / "stopped").train()
+
+
+class Idle(Stateless):
+    """A router that leaves every group alone."""
+
+    capped = False
+
+    def __init__(self) -> None:
+        self.ratios: list[float] = []
+
+    def route(self, groups: Any, ratio: float) -> list[Route]:
+        self.ratios.append(ratio)
+        return [Route.SKIP] * len(groups)
+
+
+@pytest.mark.parametrize(("kind", "is_paused"), [("aligned", False), ("retire", True)])
+def test_windows_go_on_without_distillation_where_the_router_reads_the_exposure(
+    kind: str, is_paused: bool, tmp_path: Path
+) -> None:
+    sections = {"exposure": {"kind": "random", "hold": 1}, "routing": {"kind": kind}, "rollout": GROUPS}
+    trainer = Trainer.start(build_config(BASE | sections | {"step": {"num_steps": 3, "problems": 4}}), tmp_path / "run")
+    trainer.parts.router = idle = Idle()
+    trainer.train()
+    rows = RunDir.open(tmp_path / "run").metrics()[1:]
+    assert [(row["route/idle"], row["route/paused"]) for row in rows] == [(1.0, float(is_paused))] * 3
+    assert len(idle.ratios) == 3
+    assert len(set(idle.ratios)) == (1 if is_paused else 3)
+
+
+def test_the_probe_reads_as_many_tokens_of_a_reference_as_the_recipe_says() -> None:
+    assert {len(each.completion) for each in parts(probe={"max_tokens": 3}).probe.references} == {3}
 
 
 def test_sampled_tokens_a_second(tmp_path: Path) -> None:
