@@ -23,7 +23,7 @@ from atesd.train.world import LostError, World
 from atesd.types import Elsewhere, NonFiniteError, UserError
 
 from support.models import ragged_rows, tiny_model
-from support.processes import start, together, wait
+from support.processes import start, together, wait, well
 from support.several import RECIPES, TREE, assert_as_one, begin, followed, outcome
 from support.steppers import make_stepper
 
@@ -93,7 +93,7 @@ def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> N
     """One process alone is asked to stop. Its run is continued by as many processes, and by one."""
     tree = TREE | RECIPES["learned"]
     whole, run, alone = (tmp_path / place for place in ("whole", "run", "alone"))
-    together(tmp_path / "a", 2, lambda rank: begin(whole, tree).train())
+    well(tmp_path / "a", 2, lambda rank: begin(whole, tree).train())
 
     def stopped(rank: int) -> Any:
         trainer = begin(run, tree)
@@ -104,7 +104,7 @@ def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> N
 
     assert together(tmp_path / "b", 2, stopped) == [2, 2]
     os.system(f"cp -r {run} {alone}")
-    together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+    well(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
     assert outcome(run) == outcome(whole)
     with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
         trainer = Trainer.resume(alone)
@@ -143,7 +143,7 @@ def test_processes_that_find_different_checkpoints_are_told_before_they_go_on(tm
         with pytest.raises(Interrupted):
             trainer.train()
 
-    together(tmp_path / "a", 2, stopped)
+    well(tmp_path / "a", 2, stopped)
     shutil.copytree(run, stale)
     shutil.rmtree(stale / "checkpoints" / "step_000002")
     found = together(tmp_path / "b", 2, lambda rank: Trainer.resume(stale if rank else run))
@@ -236,13 +236,13 @@ def test_a_directory_in_use_is_refused_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(rank: int, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    together(tmp_path / "a", 2, lambda rank: begin(whole, TREE).train())
+    well(tmp_path / "a", 2, lambda rank: begin(whole, TREE).train())
     die = in_step(rank, 2, lambda trainer: os.kill(os.getpid(), signal.SIGKILL), run)
     found = wait(tmp_path / "left", start(tmp_path / "left", 2, die))
     assert type(found[1 - rank]) is LostError
     assert "--resume" in str(found[1 - rank])
     assert found[rank] is None
-    together(tmp_path / "b", 2, lambda rank: Trainer.resume(run).train())
+    well(tmp_path / "b", 2, lambda rank: Trainer.resume(run).train())
     assert outcome(run) == outcome(whole)
 
 

@@ -20,7 +20,7 @@ from atesd.train.shard import local
 from atesd.train.world import LostError
 from atesd.types import Elsewhere, UserError
 
-from support.processes import NEEDS_SHARDS, start, together, wait
+from support.processes import NEEDS_SHARDS, start, together, wait, well
 from support.several import RECIPES, TREE, assert_as_one, begin, followed, outcome
 
 pytestmark = [
@@ -86,7 +86,7 @@ def test_each_process_keeps_and_writes_its_half(tmp_path: Path) -> None:
 def test_a_run_goes_on_bit_for_bit_or_with_another_number_and_a_warning(tmp_path: Path) -> None:
     tree = TREE | {"teacher": {"weights": "ema", "ema_decay": 0.9}, "step": {"num_steps": 2, "problems": 3}} | SHARDED
     whole, run = tmp_path / "whole", tmp_path / "run"
-    together(tmp_path / "a", 2, lambda rank: begin(whole, tree).train())
+    well(tmp_path / "a", 2, lambda rank: begin(whole, tree).train())
 
     def killed(rank: int) -> Any:
         trainer = begin(run, tree)
@@ -99,7 +99,7 @@ def test_a_run_goes_on_bit_for_bit_or_with_another_number_and_a_warning(tmp_path
     others = {size: tmp_path / f"with_{size}" for size in (1, 3)}
     for place in others.values():
         shutil.copytree(run, place)
-    together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+    well(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
     assert outcome(run) == outcome(whole)
     with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
         Trainer.resume(others[1]).train()
@@ -109,7 +109,7 @@ def test_a_run_goes_on_bit_for_bit_or_with_another_number_and_a_warning(tmp_path
         with pytest.warns(UserWarning, match="goes on with 3 processes instead of 2"):
             return Trainer.resume(others[3]).train()
 
-    together(tmp_path / "d", 3, go_on)
+    well(tmp_path / "d", 3, go_on)
     assert_as_one(whole, others[3])
 
 
@@ -139,7 +139,7 @@ def test_weights_in_bfloat16_have_shares_in_float32(tmp_path: Path) -> None:
     assert together(tmp_path / "a", 2, trained) == [{torch.float32}] * 2
     wait(tmp_path / "b", start(tmp_path / "b", 2, killed))
     shutil.copytree(run, tmp_path / "one")
-    together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+    well(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
     assert outcome(run) == outcome(whole)
     with pytest.warns(UserWarning, match="goes on with 1 process instead of 2"):
         Trainer.resume(tmp_path / "one").train()

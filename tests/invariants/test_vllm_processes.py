@@ -16,7 +16,7 @@ from atesd.train.loop import Trainer
 from atesd.types import UserError
 
 from support.fake_vllm import FakeVllm
-from support.processes import NEEDS_SHARDS, together
+from support.processes import NEEDS_SHARDS, together, well
 from support.vllm_runs import TREE, started
 
 pytestmark = [
@@ -102,7 +102,7 @@ def test_a_server_that_refuses_ends_all_in_one_line(tmp_path: Path) -> None:
 def test_a_run_of_two_goes_on_with_what_was_under_way(tmp_path: Path) -> None:
     whole, run, tree = tmp_path / "whole", tmp_path / "run", tree_of(1)
     with FakeVllm() as fake:
-        together(tmp_path / "a", 2, lambda rank: started(fake, whole, tree).train())
+        well(tmp_path / "a", 2, lambda rank: started(fake, whole, tree).train())
 
         def stopped(rank: int) -> Any:
             trainer = started(fake, run, tree)
@@ -110,8 +110,8 @@ def test_a_run_of_two_goes_on_with_what_was_under_way(tmp_path: Path) -> None:
             with pytest.raises(Exception, match="stopped after step 1"):
                 trainer.train()
 
-        together(tmp_path / "b", 2, stopped)
-        together(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
+        well(tmp_path / "b", 2, stopped)
+        well(tmp_path / "c", 2, lambda rank: Trainer.resume(run).train())
     rows = [
         [{k: v for k, v in row.items() if not is_timing(k)} for row in RunDir.open(path).metrics()]
         for path in (run, whole)

@@ -90,3 +90,12 @@ def wait(folder: Path, children: list[int]) -> list[Any]:
 def together(folder: Path, size: int, action: Callable[[int], Any]) -> list[Any]:
     """Run an action in several processes and return what each gave or raised."""
     return wait(folder, start(folder, size, action))
+
+
+def well(folder: Path, size: int, action: Callable[[int], Any]) -> list[Any]:
+    """Run an action in several processes and return what each gave; raise what the first one raised."""
+    found = together(folder, size, action)
+    raised = next((each for each in found if isinstance(each, BaseException)), None)
+    if raised is not None:
+        raise raised
+    return found
