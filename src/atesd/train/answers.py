@@ -14,11 +14,13 @@ from torch import Tensor
 
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
+from atesd.exposure.reveal import Reveal
+from atesd.exposure.revealer import Revealer
 from atesd.gates.gate import Gate
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.routing.route import Route, Router, RoutingMethod
-from atesd.types import Group, Measurement, Policy, Problem, UserError, shown
+from atesd.types import Group, Measurement, Policy, Problem, Trajectory, UserError, shown
 
 T = TypeVar("T")
 
@@ -65,6 +67,20 @@ def proposed(
     else:
         what = f"the ratio {shown(given[wrong], 60) if ratios[wrong] is None else format(ratios[wrong], 'g')}"
     raise _error(controller, "propose", what, f" at step {step}", "return one from 0 to 1 a problem")
+
+
+def revealed(revealer: Revealer, problem: Problem, ratio: float, rollout: Trajectory | None = None) -> Reveal:
+    """Ask a revealer what is visible. UserError unless it is at most what was asked for, and says what it shows."""
+    shows = revealer.reveal(problem, ratio, rollout)
+    where = f" for problem {shown(problem.id, 60)} at ratio {ratio:g}"
+    if not isinstance(shows, Reveal) or not isinstance(shows.text, str):
+        raise _error(revealer, "reveal", shown(shows, 60), where, "return an atesd.exposure.reveal.Reveal with a text")
+    if _number(shows.ratio) is None or not -_ROUNDING <= shows.ratio <= ratio + _ROUNDING:
+        raise _error(revealer, "reveal", f"the ratio {shown(shows.ratio, 60)}", where, "return one that is no larger")
+    if shows.complete and not (shows.foreign or shows.masked) and shows.text != problem.solution:
+        what = f"all of {shown(shows.total)} segments{where}, and yet another text than the solution"
+        raise _error(revealer, "reveal", what, "", "count what is shown, or set foreign where it is no part of it")
+    return shows
 
 
 def routed(router: Router, step: int, groups: Sequence[Group], ratio: float, section: RoutingMethod) -> list[Route]:

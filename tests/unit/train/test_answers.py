@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from atesd.exposure.reveal import Reveal
 from atesd.gates.gate import OpenGate
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
@@ -21,6 +22,7 @@ from atesd.train.answers import (
     numbers_of,
     proposed,
     reported,
+    revealed,
     routed,
     state_of,
     wanted,
@@ -64,6 +66,39 @@ def test_ratios_that_are_no_numbers_are_named(given: Any, says: str) -> None:
 @pytest.mark.parametrize("given", [(0.25, 1), np.array([0.25, 1]), torch.tensor([0.25, 1.0])])
 def test_ratios_of_other_libraries_are_taken(given: Any) -> None:
     assert proposed(odd(propose=given), 3, PROBLEMS, [None, None]) == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "None for problem 'a' at ratio 0.5: return an atesd.exposure.reveal.Reveal with a text"),
+        ("one", "'one' for problem 'a' at ratio 0.5: return an atesd.exposure.reveal.Reveal with a text"),
+        (Reveal("one", 1.0, 1, 2), "the ratio 1.0 for problem 'a' at ratio 0.5: return one that is no larger"),
+        (Reveal("one", float("nan"), 1, 2), "the ratio nan for problem 'a' at ratio 0.5: return one that is no larger"),
+        (
+            Reveal("one", 0.5, 1, 1),  # the prompt would hold the whole solution
+            "all of 1 segments for problem 'a' at ratio 0.5, and yet another text than the solution: count what is "
+            "shown, or set foreign where it is no part of it",
+        ),
+    ],
+)
+def test_what_a_revealer_shows_is_of_the_share_that_was_asked_for(given: Any, says: str) -> None:
+    with pytest.raises(UserError) as told:
+        revealed(odd(reveal=given), Problem("a", "a", "one two"), 0.5)
+    assert str(told.value) == f"Odd.reveal returned {says}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Reveal("one", 0.5, 1, 2),
+        Reveal("one two", 0.25, 2, 2),
+        Reveal("a skill", 0.5, 1, 1, foreign=True),
+        Reveal("one two", 0.5, 0, 1, masked=True),
+    ],
+)
+def test_what_a_revealer_may_show(given: Reveal) -> None:
+    assert revealed(odd(reveal=given), Problem("a", "a", "one two"), 0.5) is given
 
 
 @pytest.mark.parametrize(
