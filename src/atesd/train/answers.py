@@ -20,6 +20,7 @@ from atesd.gates.gate import Gate
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.routing.route import Route, Router, RoutingMethod
+from atesd.selection import Selection
 from atesd.types import Group, Measurement, Policy, Problem, Trajectory, UserError, shown
 
 T = TypeVar("T")
@@ -167,6 +168,11 @@ def gate_values(gate: Gate, streams: TokenStreams) -> Tensor:
     return _per_token(gate, "values", gate.values(streams), streams.stats.student_logprob)
 
 
+def selected(selection: Selection, stats: TokenStats, seed: int) -> Tensor:
+    """Ask a selection for its choice, detached. UserError unless there is one number a token."""
+    return _per_token(selection, "select", selection.select(stats, seed), stats.student_logprob).detach()
+
+
 def state_of(name: str, policy: Policy) -> dict[str, Any]:
     """Return a policy's state. UserError unless JSON gives back what it is given: it would be lost or changed."""
     state = policy.state_dict()
@@ -194,11 +200,11 @@ def _flaw(value: object, place: str) -> str:
     return f"{holds}, which JSON has not: make it numbers, texts, lists and dicts"
 
 
-def _per_token(gate: Gate, verb: str, returned: object, like_N: Tensor) -> Tensor:
+def _per_token(part: object, verb: str, returned: object, like_N: Tensor) -> Tensor:
     if isinstance(returned, Tensor) and returned.shape == like_N.shape:
         return returned
     what = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned, 60)
-    raise _error(gate, verb, what, f" for {len(like_N)} tokens", "return a tensor with one number a token")
+    raise _error(part, verb, what, f" for {len(like_N)} tokens", "return a tensor with one number a token")
 
 
 def _error(part: object, verb: str, what: str, where: str, remedy: str) -> UserError:

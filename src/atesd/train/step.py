@@ -35,7 +35,7 @@ from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
-from atesd.train.answers import gate_values, gate_weights
+from atesd.train.answers import gate_values, gate_weights, selected
 from atesd.train.batch import Row
 from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
@@ -392,9 +392,9 @@ class Stepper:
         whole = concatenate([known[index] for index in order])
         refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
-        selected = self._selection.select(whole, seed).detach().cpu()
+        chosen = selected(self._selection, whole, seed).cpu()
         lengths = [len(known[index].divergence) for index in order]
-        pieces = dict(zip(order, selected.split_with_sizes(lengths), strict=True))
+        pieces = dict(zip(order, chosen.split_with_sizes(lengths), strict=True))
         return [
             torch.cat([pieces[index] for index in batch.indices]) if batch.distils else ones
             for batch, ones in zip(batches, every, strict=True)

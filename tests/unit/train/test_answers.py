@@ -24,6 +24,7 @@ from atesd.train.answers import (
     reported,
     revealed,
     routed,
+    selected,
     state_of,
     wanted,
     whole,
@@ -247,6 +248,14 @@ def test_a_gate_gives_one_number_a_token(given: Any, says: str) -> None:
     assert str(told.value) == f"Wide.weights returned {says} for 3 tokens: return a tensor with one number a token"
     with pytest.raises(UserError, match=r"Wide\.values returned .* for 3 tokens: return a tensor with one number"):
         gate_values(gate, TokenStreams(torch.zeros(3), torch.zeros(3), STATS))
+
+
+def test_a_selection_gives_one_number_a_token() -> None:
+    with pytest.raises(
+        UserError, match=r"Odd\.select returned shape \(2,\) for 3 tokens: return a tensor with one number"
+    ):
+        selected(odd(select=torch.ones(2)), STATS, 0)
+    assert selected(odd(select=torch.tensor([0.0, 1.0, 2.0])), STATS, 0).tolist() == [0, 1, 2]
 
 
 def test_a_gates_weights_carry_no_gradient() -> None:
