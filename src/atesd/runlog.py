@@ -69,9 +69,15 @@ def write_atomic(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def dump_json(value: object) -> str:
-    """Serialise readably, refusing NaN and infinities, which JSON lacks."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def settle(path: Path) -> None:
+    """Have a file on disk, whatever happens to the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def dump_json(value: object, *, indent: int | None = 2) -> str:
+    """Serialise readably, or in one line, refusing NaN and infinities, which JSON lacks."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -116,6 +122,8 @@ class RunDir:
         self.groups_path = path / "groups.jsonl"
         self.checkpoints = path / "checkpoints"
         self._lock: Any = None
+        self._known: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
+        """The seals of files as they stood, which are read again only where they have changed since."""
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -242,10 +250,22 @@ class RunDir:
             file.writelines(json.dumps({"step": step, **group}, allow_nan=False) + "\n" for group in groups)
 
     def written(self) -> dict[str, Any]:
-        """Return the seals of logs, rollouts and evaluations as they are now: what a checkpoint remembers of them."""
-        paths = [path for path in (self.metrics_path, self.groups_path) if path.exists()]
-        paths += [path for folder in ROWS for path in self._step_files(folder)]
-        return {path.relative_to(self.path).as_posix(): seal(path) for path in paths}
+        """Return the seals of logs, rollouts and evaluations as they are now: what a checkpoint remembers of them.
+
+        They are on disk then: a checkpoint that outlives a machine's crash is believed only with what it remembers.
+        """
+        logs = [path for path in (self.metrics_path, self.groups_path) if path.exists()]
+        for path in logs:
+            settle(path)
+        paths = [*logs, *(path for folder in ROWS for path in self._step_files(folder))]
+        return {path.relative_to(self.path).as_posix(): self._seal_of(path) for path in paths}
+
+    def _seal_of(self, path: Path) -> dict[str, Any]:
+        stat = path.stat()
+        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if path not in self._known or self._known[path][0] != mark:
+            self._known[path] = (mark, seal(path))
+        return self._known[path][1]
 
     def written_flaw(self, seals: Mapping[str, Any]) -> str | None:
         """Say which of the files in `written` is no longer what it was, but for what came after."""
@@ -331,6 +351,10 @@ class ReadRunDir(RunDir):
 
     def log_groups(self, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
         """Leave it to the writer."""
+
+    def written(self) -> dict[str, Any]:
+        """Leave it to the writer."""
+        return {}
 
     def rewind(self, step: int, seals: Mapping[str, Any]) -> None:
         """Leave it to the writer."""

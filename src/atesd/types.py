@@ -154,12 +154,13 @@ class Problem:
     expert: tuple[ExpertTurn, ...] = field(default=(), compare=False, repr=False)
 
 
-def reward_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
+def reward_columns(problems: Sequence[Problem], among: Sequence[Problem] = ()) -> dict[str, list[Any]]:
     """Return what reward functions read besides prompts and completions, one entry a problem.
 
-    A further column that a problem lacks is None there.
+    A further column that a problem lacks is None there. `among`: those that are graded elsewhere at the same time,
+    whose columns are given as well.
     """
-    extra = dict.fromkeys(name for problem in problems for name in problem.extra)
+    extra = dict.fromkeys(name for problem in among or problems for name in problem.extra)
     columns: dict[str, list[Any]] = {name: [problem.extra.get(name) for problem in problems] for name in extra}
     return columns | {
         "answer": [problem.answer for problem in problems],

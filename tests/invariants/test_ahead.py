@@ -66,7 +66,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         trainer.parts.stepper.optimize = watching  # type: ignore[method-assign]
         trainer.train()
-        asked = [body["model"].rpartition("-")[2] for body in fake.asked if body["n"] == 2]
+        asked = [(body["model"].rpartition("-")[2], body["seed"]) for body in fake.asked if body["n"] == 2]
         assert fake.adapters.keys() == {trainer.parts.driver.sampler._adapters.current.name}  # type: ignore[attr-defined]
     return seen, asked, outcome(run)
 
@@ -80,7 +80,8 @@ def put(model: Any, weights: dict[str, torch.Tensor]) -> None:
 def test_completions_are_of_the_weights_before_the_last_update(watched: Any) -> None:
     """Two problems a step: steps 1 and 2 are asked for from theta_0, step 3 from theta_1."""
     seen, asked, (rows, *_) = watched
-    assert asked == ["v0", "v0", "v0", "v0", "v1", "v1"]
+    assert [version for version, _ in asked] == ["v0", "v0", "v0", "v0", "v1", "v1"]
+    assert len({seed for _, seed in asked}) == len(asked), "no step samples with the seeds of another"
     assert [row["rollout/lag"] for row in rows[1:]] == [0.0, 1.0, 1.0]
     for read, _, older, _ in seen:
         for row, expected in zip(read, older, strict=True):

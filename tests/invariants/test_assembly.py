@@ -16,8 +16,8 @@ from atesd.routing.route import Route
 from atesd.runlog import RunDir
 from atesd.train.hints import Hints
 from atesd.train.loop import Interrupted, Trainer
-from atesd.train.setup import Parts, assemble
-from atesd.types import Observation
+from atesd.train.setup import Parts, assemble, losses_of
+from atesd.types import Observation, Stateless, UserError
 
 from support.composition import BASE as IN_TURNS
 from support.recording import record, rendered
@@ -74,16 +74,56 @@ def test_checkpointing_runs_layers_again_in_the_backward_pass(checkpointing: boo
     assert (passes.count(True) > batches) == checkpointing
 
 
-def test_a_models_further_end_tokens_end_completions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_models_further_end_tokens_end_completions(listed: bool, tmp_path: Path) -> None:
     from atesd.train.model import resolve
 
     model = AutoModelForCausalLM.from_pretrained(resolve("pico"))
     tokenizer = AutoTokenizer.from_pretrained(resolve("pico"))
     further = next(id_ for id_ in range(len(tokenizer)) if id_ != tokenizer.eos_token_id)
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, further])
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, further] if listed else further)
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path)
     assert parts(model={"path": str(tmp_path)}).renderer.eos_ids == (tokenizer.eos_token_id, further)
+
+
+def test_each_role_thinks_as_its_own_setting_says_and_the_teacher_begins_with_its_prefill(tmp_path: Path) -> None:
+    template = tmp_path / "thinking.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '1' if enable_thinking else '0' }}{% endif %}"
+    )
+    prompt = {"chat_template": str(template), "enable_thinking_student": False, "enable_thinking_teacher": True}
+    made = parts(prompt=BASE["prompt"] | prompt | {"teacher_prefill": "abc"})
+    (problem, *_) = made.problems
+    student = made.tokenizer.decode(made.hints.student_ids(problem))
+    teacher = made.tokenizer.decode(made.hints.teacher_ids(problem, 1.0))
+    assert student == f"<|user|>{problem.problem}<|assistant|>0"
+    assert teacher == f"<|user|>{problem.problem}\n>{problem.solution}<|assistant|>1abc"
+
+
+def test_a_schedule_is_put_where_it_stood_after_so_many_updates() -> None:
+    made = parts(optim={"lr": 1e-3, "schedule": "linear"}, step={"num_steps": 2, "problems": 4, "updates_per_batch": 2})
+    made.set_schedule(3)
+    assert made.scheduler.get_last_lr() == [pytest.approx(1e-3 / 4)], "what the next update logs"
+    assert [group["lr"] for group in made.optimizer.param_groups] == made.scheduler.get_last_lr()
+    made.optimizer.step()
+    made.scheduler.step()
+    assert made.scheduler.get_last_lr() == [pytest.approx(0.0)]
+
+
+def test_sampled_tokens_are_corrected_where_the_sampler_has_weights_of_its_own() -> None:
+    sampled = {"loss": {"divergence": {"kind": "sampled", "importance_clip": 3.0}}}
+    served = {"rollout": SAMPLING | {"engine": {"kind": "vllm"}}}
+    assert losses_of(build_config(sampled)).corrects is None
+    assert losses_of(build_config(sampled | served)).corrects == 3.0
+    assert losses_of(build_config(served)).corrects is None, "a divergence does not depend on what was sampled"
+
+
+def test_the_weights_that_a_step_begins_with_are_asked_where_a_loss_reads_them() -> None:
+    assert not losses_of(build_config({})).importance
+    assert losses_of(build_config({"loss": {"divergence": {"kind": "sampled"}}})).importance
+    assert losses_of(build_config({"routing": {"kind": "both"}, "rollout": {"group_size": 2}})).importance
 
 
 def test_a_run_evaluates_with_the_prompts_of_evaluation(tmp_path: Path) -> None:
@@ -91,6 +131,57 @@ def test_a_run_evaluates_with_the_prompts_of_evaluation(tmp_path: Path) -> None:
     run = record(BASE | {"prompt": prompt, "step": {"num_steps": 1, "problems": 2}}, tmp_path / "run")
     expected = {rendered(run.tokenizer, f"{problem.problem}\n") for problem in run.evaluation}
     assert [set(call.prompts) for call in run.calls if expected & set(call.prompts)] == [expected, expected]
+
+
+def test_a_router_reads_the_largest_exposure_of_its_step(tmp_path: Path) -> None:
+    sections = {"exposure": {"kind": "random"}, "routing": {"kind": "retire"}, "rollout": GROUPS}
+    trainer = Trainer.start(build_config(BASE | sections), tmp_path / "run")
+    seen: list[float] = []
+    route = trainer.parts.router.route
+    trainer.parts.router.route = lambda groups, ratio: (seen.append(ratio), route(groups, ratio))[1]  # type: ignore[method-assign]
+    trainer.parts.controller.propose = lambda *_: [0.25, 0.75, 0.5, 0.25]  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [0.75, 0.75]
+
+
+def test_the_gap_to_the_sampler_is_judged_by_the_recipes_own_bounds(tmp_path: Path) -> None:
+    """Rounding in float32 is beyond the one that is next to nothing, whichever it is."""
+    strict = SAMPLING | {"gap_warning": 1e-15}
+    with pytest.warns(UserWarning, match=r"more than rollout\.gap_warning = 1e-15"):
+        Trainer.start(build_config(BASE | {"rollout": strict}), tmp_path / "warned").train()
+    with pytest.raises(UserError, match=r"more than rollout\.gap_limit = 1e-15"):
+        Trainer.start(build_config(BASE | {"rollout": strict | {"gap_limit": 1e-15}}), tmp_path / "stopped").train()
+
+
+class Idle(Stateless):
+    """A router that leaves every group alone."""
+
+    capped = False
+
+    def __init__(self) -> None:
+        self.ratios: list[float] = []
+
+    def route(self, groups: Any, ratio: float) -> list[Route]:
+        self.ratios.append(ratio)
+        return [Route.SKIP] * len(groups)
+
+
+@pytest.mark.parametrize(("kind", "is_paused"), [("aligned", False), ("retire", True)])
+def test_windows_go_on_without_distillation_where_the_router_reads_the_exposure(
+    kind: str, is_paused: bool, tmp_path: Path
+) -> None:
+    sections = {"exposure": {"kind": "random", "hold": 1}, "routing": {"kind": kind}, "rollout": GROUPS}
+    trainer = Trainer.start(build_config(BASE | sections | {"step": {"num_steps": 3, "problems": 4}}), tmp_path / "run")
+    trainer.parts.router = idle = Idle()
+    trainer.train()
+    rows = RunDir.open(tmp_path / "run").metrics()[1:]
+    assert [(row["route/idle"], row["route/paused"]) for row in rows] == [(1.0, float(is_paused))] * 3
+    assert len(idle.ratios) == 3
+    assert len(set(idle.ratios)) == (1 if is_paused else 3)
+
+
+def test_the_probe_reads_as_many_tokens_of_a_reference_as_the_recipe_says() -> None:
+    assert {len(each.completion) for each in parts(probe={"max_tokens": 3}).probe.references} == {3}
 
 
 def test_sampled_tokens_a_second(tmp_path: Path) -> None:

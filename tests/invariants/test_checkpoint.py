@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.recipe import build_config
 from atesd.rollout.sampler import Weights
+from atesd.runlog import step_name
 from atesd.train import checkpoint
 from atesd.train.checkpoint import find_checkpoints, restore_interrupted
 from atesd.train.loop import Trainer
@@ -125,6 +126,17 @@ def test_the_best_model_is_that_of_the_highest_evaluation_and_the_result_says_so
     assert result["best"] == {"step": first_best, "score": max(scores.values())}
 
 
+def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
+    """At temperature 0 a student that hardly moves answers the same at every step."""
+    tree = TREE | {"optim": {"lr": 1e-12}, "eval": {"every": 1, "k": 1, "temperature": 0.0}}
+    trainer = Trainer.start(build_config(tree | {"step": {"num_steps": 2, "problems": 2}}), tmp_path / "run")
+    result = trainer.train()
+    scores = [row["eval/pico/avg@1"] for row in trainer.run.metrics()]
+    assert len(scores) == 3
+    assert len(set(scores)) == 1, "or this shows nothing"
+    assert result["best"] == {"step": 0, "score": scores[0]}
+
+
 def test_the_sampler_gets_the_weights_of_every_step_and_their_version(tmp_path: Path) -> None:
     trainer = Trainer.start(build_config(TREE | {"step": {"num_steps": 2, "problems": 2}}), tmp_path / "run")
     seen: list[tuple[int, bool, bool]] = []
@@ -137,3 +149,10 @@ def test_the_sampler_gets_the_weights_of_every_step_and_their_version(tmp_path: 
     trainer.parts.driver.sampler.sync = sync  # type: ignore[method-assign]
     trainer.train()
     assert seen == [(1, False, True), (2, False, True)]
+
+
+def test_a_millionth_step_is_newer_than_the_ones_before(tmp_path: Path) -> None:
+    """Else it would be removed as soon as it is written."""
+    for step in (999_975, 1_000_000, 25):
+        (tmp_path / step_name(step)).mkdir()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_000025", "step_999975", "step_1000000"]

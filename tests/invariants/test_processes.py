@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from atesd.runlog import RunDir
 from atesd.train import loop
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.teacher import trained_tensors
@@ -107,6 +110,45 @@ def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> N
         trainer = Trainer.resume(alone)
     trainer.train()
     assert_as_one(whole, alone)
+
+
+def test_a_finished_run_that_is_changed_ends_again_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process takes the old result away, and is slow to."""
+    run = tmp_path / "run"
+    tree = TREE | {"step": {"num_steps": 1, "problems": 2}}
+    amend = RunDir.amend
+
+    def slowly(*given: Any) -> None:
+        time.sleep(2)
+        amend(*given)
+
+    monkeypatch.setattr(RunDir, "amend", slowly)
+
+    def again(rank: int) -> dict[str, Any]:
+        begin(run, tree).train()
+        return Trainer.resume(run, ["save.keep=1"]).train()
+
+    found = together(tmp_path / "left", 2, again)
+    assert [each["step"] for each in found] == [1, 1]
+    assert RunDir(run).result() == found[0]
+
+
+def test_processes_that_find_different_checkpoints_are_told_before_they_go_on(tmp_path: Path) -> None:
+    """As where a file system shows one machine what was there before."""
+    run, stale = tmp_path / "run", tmp_path / "stale"
+
+    def stopped(rank: int) -> None:
+        trainer = begin(run, TREE)
+        trainer.listener = lambda row: row["step"] == 2 and trainer.stop()
+        with pytest.raises(Interrupted):
+            trainer.train()
+
+    together(tmp_path / "a", 2, stopped)
+    shutil.copytree(run, stale)
+    shutil.rmtree(stale / "checkpoints" / "step_000002")
+    found = together(tmp_path / "b", 2, lambda rank: Trainer.resume(stale if rank else run))
+    assert [type(each) for each in found] == [UserError, Elsewhere]
+    assert f"processes 0 and 1 have found different checkpoints of {run} to go on from: all machines" in str(found[0])
 
 
 @pytest.mark.parametrize("name", ["agents", "retention", "codes"])

@@ -137,6 +137,23 @@ def test_a_listener_may_stop_a_run_which_then_only_resume_continues(tmp_path: Pa
     assert resumed.train() == result
 
 
+def test_a_second_signal_ends_a_run_at_once_and_saves_nothing(tmp_path: Path, uninterrupted: Any) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer.start(build_config(TREE), run)
+
+    def impatient(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.listener = impatient
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoint.find_checkpoints(run / "checkpoints")[-1].name == "step_000004"
+    Trainer.resume(run).train()
+    assert outcome(run) == uninterrupted
+
+
 @pytest.mark.parametrize(("step", "written"), [(4, 1), (5, 1)])
 def test_a_stop_writes_a_step_once(step: int, written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 4 is saved anyway, step 5 for the stop; the checkpoint of a step is never replaced by itself."""

@@ -20,10 +20,13 @@ from atesd.train.shard import local
 from atesd.train.world import LostError
 from atesd.types import Elsewhere, UserError
 
-from support.processes import start, together, wait
+from support.processes import NEEDS_SHARDS, start, together, wait
 from support.several import RECIPES, TREE, assert_as_one, begin, followed, outcome
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    NEEDS_SHARDS,
+]
 
 PICO = Path(resolve("pico")) / "model.safetensors"
 SHARDED = {"model": {"shard": True}}

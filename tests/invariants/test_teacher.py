@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from atesd.sections import LoraConfig, TeacherConfig
 from atesd.train.model import add_lora
 from atesd.train.teacher import Teacher
+from atesd.types import UserError
 
 from support.models import ragged_rows, tiny_model
 from support.steppers import make_stepper
@@ -55,6 +57,26 @@ def test_an_ema_teacher_starts_at_the_student_and_follows_the_closed_form() -> N
     assert model.weight.item() == 3.0
 
 
+def test_an_ema_teacher_keeps_999_parts_in_a_thousand_unless_it_is_told_otherwise() -> None:
+    """OPSD's code."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.constant_(model.weight, 1.0)
+    teacher = Teacher(TeacherConfig(weights="ema"), model)
+    torch.nn.init.constant_(model.weight, 2.0)
+    teacher.update()
+    with teacher.in_place():
+        assert model.weight.item() == pytest.approx(1.001, abs=1e-12)
+
+
+@pytest.mark.parametrize("weights", ["frozen", "live", "ema"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_teachers_pass_records_a_gradient(weights: str, lora: bool) -> None:
+    model = add_lora(tiny_model(), LoraConfig(r=4), 0) if lora else tiny_model()
+    with Teacher(TeacherConfig.model_validate({"weights": weights}), model).in_place():
+        assert not model(IDS).logits.requires_grad
+    assert model(IDS).logits.requires_grad
+
+
 def test_an_ema_teacher_of_a_student_at_rest_stays_where_it_is() -> None:
     model = tiny_model()
     teacher = Teacher(TeacherConfig(weights="ema", ema_decay=0.5), model)
@@ -75,6 +97,18 @@ def testadd_lora_the_frozen_teacher_is_the_adapter_switched_off() -> None:
     with teacher.in_place():
         assert torch.equal(logits(model), first)
     assert not teacher.tensors()
+
+
+def test_a_checkpoint_holds_the_average_alone_and_all_of_it() -> None:
+    frozen, averaged = (Teacher(TeacherConfig(weights=kind), tiny_model()) for kind in ("frozen", "ema"))
+    kept = averaged.tensors()
+    assert set(kept) == {name for name, _ in tiny_model().named_parameters()}
+    assert not frozen.tensors()
+    averaged.load_tensors(kept)
+    frozen.load_tensors({})
+    for teacher, other in ((averaged, {}), (averaged, dict(list(kept.items())[1:])), (frozen, kept)):
+        with pytest.raises(UserError, match="holds other teacher weights than this run's"):
+            teacher.load_tensors(other)
 
 
 def test_every_update_of_a_step_moves_the_ema_teacher() -> None:

@@ -15,6 +15,7 @@ from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.answers import proposed
 from atesd.train.loop import Interrupted, Trainer
+from atesd.train.resume import digests_of_code, resumed_config
 from atesd.types import Problem, UserError
 
 from trust import BASE, EMA, outcome
@@ -85,7 +86,27 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(cut: Path) -> None:
 def test_a_run_without_a_checkpoint_of_its_first_steps_begins_anew(tmp_path: Path) -> None:
     stopped(tmp_path / "run", TREE | {"save": {"every": 3}}, step=3)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
-    assert Trainer.resume(tmp_path / "run").step == 0, "none was due before step 3 was logged"
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.step == 0, "none was due before step 3 was logged"
+    resumed.train()
+    assert [row["step"] for row in resumed.run.metrics()] == [0, 1, 2, 3, 4], "what was logged before is forgotten"
+
+
+def test_a_run_that_is_killed_behind_its_last_checkpoint_still_gets_its_result(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Trainer) -> None:
+        raise OSError("killed")
+
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", die)
+        with pytest.raises(OSError, match="killed"):
+            trainer.train()
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.step == 4
+    resumed.train()
+    assert outcome(tmp_path / "run") == outcome(runs / "whole")
 
 
 OWN = """
@@ -139,6 +160,25 @@ def test_a_run_with_code_of_ones_own_goes_on_in_another_folder_and_tells_changed
         Trainer.resume(tmp_path / "renamed" / "run")
 
 
+@pytest.mark.parametrize(
+    ("sections", "place"),
+    [
+        ({"env": {"kind": "trl", "factory": "own.py:Game"}, "task": {"kind": "jsonl", "path": "x"}}, "own.py:Game"),
+        ({"reward": {"kind": "python", "function": "own.py:score"}}, "own.py:score"),
+        ({"reward": [{"kind": "exact"}, {"kind": "python", "function": "own.py:score"}]}, "own.py:score"),
+    ],
+)
+def test_code_of_environments_and_rewards_is_known_by_its_digest(
+    sections: dict[str, Any], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("class Game: ...\n")
+    before = digests_of_code(build_config(sections))
+    assert list(before) == [place]
+    (tmp_path / "own.py").write_text("class Game: 1\n")
+    assert digests_of_code(build_config(sections)) != before
+
+
 def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     stopped(tmp_path / "run", TREE, 2, Half())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
@@ -148,6 +188,14 @@ def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     ):
         Trainer.resume(tmp_path / "run", ["step.num_steps=9"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["about.json", "env.json", "result.json"])
+def test_a_record_that_is_not_as_it_was_sealed_is_told(name: str, runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    (run / name).write_text((run / name).read_text() + " ")
+    with pytest.raises(UserError, match=rf"is damaged: {re.escape(name)} .*restore it from a copy, or start a new run"):
+        Trainer.resume(run)
 
 
 def test_damaged_logs_are_told_and_logs_of_later_steps_forgotten(cut: Path, runs: Path) -> None:
@@ -388,6 +436,22 @@ def test_a_run_that_depends_on_its_length_keeps_it(section: dict[str, Any], mess
     edit(tmp_path / "run", step__num_steps=9)
     with pytest.raises(UserError, match=message):
         Trainer.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("rollout.engine.url=http://other:1", "rollout.engine.timeout_s=5.0", "rollout.engine.wait_s=5.0"),
+        *("rollout.engine.concurrency=3", "rollout.engine.adapters=elsewhere"),
+        *("step.token_budget=64", "rollout.batch_tokens=64", "save.every=7", "track.project=other"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* sums are taken in another order:UserWarning")
+def test_what_decides_no_result_may_change_under_way(override: str, tmp_path: Path) -> None:
+    config = build_config({"rollout": {"engine": {"kind": "vllm"}}})
+    run = RunDir.create(tmp_path / "run", config.model_dump(mode="json"))
+    key = override.partition("=")[0]
+    assert [changed for changed, *_ in resumed_config(run, None, [override]).changes] == [key]
 
 
 def test_a_run_is_not_made_shorter(cut: Path) -> None:

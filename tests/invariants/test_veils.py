@@ -262,7 +262,7 @@ def test_gates_and_a_rule_may_choose_side_by_side(model: Any) -> None:
 
 
 REFUSED = [
-    ("gpt-j, a head with a bias", {}, r"GPTJForCausalLM"),
+    ("falcon", {}, r"cannot replace the attention of FalconForCausalLM"),
     ("falcon-h1", {}, r"FalconH1ForCausalLM passes on by other ways what they say"),
     ("recurrent-gemma", {}, r"RecurrentGemmaForCausalLM"),
 ]

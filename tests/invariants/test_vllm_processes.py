@@ -16,7 +16,7 @@ from atesd.train.loop import Trainer
 from atesd.types import UserError
 
 from support.fake_vllm import FakeVllm
-from support.processes import together
+from support.processes import NEEDS_SHARDS, together
 from support.vllm_runs import TREE, started
 
 pytestmark = [
@@ -46,7 +46,9 @@ def assert_as_one(one: Path, several: Path) -> None:
         torch.testing.assert_close(found, theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ahead", "servers", "shard"), [(0, 1, False), (1, 2, False), (1, 1, True)])
+@pytest.mark.parametrize(
+    ("ahead", "servers", "shard"), [(0, 1, False), (1, 2, False), pytest.param(1, 1, True, marks=NEEDS_SHARDS)]
+)
 def test_two_processes_train_as_one(ahead: int, servers: int, shard: bool, tmp_path: Path) -> None:
     """Of sharded weights the whole adapter is handed over."""
     one, two, tree = tmp_path / "one", tmp_path / "two", tree_of(ahead)

@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
     "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "glm": ("GlmConfig", "GlmForCausalLM", {"head_dim": 8}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {}),
     "falcon-h1": ("FalconH1Config", "FalconH1ForCausalLM", {"lm_head_multiplier": 0.3, **_MAMBA}),
     "recurrent-gemma": ("RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", {"logits_soft_cap": 1.5}),
     "gpt-j, a head with a bias": (

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.torch_version import TorchVersion
 
 from atesd.train import world
 
 from support.ports import held_port
 
+NEEDS_SHARDS = pytest.mark.skipif(torch.__version__ < TorchVersion("2.13"), reason="model.shard is refused there")
 LIMIT_S = 900.0
 _held: dict[int, socket.socket] = {}
 """The port at which processes meet, by the first one's id."""

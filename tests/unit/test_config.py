@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -293,6 +294,42 @@ def test_lambda_is_capped_always_by_the_target_and_by_the_router_where_it_asks()
         assert 1.1 < strength(tree).at(1.0, capped=True) < 1.2
     assert strength(GUARDED).at(1.0, capped=False) < 1.2
     assert strength(CLIFF).at(1.0, capped=False) == 1.5
+
+
+# Values of METHOD, by the section that is left at its defaults.
+PUBLISHED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("OPSD", {}, "optim",
+     {"lr": 5e-6, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.1}),
+    ("OPSD", {"model": {"lora": {}}}, "model.lora", {"r": 64, "alpha": 128, "targets": (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}),
+    ("OPSD", {}, "loss", {"divergence": {"kind": "forward_kl"}, "temperature_student": None, "clip_tau": 0.05}),
+    ("OPSD", {}, "eval", {"k": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 0}),
+    ("ATESD", {"exposure": {"kind": "paired"}}, "exposure", {"delta": 0.15}),
+    ("ATESD", {}, "probe", {"max_tokens": 512}),
+    ("SDAR", SURROGATE, "gate", {"score": "gap", "beta": 5.0, "centered": False, "target": "surrogate"}),
+    ("SDAR", routed("both"), "routing", {"coef": 0.01}),
+    ("G-OPD", {"target": {"kind": "extrapolate"}}, "target", {"lambda_x": 1.25}),
+    ("G-OPD", {"loss": {"divergence": {"kind": "sampled"}}}, "loss.divergence", {"importance_clip": 5.0}),
+    ("Cliff", {}, "cliff", {"kappa": 0.9, "every": 25, "min_hits": 32, "hysteresis": 0.02}),
+    ("GRPO", {}, "rl", {"eps_low": 0.2, "eps_high": 0.2, "dual_clip": 3.0, "kl_coef": 0.0, "aggregate": "token"}),
+    ("RLSD", routed("both") | CREDIT, "rl.teacher_credit", {"share": 0.5, "clip": 0.2}),
+    ("TIP", {"selection": {"kind": "tip"}}, "selection", {"score": "soft_or", "ratio": 0.5, "percentile": 0.98}),
+    ("SU-01", {"curriculum": {"kind": "reverse_ppl"}}, "curriculum", {"rescore": "epoch"}),
+    ("LongAct", {"gradient": {"kind": "longact"}}, "gradient", {"ratio": 0.3}),
+    ("Make Each Token Count", {"reveal": {"kind": "retention"}}, "reveal",
+     {"hidden": 512, "bias": 10.0, "learning_rate": 2e-4, "weight_decay": 0.01, "ntp": 1.0, "cap": 1.0}),
+    ("DLR", {"codes": {}}, "codes", {"count": 32, "chunk": 4, "draws": 8, "router_coef": 0.5, "prior_coef": 0.1}),
+    ("PAINT", OVERLAP, "reveal", {"n": 8, "extra": 1}),
+    ("AR-OPD", {"target": {"kind": "residual"}}, "target", {"scale": 0.6, "bound": 5.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "tree", "place", "expected"), PUBLISHED)
+def test_defaults_are_those_of_the_method(
+    method: str, tree: dict[str, Any], place: str, expected: dict[str, Any]
+) -> None:
+    section = attrgetter(place)(build_config(tree)).model_dump()
+    assert {name: section[name] for name in expected} == expected, method
 
 
 # ---- in words -----------------------------------------------------------------------------------------------------

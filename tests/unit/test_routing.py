@@ -107,6 +107,10 @@ def test_the_teacher_retires_when_the_mismatch_stops_shrinking() -> None:
     assert router.metrics()["route/retired"] == 1.0
     mismatch(router, 8, 0.0)
     assert router.route([MIXED], 0.5) == [RL], "retirement is final"
+    resumed = section.build(FACTS)
+    resumed.load_state_dict(json.loads(json.dumps(router.state_dict())))
+    mismatch(resumed, 9, 0.0)
+    assert resumed.route([MIXED, UNGRADED], 0.5) == [RL, SKIP], "in a resumed run, too"
     again = section.build(FACTS)
     again.load_state_dict(state)
     assert again.route([MIXED], 0.5) == [BOTH]

@@ -15,7 +15,8 @@ import pytest
 
 from atesd import runlog
 from atesd.metrics import METRICS, is_timing
-from atesd.runlog import Phases, RunDir, dump_json, environment, read_jsonl, write_atomic
+from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json, environment, read_jsonl, write_atomic
+from atesd.seals import seal
 from atesd.types import UserError
 
 
@@ -153,6 +154,39 @@ def test_rewind_forgets_what_came_after_the_seals(run: RunDir) -> None:
     assert [row["step"] for row in run.groups()] == list(range(10))
     kept = [f"step_{step:06d}.jsonl" for step in range(10)]
     assert names(run.path / "rollouts") == names(run.path / "eval") == kept
+
+
+def test_files_that_have_not_changed_are_read_once_for_their_seals(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of ten thousand steps would else read all it has written whenever it saves."""
+    read: list[str] = []
+    monkeypatch.setattr(runlog, "seal", lambda path: read.append(path.name) or seal(path))
+    for step in (1, 2):
+        run.log(step, {"loss/total": 0.5})
+        run.write_rows("eval", step, [{"step": step}])
+        first = run.written()
+    assert read == ["metrics.jsonl", "step_000001.jsonl", "metrics.jsonl", "step_000002.jsonl"]
+    run.write_rows("eval", 1, [{"step": 7}])
+    second = run.written()
+    assert read[4:] == ["step_000001.jsonl"]
+    assert second == first | {"eval/step_000001.jsonl": seal(run.path / "eval" / "step_000001.jsonl")}
+    assert second != first
+
+
+def test_logs_are_on_disk_before_a_checkpoint_remembers_them(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that crashes keeps the checkpoint, and not the lines without which it is not believed."""
+    run.log(1, {"loss/total": 0.5})
+    run.log_groups(1, [{"problem_id": "a"}])
+    settled: set[int] = set()
+    monkeypatch.setattr("os.fsync", lambda file: settled.add(os.fstat(file).st_ino))
+    run.written()
+    assert settled == {path.stat().st_ino for path in (run.metrics_path, run.groups_path)}
+
+
+def test_a_process_that_only_reads_seals_nothing(run: RunDir) -> None:
+    run.log(1, {"loss/total": 0.5})
+    assert ReadRunDir(run.path).written() == {}
 
 
 def test_rewind_mends_a_torn_line_before_the_next_is_appended(run: RunDir) -> None:

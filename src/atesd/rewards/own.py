@@ -25,21 +25,34 @@ class OwnReward:
         self._function = function
         self._timeout_s = timeout_s
         self._has_graded = is_part
+        self._sees_all = True
+        """Whether a call grades a whole round, and is judged by what it graded."""
 
     def as_part(self) -> OwnReward:
         """Return it as one of several rewards, which may have nothing to say about a whole batch."""
         return OwnReward(self._place, self._function, self._timeout_s, is_part=True)
 
+    def by_shares(self) -> OwnReward:
+        """Return it as it grades shares of rounds, of which the whole is given to `judge`."""
+        other = OwnReward(self._place, self._function, self._timeout_s, is_part=self._has_graded)
+        other._sees_all = False
+        return other
+
+    def judge(self, rewards: Sequence[float | None], answers: Sequence[str | None]) -> None:
+        """Take in the rewards of a whole round. UserError where nothing is graded so far."""
+        self._has_graded = self._has_graded or any(reward is not None for reward in rewards)
+        if not self._has_graded and any(gold is not None for gold in answers):
+            raise self._error(
+                f"returned None for all {len(rewards)} completions, though there are gold answers to grade by",
+                "return a number wherever it can grade",
+            )
+
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Grade a batch, in TRL's signature."""
         returned = self._call(partial(self._function, prompts=prompts, completions=completions, **columns), completions)
         rewards = self._checked(returned, len(completions))
-        self._has_graded = self._has_graded or any(reward is not None for reward in rewards)
-        if not self._has_graded and any(gold is not None for gold in columns.get("answer", ())):
-            raise self._error(
-                f"returned None for all {len(completions)} completions, though there are gold answers to grade by",
-                "return a number wherever it can grade",
-            )
+        if self._sees_all:
+            self.judge(rewards, columns.get("answer", ()))
         return rewards
 
     def _call(self, call: Callable[[], Any], completions: Sequence[str]) -> Any:

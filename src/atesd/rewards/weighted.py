@@ -30,6 +30,16 @@ class WeightedReward:
         """Answers that graders gave up on since the process began."""
         return sum(getattr(function, "timeouts", 0) for function in self._functions.values())
 
+    def by_shares(self) -> WeightedReward:
+        """Return it as it grades shares of rounds, of which the whole is given to `judge`."""
+        return WeightedReward({name: _by_shares(each) for name, each in self._functions.items()}, self._weights)
+
+    def judge(self, rewards: Sequence[float | None], answers: Sequence[str | None]) -> None:
+        """Take in the rewards of a whole round. UserError where the only reward has graded nothing so far."""
+        for function in self._functions.values():
+            if isinstance(function, OwnReward):
+                function.judge(rewards, answers)
+
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Grade a batch, in TRL's signature."""
         return self.total(self.parts(prompts=prompts, completions=completions, **columns))
@@ -45,6 +55,10 @@ class WeightedReward:
     def _sum(self, given: Mapping[str, float | None]) -> float | None:
         graded = [self._weights[name] * reward for name, reward in given.items() if reward is not None]
         return sum(graded) if graded else None
+
+
+def _by_shares(function: RewardFunction) -> RewardFunction:
+    return function.by_shares() if isinstance(function, OwnReward) else function
 
 
 def build_reward(section: NamedGrader | Sequence[NamedGrader] | None, default: Grader, run: RunFacts) -> RewardFunction:

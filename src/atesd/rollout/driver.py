@@ -191,8 +191,13 @@ class Driver:
         """Tell whether a reply of the longest kind fits the context behind a prompt."""
         return self.room is None or len(prompt) + longest + self.reserved <= self.room
 
-    def _grouped(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Group]:
-        """Put attempts back under their problems, graded by the environment or by the reward function."""
+    def _grouped(
+        self, problems: Sequence[Problem], attempts: Sequence[Attempt], among: Sequence[Problem] = ()
+    ) -> list[Group]:
+        """Put attempts back under their problems, graded by the environment or by the reward function.
+
+        `among`: all problems of the round, where these are a part of them.
+        """
         size = len(attempts) // max(1, len(problems))
         rewards = [attempt.reward() for attempt in attempts] if self.environment.grades else []
         closed = [attempt.close() for attempt in attempts]
@@ -200,7 +205,7 @@ class Driver:
         parts = [closed[start : start + size] for start in range(0, len(closed), size or 1)]
         groups = [Group(problem, tuple(part)) for problem, part in zip(problems, parts, strict=True)]
         if not self.environment.grades:
-            return self.grade(groups)
+            return self.grade(groups, among)
         return penalised(self._rewarded(groups, rewards), getattr(self.environment, "invalid_penalty", 0.0))
 
     def _report_failures(self, ends: Sequence[tuple[Ending | None, str]]) -> None:
@@ -228,16 +233,18 @@ class Driver:
         turns = [self._spoken(ids, each.solution, limit) for ids, each in zip(prompts, problems, strict=True)]
         return self.grade([Group(each, (Trajectory((turn,)),)) for each, turn in zip(problems, turns, strict=True)])
 
-    def grade(self, groups: Sequence[Group]) -> list[Group]:
-        """Fill in the rewards, all in one call of the reward function.
+    def grade(self, groups: Sequence[Group], among: Sequence[Problem] = ()) -> list[Group]:
+        """Fill in the rewards, all in one call of the reward function, and none where there is nothing to grade.
 
         UserError unless it returns one a completion, each None or a finite number of at most a thousand million.
         """
         attempts = [(group.problem, trajectory) for group in groups for trajectory in group.trajectories]
+        if not attempts:
+            return list(groups)
         columns = {
             "prompts": [problem.problem for problem, _ in attempts],
             "completions": [trajectory.final.text for _, trajectory in attempts],
-            **reward_columns([problem for problem, _ in attempts]),
+            **reward_columns([problem for problem, _ in attempts], among),
         }
         if not isinstance(self.reward, Composite):
             return self._rewarded(groups, self.reward(**columns))

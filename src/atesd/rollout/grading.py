@@ -27,6 +27,19 @@ class Composite(Protocol):
         ...
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """A reward function that wants to know of whole rounds, also where it grades but shares of them."""
+
+    def by_shares(self) -> RewardFunction:
+        """Return it as it grades shares of rounds."""
+        ...
+
+    def judge(self, rewards: Sequence[float | None], answers: Sequence[str | None]) -> None:
+        """Take in the rewards of a whole round. UserError where it should have graded something."""
+        ...
+
+
 def with_rewards(groups: Sequence[Group], rewards: Sequence[float | None]) -> list[Group]:
     """Fill in the grades of all attempts, group by group."""
     given = iter(rewards)

@@ -119,7 +119,7 @@ class HFSampler:
         wanted = range(len(prompts)) if part is None else part
         if not wanted:
             return []
-        turns: dict[int, Turn] = {}
+        turns, own_places = dict[int, Turn](), set(wanted)
         with (
             uncompiled(self._model),
             _evaluating(self._model),
@@ -127,7 +127,7 @@ class HFSampler:
         ):
             for chunk in _chunks([len(prompt) for prompt in prompts], sampling):
                 asked = [prompts[index] for index in chunk]
-                own = [place for place, index in enumerate(chunk) if index in wanted]
+                own = [place for place, index in enumerate(chunk) if index in own_places]
                 known = [references[index] for index in chunk] if references else ()
                 completed = complete(asked, None if part is None else own, known)
                 for place, each in zip(own, completed, strict=True):

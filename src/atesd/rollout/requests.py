@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from time import perf_counter, sleep
 
 from atesd.rollout.answers import Completion, HalfAnswer, Order, completions_of
@@ -19,7 +21,8 @@ TRIES = 3
 class Requests:
     """What was asked for at once, from what the server calls `name`; at most `concurrency` questions at a time.
 
-    The trainer may compute meanwhile. What must not be done in these threads is left to whoever waits: a server that
+    The trainer may compute meanwhile, and end: its threads hold up no interpreter's exit, as an executor's would until
+    the last answer has come. What must not be done in these threads is left to whoever waits: a server that
     does not know the name is no error here.
     """
 
@@ -41,8 +44,12 @@ class Requests:
         self._eos_ids = tuple(eos_ids)
         self._began = perf_counter()
         self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(min(concurrency, max(1, len(orders))), thread_name_prefix="atesd-vllm")
-        self._asked: list[Future[list[Completion] | None]] = [self._pool.submit(self._ask, order) for order in orders]
+        self._asked: list[Future[list[Completion] | None]] = [Future() for _ in orders]
+        self._left: SimpleQueue[tuple[Future[list[Completion] | None], Order]] = SimpleQueue()
+        for each in zip(self._asked, orders, strict=True):
+            self._left.put(each)
+        for number in range(min(concurrency, len(orders))):
+            threading.Thread(target=self._work, name=f"atesd-vllm-{number}", daemon=True).start()
 
     def answers(self) -> list[list[Completion] | None]:
         """Wait; return the completions of each order, None where the server did not know the name.
@@ -58,13 +65,25 @@ class Requests:
         except BaseException:
             self.give_up()
             raise
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def give_up(self) -> None:
         """Ask for nothing more. What is under way ends with its answer, or where it fails once."""
         self._over.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                future, _ = self._left.get_nowait()
+                future.cancel()
+                future.set_running_or_notify_cancel()  # which tells whoever waits
+
+    def _work(self) -> None:
+        """Ask for one prompt after the other, until none is left."""
+        with suppress(Empty):
+            while True:
+                future, order = self._left.get_nowait()
+                try:
+                    future.set_result(self._ask(order))
+                except BaseException as error:  # raised again where it is waited for
+                    future.set_exception(error)
 
     def _ask(self, order: Order) -> list[Completion] | None:
         """Ask for one prompt's completions, again after half an answer."""

@@ -135,7 +135,8 @@ class VllmSampler:
         self._refuse_old()
         wanted = range(len(prompts)) if part is None else part
         orders = _orders(prompts, seed, once=sampling.temperature == 0)
-        orders = [order for order in orders if not {*order.places}.isdisjoint(wanted)]
+        own_places = set(wanted)
+        orders = [order for order in orders if not own_places.isdisjoint(order.places)]
         if not orders:
             return Submitted(list)
         adapter = self._adapters.current if self._is_adapter else None

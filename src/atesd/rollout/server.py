@@ -48,7 +48,6 @@ class Server:
         pause: Callable[[float], object] = sleep,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        key = os.environ.get("VLLM_API_KEY")
         self.url = url
         self.failures = 0
         self._wait_s = wait_s
@@ -56,12 +55,9 @@ class Server:
         self._clock = clock
         self._lock = threading.Lock()
         self._warned = False
-        self._client = httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0), pool=None),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-        )
+        self._client = _client(url, timeout_s, connections)
+        self._direct = _client(url, timeout_s, 1)
+        """For all that is asked without an `over`: it is not to wait until a completion has come."""
 
     def get(self, path: str) -> Any:
         """Return what a GET answers. Refused, or UserError, as `post`."""
@@ -85,11 +81,12 @@ class Server:
     def mention(self, path: str, body: Mapping[str, Any]) -> None:
         """Post something once, whatever comes of it: on the way out."""
         with suppress(httpx2.HTTPError, RuntimeError):  # a client that is closed raises the latter
-            self._client.post(path, json=body, timeout=5.0)
+            self._direct.post(path, json=body, timeout=5.0)
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
+        self._direct.close()
 
     def _ask(
         self,
@@ -100,9 +97,10 @@ class Server:
         over: threading.Event | None = None,
     ) -> Any:
         since, delay = math.nan, _FIRST_PAUSE_S
+        client = self._direct if over is None else self._client
         while True:
             try:
-                return self._answer(self._client.request(method, path, json=body), refuses)
+                return self._answer(client.request(method, path, json=body), refuses)
             except httpx2.TransportError as error:
                 why = _named(error)
             except _Away as error:
@@ -143,6 +141,16 @@ class Server:
             return response.json()
         except ValueError as error:
             raise _Away("its JSON is broken") from error
+
+
+def _client(url: str, timeout_s: float, connections: int) -> httpx2.Client:
+    key = os.environ.get("VLLM_API_KEY")
+    return httpx2.Client(
+        base_url=url,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0), pool=None),
+        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+    )
 
 
 class _Away(Exception):  # noqa: N818

@@ -15,7 +15,6 @@ from (seed, purpose, step).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
-from atesd.runlog import dump_json, step_name
+from atesd.runlog import dump_json, settle, step_name
 from atesd.seals import MANIFEST, seal_files
 from atesd.train.optim import MASTER
 from atesd.train.shard import Whole, local, piece, shared_as
@@ -105,7 +104,7 @@ def save_checkpoint(
         if not world.is_main:
             return folder
         _write_model(partial, model, tokenizer)
-        (partial / "state.json").write_text(dump_json(state), encoding="utf-8")
+        (partial / "state.json").write_text(dump_json(state, indent=None), encoding="utf-8")  # a line a token else
         _seal(partial)
         _replace(partial, folder)
     except BaseException:
@@ -124,7 +123,8 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     for aside in checkpoints.glob(f"*{_ASIDE}"):
         restore_interrupted(aside.with_name(aside.name.removesuffix(_ASIDE)))
         shutil.rmtree(aside, ignore_errors=True)
-    return sorted(path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    found = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def restore_interrupted(folder: Path) -> None:
@@ -255,8 +255,7 @@ def _replace(partial: Path, folder: Path) -> None:
     """Give a complete folder its name; a folder of that name steps aside first and is removed last."""
     for path in partial.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            settle(path)
     aside = folder.with_name(folder.name + _ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     with suppress(FileNotFoundError):

@@ -155,6 +155,11 @@ class Trainer:
                     restore_interrupted(out / name)
                 found = newest_whole(run)
                 resumed = resumed_config(run, found[1]["config"] if found else None, overrides)
+            world.refuse_difference(
+                f"found different checkpoints of {out} to go on from",
+                found[0].name if found else "",
+                "all machines must see the run directory under the same path, and as it is now",
+            )
             config = resumed.config
             if decide_shard(config) != config:
                 raise UserError(
@@ -176,6 +181,7 @@ class Trainer:
                 refuse_other_parts(run.path, classes_of(parts), run.env().get("parts", {}))
             warn_of_code(run, config)
             resumed.keep(run)
+            world.barrier()  # else one of the others might still read the result that is gone, and be done
             return trainer
 
     def train(self) -> dict[str, Any]:
@@ -403,7 +409,7 @@ class Trainer:
         tensors = {**trained_tensors(self.parts.model), **own}
         self.world.refuse_difference(
             f"come to other weights or decisions by step {self.step}, which is not saved",
-            fingerprint(tensors, dump_json(states)),
+            fingerprint(tensors, dump_json(states, indent=None)),
             "some part of the run is random by itself, or the machines differ; go on from the last checkpoint with "
             "--resume, on machines of one kind",
         )

@@ -12,6 +12,7 @@ from atesd.config import RunConfig
 from atesd.gradients.rule import AllGradients
 from atesd.rollout.attempt import Attempt
 from atesd.rollout.driver import Driver, Underway
+from atesd.rollout.grading import Judging
 from atesd.rollout.sampler import AheadSampler, SamplingConfig, refuse_odd_turns
 from atesd.seeds import derive_seed
 from atesd.train.world import World
@@ -107,7 +108,7 @@ class SharedDriver(Driver):
 
     def reference(self, problems: Sequence[Problem], limit: int) -> list[Group]:
         """Return the reference solutions in place of samples: every process grades all of them."""
-        return self._by_itself.reference(problems, limit)
+        return self._judged(self._by_itself.reference(problems, limit))
 
     @property
     def _by_itself(self) -> Driver:
@@ -141,12 +142,21 @@ class SharedDriver(Driver):
 
     def _gathered(self, problems: Sequence[Problem], mine: Sequence[Attempt]) -> list[Group]:
         """Grade this process's attempts, and return the groups of all."""
-        graded = self._grouped(self.world.share(problems), mine)
+        graded = self._grouped(self.world.share(problems), mine, problems)
         ends = iter([(attempt.ended, attempt.why) for attempt in mine])
         known = self.world.gather([(each.trajectories, list(islice(ends, len(each.trajectories)))) for each in graded])
         groups = [Group(problem, each) for problem, (each, _) in zip(problems, known, strict=True)]
         Driver._report_failures(self, [end for _, found in known for end in found])
+        if not self.environment.grades:
+            self._judged(groups)
         Driver.tell_ungradable(self, [each.reward for group in groups for each in group.trajectories])
+        return groups
+
+    def _judged(self, groups: list[Group]) -> list[Group]:
+        """Tell a reward function of the whole round, where it asks for that."""
+        if isinstance(self.reward, Judging):
+            attempts = [(group.problem, each) for group in groups for each in group.trajectories]
+            self.reward.judge([each.reward for _, each in attempts], [problem.answer for problem, _ in attempts])
         return groups
 
     def _report_failures(self, ends: Sequence[tuple[Ending | None, str]]) -> None:
@@ -160,7 +170,9 @@ def shared(driver: Driver, world: World) -> Driver:
     """Return the driver as several processes use it."""
     if world.size == 1:
         return driver
-    return SharedDriver(**{each.name: getattr(driver, each.name) for each in fields(Driver)}, world=world)
+    reward = driver.reward.by_shares() if isinstance(driver.reward, Judging) else driver.reward
+    known = {each.name: getattr(driver, each.name) for each in fields(Driver)}
+    return SharedDriver(**known | {"reward": reward}, world=world)
 
 
 def refuse_unshared(config: RunConfig, world: World, environment: Mapping[str, str] = os.environ) -> None:

@@ -30,7 +30,7 @@ from atesd.types import UserError
 
 from support.models import EOS, PAD, VOCABULARY, ragged_rows, tiny_model
 
-SETTINGS = CodesConfig(count=5, chunk=3, draws=4)
+SETTINGS = CodesConfig(count=5, chunk=3, draws=4, scale=1.5)
 
 
 def steered_model(layer: int = 0, *, seed: int = 0, size: float = 0.5, model: Any = None) -> tuple[Any, Codes]:
@@ -195,6 +195,10 @@ def test_teachers_and_unsteered_blocks_are_not_steered_and_blocks_may_be_nested(
                 assert torch.equal(scorer.log_likelihood(chosen), steered)
             assert torch.equal(scorer.log_likelihood(chosen), plain)
         assert torch.equal(scorer.log_likelihood(chosen), steered)
+        with codes.following([codes.starts(len(each.completion)) % 5 for each in chosen]):
+            assert not torch.equal(scorer.log_likelihood(chosen), steered)
+            with codes.noting():
+                assert torch.equal(scorer.log_likelihood(chosen), steered)
         for kind in ("frozen", "live", "ema"):
             with Teacher(TeacherConfig(weights=kind), model).in_place():
                 assert torch.equal(scorer.log_likelihood(chosen), plain)
@@ -265,6 +269,7 @@ def test_saved_codes_give_equal_logits_with_plain_transformers(lora: bool, tmp_p
     plain: Any = tiny_model() if lora else Qwen3ForCausalLM.from_pretrained(tmp_path)
     again = load_codes(tmp_path)
     assert (again.shape, again.scale) == (codes.shape, codes.scale)
+    assert not any(weight.requires_grad for weight in again.parameters()), "they are read as constants"
     chosen = passages()
     ids = [[*each.prompt, *each.completion[:-1]] for each in chosen]
     width = max(map(len, ids))
@@ -315,6 +320,11 @@ def test_the_layer_is_the_last_of_the_first_half_unless_named() -> None:
         build_codes(CodesConfig(layer=2), tiny_model())
 
 
+def test_codes_of_a_model_in_half_precision_learn_in_float32() -> None:
+    assert build_codes(SETTINGS, tiny_model().bfloat16()).vectors_CH.dtype == torch.float32
+    assert build_codes(SETTINGS, tiny_model().double()).vectors_CH.dtype == torch.float64
+
+
 def test_a_model_without_a_list_of_decoder_layers_is_refused_in_one_line() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=VOCABULARY, n_positions=8))
     with pytest.raises(UserError, match=r"GPT2LMHeadModel has no list of them, called layers: .* or remove codes") as e:
@@ -326,6 +336,10 @@ def test_codes_of_another_model_are_refused(tmp_path: Path) -> None:
     save_codes(tmp_path, Codes(4, 16, chunk=2, layer=0, dtype=torch.float32))
     with pytest.raises(UserError, match="hidden size 16, and this one has 2 layers and hidden size 32"):
         attach(tiny_model(), load_codes(tmp_path))
+    with pytest.raises(
+        UserError, match="the codes steer layer 2 of a model of hidden size 32, and this one has 2 layers"
+    ):
+        attach(tiny_model(), Codes(4, 32, chunk=2, layer=2, dtype=torch.float32))
 
 
 def test_missing_and_damaged_codes_are_named(tmp_path: Path) -> None:
@@ -349,11 +363,13 @@ def test_a_folders_codes_are_trained_on_or_refused() -> None:
     model, codes = steered_model()
     codes.requires_grad_(False)
     with pytest.raises(
-        UserError, match=r"does not train: add \[codes\] with count = 5, chunk = 3, layer = 0, scale = 1"
+        UserError, match=r"does not train: add \[codes\] with count = 5, chunk = 3, layer = 0, scale = 1.5"
     ):
         with_codes(None, model, "folder")
     with pytest.raises(UserError, match=r"asks for count = 6, .* have count = 5"):
         with_codes(SETTINGS.model_copy(update={"count": 6}), model, "folder")
+    with pytest.raises(UserError, match=r"asks for .* scale = 2, .* have .* scale = 1\.5"):
+        with_codes(SETTINGS.model_copy(update={"scale": 2.0}), model, "folder")
     assert with_codes(SETTINGS, model, "folder") is codes
     assert codes.router_CH.requires_grad
     assert with_codes(None, tiny_model(), "folder") is None

@@ -193,13 +193,14 @@ def test_the_log_says_what_the_regression_finds_best() -> None:
     assert toy.controller.metrics()["exposure/bandit_best"] == pytest.approx(expected)
 
 
-def test_restored_in_an_open_window_it_goes_on_as_before() -> None:
-    toy = Toy(build(), best=0.3).run(43)
+@pytest.mark.parametrize("done", [43, 45])
+def test_restored_in_an_open_window_or_between_two_it_goes_on_as_before(done: int) -> None:
+    toy = Toy(build(), best=0.3).run(done)
     again = Toy(build(), best=0.3)
     again.controller.load_state_dict(json.loads(json.dumps(toy.controller.state_dict())))
     again.level, again.step, again.stats = toy.level, toy.step, dict(toy.stats)
     toy.ratios, again.ratios = [], []
-    # `run` has observed step 43 already
+    # `run` has observed its last step already
     for run in (toy, again):
         run.update()
         run.run(30)

@@ -77,5 +77,12 @@ def test_sense_is_accepted(fields: dict[str, object]) -> None:
     BetaSettings(**fields)  # type: ignore[arg-type]
 
 
+def test_a_probe_is_measured_where_progress_or_a_feature_reads_it() -> None:
+    own = {"progress_metric": "train_kd", "look_ahead": 4}
+    assert BetaSettings(progress_metric="probe_kl").probe_kind == "probe_kl"
+    assert BetaSettings(**own).probe_kind == "probe_nll"  # type: ignore[arg-type]
+    assert BetaSettings(**own, features=("progress", "loss_ema")).probe_kind is None  # type: ignore[arg-type]
+
+
 def test_warm_start_is_mean_times_concentration() -> None:
     assert WarmStart(mean=0.75, concentration=8.0).parameters == (6.0, 2.0)

@@ -96,6 +96,14 @@ def test_the_gradient_of_cross_entropy_by_hand() -> None:
     assert found.tolist() == [[0.25, -0.25], [0.25, -0.25]]
 
 
+def test_an_arm_that_hardly_any_problem_takes_is_pulled_to_the_prior_by_its_own_share() -> None:
+    """c p_a (log(p_a / prior_a) - KL(p || prior)) where nothing else pulls: winners as likely as p says."""
+    p, prior = np.array([1e-9, 1 - 1e-9]), zipf(2)
+    found = logit_gradient(p[None], np.array([1]), prior, kl_coef=1e6)
+    pull = 1e6 * p[0] * (math.log(p[0] / prior[0]) - divergence(p, prior))
+    assert found[0, 0] == pytest.approx(p[0] + pull, rel=1e-9)
+
+
 def test_a_router_that_is_certain_stays_finite() -> None:
     router = Router(0, 3)
     router.bias_K = np.array([2000.0, 0.0, -2000.0])
@@ -239,6 +247,19 @@ def test_features_of_a_problem() -> None:
     np.testing.assert_allclose(
         found, [[1, 0, -side, 0.5, 0.05], [0, 1, side, 0, 0.05], [1, 0, 0, -1, 0.05], [0, 0, 0, 1, 0.05]], atol=1e-12
     )
+
+
+def test_perplexities_are_cut_at_three_deviations() -> None:
+    """Of 17 references, one far off stands 4 deviations above the mean: sqrt(16), whatever its distance."""
+    ids = [f"p{place}" for place in range(17)]
+    controller = build(replace(FACTS, levels={}), features=["reference_ppl"])
+    far = {name: 5.0 if name == "p16" else 1.0 for name in ids}
+    controller.observe(Observation(0, {}, {Measurement("reference_nll"): far}))
+    found = controller._features.of(["p0", "p16"], [None, None])
+    np.testing.assert_allclose(found, [[-0.25], [3.0]], atol=1e-12)
+    controller.propose(0, ids)
+    controller.observe(Observation(1, {}, {Measurement("reference_nll"): dict(far, p0=9.0)}))
+    np.testing.assert_allclose(controller._features.of(["p0"], [None]), [[-0.25]], err_msg="those of step 0 stay")
 
 
 @pytest.mark.parametrize("cut", range(7))

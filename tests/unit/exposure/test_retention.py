@@ -54,6 +54,15 @@ def test_gates_choose_once_they_are_warm() -> None:
     assert retainer("prefix").kept(PROBLEM, 0.3, ["a"] * 10) == Budget(3, (0, 1, 2)), "others have no warm-up"
 
 
+def test_gates_begin_by_the_runs_seed() -> None:
+    def begun(seed: int) -> object:
+        made = retainer("gates", seed, hidden=2)
+        made.prepare(ModelSize(layers=1, key_heads=1, width=2, device=torch.device("cpu")))
+        return made.state_dict()["gates"]["weights"]
+
+    assert begun(3) == begun(3) != begun(4)
+
+
 @pytest.mark.parametrize("choose", ["prefix", "random_tokens", "random_segments", "gates"])
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99])
 def test_the_budget_is_the_ratio_rounded_up_whatever_chooses(choose: str, ratio: float) -> None:

@@ -19,7 +19,7 @@ KITCHEN = Problem("k", "Take the pan to the kitchen", "> go\n> put", "done",
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "doors.md").write_text("Doors: look for the key first.\n\nThen open the door.")
-    (tmp_path / "kitchen.md").write_text("In a kitchen look at the stove.\n\nA pan goes there.\n\nBe quick.")
+    (tmp_path / "kitchen.md").write_text("In a kitchen look at the stove.\n\nA pan goes there.\n\nBe quick.\n")
     (tmp_path / "empty.md").write_text("  \n")
     (tmp_path / "notes.txt").write_text("no skill, although it says kitchen pan take")
     return tmp_path

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -144,6 +147,26 @@ def test_what_is_under_way_keeps_its_adapter_and_its_version(fake: FakeVllm) -> 
     assert submitted.seconds() > 0
 
 
+def test_an_adapter_is_loaded_while_completions_take_all_places(fake: FakeVllm) -> None:
+    sampler = sampler_of(fake, concurrency=1)
+    asked, loaded_meanwhile = threading.Event(), threading.Event()
+
+    def waits(_: FakeVllm, answer: Any) -> Any:
+        asked.set()
+        loaded_meanwhile.wait(timeout=30)
+        return answer
+
+    fake.faults += [waits]
+    submitted = sampler.submit(PROMPTS, SAMPLING, seed=5)
+    assert asked.wait(timeout=60)
+    begun = time.monotonic()
+    sampler.sync(weights(1))
+    assert time.monotonic() - begun < 25, "the trainer waited for a completion"
+    loaded_meanwhile.set()
+    assert {turn.weights_version for turn in submitted.result()} == {0}
+    assert fake.most_at_once == 1
+
+
 def test_what_was_under_way_when_the_server_was_started_again_comes_of_the_same_weights(
     fake: FakeVllm, warned: list[warnings.WarningMessage]
 ) -> None:
@@ -234,6 +257,24 @@ def test_what_is_given_up_is_not_asked_again(fake: FakeVllm, warned: list[warnin
     with pytest.raises((UserError, CancelledError)):
         submitted.result()
     assert len(fake.asked) == 1
+
+
+def test_a_program_that_ends_does_not_wait_for_what_it_gave_up(tmp_path: Path) -> None:
+    """As after an error, or a second Ctrl-C: an answer may be minutes away."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import time\n"
+        "from atesd.rollout.answers import Order\n"
+        "from atesd.rollout.requests import Requests\n"
+        "from atesd.rollout.sampler import SamplingConfig\n"
+        "class Slow:\n"
+        "    url = 'http://slow'\n"
+        "    def post(self, *given, **named):\n"
+        "        time.sleep(600)\n"
+        "orders = [Order((1,), (place,), 0) for place in range(3)]\n"
+        "Requests(Slow(), orders, 'name', SamplingConfig(), [0], concurrency=2).give_up()\n"
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=300)
 
 
 def test_nothing_is_left_behind(fake: FakeVllm, tmp_path: Path) -> None:

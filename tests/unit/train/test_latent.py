@@ -312,22 +312,30 @@ def test_completions_shorter_than_a_chunk_train() -> None:
     assert sum(outcome.metrics[f"codes/share/{code}"] for code in range(COUNT)) == pytest.approx(1.0)
 
 
-def test_the_sampler_is_compared_with_the_steered_student() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_is_compared_with_the_steered_student(temperature: float) -> None:
     """The gap is 0 for log-probabilities of the greedily steered student, and not for those of the plain one."""
     from dataclasses import replace
 
-    stepper, model, _, _ = stepper_of()
+    sampling = {"temperature": temperature}
+    stepper, model, _, _ = stepper_of(rollout=sampling)
     rows = ragged_rows(5)
     scorer = stepper._scorer
+
+    def scored() -> list[Tensor]:
+        passages = [row.student for row in rows]
+        found: list[Tensor] = scorer.each(passages, lambda chosen: scorer.log_likelihood(chosen, temperature))
+        return found
+
     for is_steered in (True, False):
         with torch.no_grad():
             if is_steered:
-                own = scorer.each([row.student for row in rows], scorer.log_likelihood)
+                own = scored()
             else:
                 with unsteered(model):
-                    own = scorer.each([row.student for row in rows], scorer.log_likelihood)
+                    own = scored()
         fresh = [replace(row, sampler_logprobs=tuple(each.tolist())) for row, each in zip(rows, own, strict=True)]
-        other, _, _, _ = stepper_of()
+        other, _, _, _ = stepper_of(rollout=sampling)
         gap = other.optimize(fresh).metrics["rollout/logprob_gap"]
         assert gap < 1e-6 if is_steered else gap > 1e-2
 
@@ -349,3 +357,15 @@ def test_metrics_describe_the_codes_of_the_update() -> None:
     assert found["codes/logprob"] == pytest.approx(float(p.log()[torch.arange(len(flat)), flat].mean()))
     assert found["codes/size"] == pytest.approx(float(sizes.detach().mean()))
     assert found["codes/searched"] > 0
+
+
+def test_what_is_logged_of_an_update_is_its_own() -> None:
+    """Vectors of 0 steer nothing, so that no sequence is nearer to the teacher than another, or than none."""
+    stepper, _, codes, _ = stepper_of()
+    found = stepper.optimize(ragged_rows(4)).metrics
+    assert found["codes/searched"] > 0
+    assert found["codes/gain"] != 0
+    with torch.no_grad():
+        codes.vectors_CH.zero_()
+    found = stepper.optimize(ragged_rows(4)).metrics
+    assert (found["codes/searched"], found["codes/gain"]) == (0.0, 0.0)

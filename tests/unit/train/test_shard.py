@@ -19,10 +19,13 @@ from atesd.train.world import World
 from atesd.types import Elsewhere, NonFiniteError, UserError
 
 from support.models import PAD, ragged_rows, tiny_model
-from support.processes import together
+from support.processes import NEEDS_SHARDS, together
 from support.steppers import make_stepper
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    NEEDS_SHARDS,
+]
 
 # A clip that bites, a token budget that cuts the rows unevenly, and no more of Adam than is not rounding.
 SECTIONS: dict[str, Any] = {

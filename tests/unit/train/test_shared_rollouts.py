@@ -10,6 +10,8 @@ import pytest
 
 from atesd.envs.base import opened
 from atesd.recipe import build_config
+from atesd.rewards.own import OwnReward
+from atesd.rewards.weighted import WeightedReward
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig, Submitted
 from atesd.seeds import derive_seed
@@ -102,6 +104,55 @@ def test_what_cannot_be_graded_is_told_of_the_whole_round() -> None:
     driver, _ = fake_driver(lambda prompt, place: "yes", nothing)
     with pytest.warns(UserWarning, match="no completion could be graded: all 5 rewards"):
         in_threads(2, lambda world: shared(driver, world).rollout(PROBLEMS, SamplingConfig(), seed=0))
+
+
+def alone_and_by_two(reward: Any, problems: list[Problem]) -> list[list[list[float | None]]]:
+    """Return the rewards of one process, and of each of two, or the one line in which all end."""
+    driver, _ = fake_driver(lambda prompt, place: "yes", reward)
+    rounds = [driver.rollout(problems, SamplingConfig(), seed=0)]
+    rounds += in_threads(2, lambda world: shared(driver, world).rollout(problems, SamplingConfig(), seed=0))
+    return [[[each.reward for each in group.trajectories] for group in groups] for groups in rounds]
+
+
+def test_a_reward_function_is_judged_by_whole_rounds() -> None:
+    """One of two processes gets none of the problems that it can grade; where nobody does, all are told of all."""
+
+    def first(prompts: list[str], **columns: Any) -> list[float | None]:
+        return [1.0 if prompt == "a" else None for prompt in prompts]
+
+    known = [replace(problem, answer="x") for problem in PROBLEMS]
+    own = OwnReward("mine.py:first", first, 60.0)
+    for reward in (own, WeightedReward({"own": own}, {"own": 0.5})):
+        alone, *shared_out = alone_and_by_two(reward, known)
+        assert [given for (given,) in alone][1:] == [None] * 4
+        assert shared_out == [alone] * 2
+    driver, _ = fake_driver(lambda prompt, place: "yes", OwnReward("mine.py:nothing", nothing, 60.0))
+    driver.warned.append("ungradable")  # which is told of references before they are judged
+    for ask in (
+        lambda one: one.rollout(known, SamplingConfig(), seed=0),
+        lambda one: one.reference(known, 99),
+    ):
+        with pytest.raises(UserError, match=r"mine\.py:nothing' returned None for all 5 completions, though"):
+            in_threads(2, lambda world, ask=ask: ask(shared(driver, world)))
+    two = OwnReward("mine.py:first", first, 60.0).by_shares()  # a grade of the round before is not forgotten
+    two.judge([None, 1.0], ["x", "x"])
+    two.judge([None, None], ["x", "x"])
+
+
+def test_a_reward_function_is_not_asked_about_nothing() -> None:
+    def longest(completions: list[str], **columns: Any) -> list[float | None]:
+        most = max(map(len, completions))
+        return [len(each) / most for each in completions]
+
+    assert alone_and_by_two(longest, PROBLEMS[:1]) == [[[1.0]]] * 3
+
+
+def test_a_reward_function_reads_the_columns_that_problems_of_other_processes_have() -> None:
+    def tests(tests: list[str | None], **columns: Any) -> list[float | None]:
+        return [None if each is None else 1.0 for each in tests]
+
+    problems = [replace(PROBLEMS[0], extra={"tests": "x"}), *PROBLEMS[1:3]]
+    assert alone_and_by_two(tests, problems) == [[[1.0], [None], [None]]] * 3
 
 
 class Counting:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from atesd.gates.gate import OpenGate
 from atesd.gates.sdar import SdarGate
 from atesd.losses.combine import Component
 from atesd.losses.paint import Paint
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
+from atesd.losses.target import Plain
 from atesd.train.batch import Row
 from atesd.train.stats import (
     Listening,
@@ -57,6 +59,32 @@ def test_streams_are_summarised_over_tokens_and_by_quarter_of_the_ratio() -> Non
     assert "bin/0.75-1.00/divergence" not in found
     assert set(stream_metrics(rows, {2: kept[2]})) == {"student/entropy", "student/confidence"}
     assert stream_metrics(rows, {}) == {}
+
+
+def test_every_number_is_of_its_own_column() -> None:
+    columns = {
+        "clip_frac": [0.1, 0.3], "clipped_mass": [0.2, 0.6], "reversed": [1.0, 0.0], "student_max_prob": [0.5, 0.7],
+        "teacher_entropy": [1.0, 2.0], "student_entropy": [3.0, 5.0], "divergence": [1.0, 9.0],
+    }  # fmt: skip
+    found = stream_metrics([row(0.5)], {0: scored(stats_of(2, **columns))})
+    assert found == pytest.approx(
+        {
+            "student/entropy": 4.0,
+            "student/confidence": 0.6,
+            "loss/clip_frac": 0.2,
+            "loss/clipped_mass": 0.4,
+            "loss/reversed_frac": 0.5,
+            "loss/first_token": 1.0,
+            "divergence/mean": 5.0,
+            "divergence/p99": 9.0,
+            "mismatch/top1": 1.0,
+            "teacher/entropy": 1.5,
+            "bin/0.50-0.75/divergence": 5.0,
+            "bin/0.50-0.75/p99": 9.0,
+            "bin/0.50-0.75/mismatch": 1.0,
+            "bin/0.50-0.75/clip_frac": 0.2,
+        }
+    )
 
 
 def test_the_upper_tail_is_the_value_that_99_percent_do_not_exceed() -> None:
@@ -109,6 +137,12 @@ def test_listening_is_described_over_all_micro_batches() -> None:
             "target/painted_frac": 1 / 3,
         }
     )
+
+
+def test_kept_is_every_token_with_a_weight_however_large() -> None:
+    part = Listening(stats_of(3), torch.tensor([0.0, 0.5, 2.5]), torch.tensor([1.0, 0.2, 0.4]))
+    found = listening_metrics(OpenGate(), Plain(), [part])
+    assert found == pytest.approx({"gate/kept_frac": 2 / 3, "gate/mean": (0.5 * 0.2 + 2.5 * 0.4) / 3})
 
 
 def test_the_policy_is_described_over_all_micro_batches() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from atesd.cli.check import whole_task_of
@@ -106,6 +107,16 @@ def test_samples_are_the_solutions_behind_both_roles_prompts(base: Path) -> None
         assert sorted(asked_ids) == sorted(each.id for each in PROBLEMS), "every problem once an epoch"
 
 
+def test_hints_show_every_quarter_of_a_solution_from_none_to_all(base: Path) -> None:
+    """Four lines, so that each of the ratios 0, .25, .5, .75 and 1 shows another part."""
+    whole = Problem("four", "add", "1\n2\n3\nit is 4", "4")
+    maker, _ = hints(base)
+    drawn = islice(samples([whole], maker, 7, WarmupConfig(hinted=1.0)), 100)
+    expected = {maker.teacher_ids(whole, quarters / 4) for quarters in range(5)}
+    assert len(expected) == 5
+    assert {passage.prompt for passage, _ in drawn} == expected
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {False}), (1.0, {True})])
 def test_the_share_of_hinted_samples_may_be_none_or_all(share: float, expected: set[bool], base: Path) -> None:
     drawn = islice(samples(PROBLEMS, hints(base)[0], 7, WarmupConfig(hinted=share)), 50)
@@ -151,6 +162,16 @@ def test_updates_are_those_of_a_plain_loop(base: Path, tmp_path: Path) -> None:
         assert torch.allclose(written.get_parameter(name), weight, atol=1e-4), name
 
 
+def test_a_tenth_of_the_updates_is_on_the_way_up_and_the_others_on_the_way_down(base: Path, tmp_path: Path) -> None:
+    rates: list[float] = []
+    watch = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        warm_up(recipe(base), PROBLEMS, tmp_path / "warm", WarmupConfig(steps=20, batch=1, lr=1e-2))
+    finally:
+        watch.remove()
+    assert rates == pytest.approx([0.5e-2, 1e-2, *(1e-2 * left / 18 for left in range(18, 0, -1))])
+
+
 def test_adapters_are_merged_into_an_ordinary_folder(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "warm"
     config = recipe(base, model={"path": str(base), "dtype": "auto", "lora": {"r": 4, "targets": ["q_proj"]}})
@@ -164,6 +185,36 @@ def test_adapters_are_merged_into_an_ordinary_folder(base: Path, tmp_path: Path)
     assert record["model"] == str(base)
     assert (record["problems"], record["left_out"]) == (6, 0) == (found.problems, found.left_out)
     assert "warmup.json" in json.loads((out / "manifest.json").read_text())["files"]
+
+
+def test_adapters_of_a_warm_up_begin_by_its_seed(base: Path, tmp_path: Path) -> None:
+    """One problem without hints, so that the samples are the same whatever the seed."""
+    config = recipe(base, model={"path": str(base), "lora": {"r": 2, "targets": ["q_proj"]}})
+
+    def merged(name: str, seed: int) -> torch.Tensor:
+        plan = WarmupConfig(steps=2, batch=1, lr=1e-2, hinted=0.0, seed=seed)
+        warm_up(config, PROBLEMS[:1], tmp_path / name, plan)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        return model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+
+    first = merged("first", 1)
+    assert torch.equal(first, merged("again", 1))
+    assert not torch.equal(first, merged("other", 2))
+
+
+def test_a_prompt_and_a_solution_with_its_end_token_may_fill_the_context(base: Path, tmp_path: Path) -> None:
+    config, (_, tokenizer) = recipe(base), load(ModelConfig(path=str(base)), seed=0)
+    maker = Hints(config.prompt, config.reveal.build(config.facts()), Renderer(tokenizer), {})
+
+    def filled(tokens: int) -> Problem:
+        whole = Problem("long", "x", "1\n" * 900, "1")
+        room = tokens - maker.longest(whole) - len(maker.solution_ids(whole)) - 1
+        return Problem("long", "x" * (1 + room), whole.solution, "1")
+
+    plan = WarmupConfig(steps=1, batch=1, hinted=1.0)
+    with pytest.raises(UserError, match=r"1 problems of the warm-up \(long\) do not fit the model's context of 4096"):
+        warm_up(config, [filled(4097)], tmp_path / "over", plan)
+    assert warm_up(config, [filled(4096)], tmp_path / "full", plan).problems == 1
 
 
 def test_a_warm_up_learns_its_solutions(base: Path, tmp_path: Path) -> None:

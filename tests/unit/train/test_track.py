@@ -171,6 +171,10 @@ def test_what_is_not_installed_is_named_with_its_remedy_before_anything_is_writt
     with pytest.raises(UserError, match=r"track\.to names trackio, .* pip install 'atesd\[trackio\]'"):
         Trainer.start(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    Trainer.start(build_config(BASE), tmp_path / "begun").run.unlock()
+    with pytest.raises(UserError, match=r"track\.to names trackio, .* pip install 'atesd\[trackio\]'"):
+        Trainer.resume(tmp_path / "begun", ['track.to=["trackio"]'])
+    assert Trainer.resume(tmp_path / "begun").config.track.to == ()
     with pytest.raises(UserError, match="names a tracker twice"):
         refuse_missing(TrackConfig(to=("tensorboard", "tensorboard")))
 
