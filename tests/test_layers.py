@@ -112,6 +112,7 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "world",
+        "answers",
         "shard",
         "batch",
         "hub",

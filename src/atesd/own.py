@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from hashlib import sha256
 from importlib import import_module, util
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -142,6 +143,18 @@ def file_of(place: str) -> Path | None:
     except (ImportError, ValueError):
         return None
     return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def raised_in(error: BaseException) -> str | None:
+    """Return where code of a method of the user's own raised an error, or had a library raise it; None for ours."""
+    modules = {kind.__module__ for kind in _named.values()}
+    for frame, line in reversed(list(walk_tb(error.__traceback__))):
+        name = str(frame.f_globals.get("__name__"))
+        if name in modules:
+            return f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name}"
+        if name.partition(".")[0] == "atesd":
+            return None
+    return None
 
 
 def without_folder(kind: str) -> str:

@@ -13,9 +13,9 @@ import pytest
 
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
+from atesd.train.answers import proposed
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.resume import digests_of_code, resumed_config
-from atesd.train.rows import proposed
 from atesd.types import Problem, UserError
 
 from trust import BASE, EMA, outcome
@@ -152,6 +152,12 @@ def test_a_run_with_code_of_ones_own_goes_on_in_another_folder_and_tells_changed
     (there / "steady.py").write_text(OWN + "# changed")
     with pytest.warns(UserWarning, match=r"steady\.py:Steady is no longer the code that the run began with"):
         Trainer.resume(there / "run")
+    shutil.copytree(here, tmp_path / "renamed")
+    (tmp_path / "renamed" / "steady.py").write_text(OWN.replace("Kept", "Held"))
+    monkeypatch.chdir(tmp_path / "renamed")
+    monkeypatch.setattr("atesd.own._named", {})
+    with pytest.raises(UserError, match=r"steady\.Kept, where its recipe names steady\.Held: give a class that was"):
+        Trainer.resume(tmp_path / "renamed" / "run")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +318,50 @@ def test_a_part_assigned_by_hand_is_missed_before_the_first_checkpoint_too(
     with pytest.raises(UserError, match=r"a controller of its own, .*Half, where its recipe names .*prepare="):
         Trainer.resume(tmp_path / "run")
     assert Trainer.resume(tmp_path / "run", prepare=lambda parts: setattr(parts, "controller", Half())).step == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "says"),
+    [
+        ("state_dict", {"seen": {1, 2}}, r"the controller's Odd\.state_dict holds seen = \{1, 2\}, which JSON has not"),
+        ("metrics", {"exposure/mean": "high"}, r"Odd\.metrics returned exposure/mean = 'high': return numbers"),
+        ("wants", None, r"Odd\.wants returned None at step 0"),
+        ("propose", None, None),
+    ],
+)
+def test_what_no_checkpoint_or_log_could_hold_ends_a_run_before_its_first_step(
+    verb: str, given: Any, says: str | None, tmp_path: Path
+) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+    trainer.parts.controller = type("Odd", (Half,), {verb: lambda *_: given})()
+    if says is None:  # a verb that is not there
+        trainer.parts.controller = type("Odd", (), {})()  # type: ignore[assignment]
+        says = r"the controller is of class Odd, which has no propose, wants, observe"
+    with pytest.raises(UserError, match=says):
+        trainer.train()
+    assert not trainer.run.metrics(), "not at the first checkpoint, when steps would be lost"
+
+
+WIDE = """
+from typing import ClassVar
+from atesd.gates.gate import OpenGate
+
+
+class Wide(OpenGate):
+    kind: str = ""
+
+    def weights(self, stats):
+        return super().weights(stats)[:, None]
+"""
+
+
+def test_weights_of_another_shape_do_not_train_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "wide.py").write_text(WIDE)
+    trainer = Trainer.start(build_config(TREE | {"gate": {"kind": f"{tmp_path}/wide.py:Wide"}}), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"Wide\.weights returned shape \(\d+, 1\) for \d+ tokens: return a tensor with"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["revealer", "rule"])

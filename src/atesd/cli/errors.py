@@ -22,7 +22,8 @@ _SEVERAL = re.compile(r"\[Errno (\d+)\]")
 
 def user_line(error: Exception) -> str | None:
     """Return the line for an error that the user can mend, or None for one that is ours."""
-    from atesd.types import UserError  # pydantic comes with it
+    from atesd.own import raised_in
+    from atesd.types import UserError, first_line  # pydantic comes with it
 
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
@@ -37,6 +38,10 @@ def user_line(error: Exception) -> str | None:
         return f"no permission to write {what} ({os.strerror(number)}): {_elsewhere(what)}{notes}"
     if number in _MISPLACED:
         return f"{what} cannot be written ({os.strerror(number)}): {_elsewhere(what)}{notes}"
+    place = raised_in(error)
+    if place is not None:
+        said = f": {first_line(error)}" if str(error).strip() else ""
+        return f"code of yours raised {type(error).__name__}{said} ({place}): mend it{notes}"
     return None
 
 

@@ -19,6 +19,7 @@ from atesd.flow.rollout import roll
 from atesd.flow.setup import FlowParts, assemble
 from atesd.runlog import RunDir
 from atesd.seeds import derive_seed
+from atesd.train.answers import drawn, proposed
 from atesd.train.checkpoint import restore_interrupted, save_model
 from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings
@@ -30,7 +31,6 @@ from atesd.train.resume import (
     resumed_config,
     warn_of_code,
 )
-from atesd.train.rows import proposed
 from atesd.train.share import refuse_several
 from atesd.train.track import refuse_missing
 from atesd.train.world import World
@@ -122,7 +122,7 @@ class FlowTrainer(Trainer):
         """Let the student go, show its teacher the rest, update, measure."""
         clock = perf_counter()
         parts, config, phase = self.parts, self.config, self._phases.phase
-        at = parts.curriculum.next(config.step.problems)
+        at = drawn(parts.curriculum, self.step, config.step.problems, len(parts.task.train))
         with phase("sample"):
             random = torch.Generator().manual_seed(derive_seed(config.seed, "sample", self.step))
             states, _ = roll(parts.views, parts.task.train, torch.as_tensor(at), config.flow, random, start=True)

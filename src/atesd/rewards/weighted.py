@@ -15,6 +15,7 @@ from typing import Any
 from atesd.facts import RunFacts
 from atesd.rewards.kinds import Grader, NamedGrader, RewardFunction
 from atesd.rewards.own import OwnReward
+from atesd.types import UserError, shown
 
 
 class WeightedReward:
@@ -66,12 +67,22 @@ def build_reward(section: NamedGrader | Sequence[NamedGrader] | None, default: G
     One reward of weight 1 without a name of its own is itself; everything else is weighted, and logged by name.
     """
     if section is None:
-        return default.build(run)
+        return _built(default, run)
     if not isinstance(section, Sequence):
         if section.weight == 1 and section.name is None:
-            return section.build(run)
+            return _built(section, run)
         section = [section]
-    functions = {each.called: each.build(run) for each in section}
+    functions = {each.called: _built(each, run) for each in section}
     if len(functions) > 1:
         functions = {name: each.as_part() if isinstance(each, OwnReward) else each for name, each in functions.items()}
     return WeightedReward(functions, {each.called: each.weight for each in section})
+
+
+def _built(section: Grader, run: RunFacts) -> RewardFunction:
+    function = section.build(run)
+    if not callable(function):
+        raise UserError(
+            f"{type(section).__name__}.build returned {shown(function, 60)}: return a function of prompts, completions "
+            "and **columns (docs/data.md)"
+        )
+    return function

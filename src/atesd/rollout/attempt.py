@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import TypeVar, cast
 
-from atesd.envs.base import Elsewhere, Episode, EpisodeError
-from atesd.types import Ending, Message, StopReason, Trajectory, Turn, UserError, one_line, shown
+from atesd.envs.base import Elsewhere, Environment, Episode, EpisodeError
+from atesd.types import Ending, Message, Problem, StopReason, Trajectory, Turn, UserError, one_line, shown
 
 T = TypeVar("T")
 LARGEST_REWARD = 1e9
@@ -92,15 +93,27 @@ class Attempt:
         """End the episode and return what came of it, not graded yet."""
         try:
             getattr(self.episode, "close", lambda: None)()
-        except Exception as error:  # as in `guarded`, but an attempt that failed is closed as well
+        except (Exception, SystemExit) as error:  # as in `guarded`, but an attempt that failed is closed as well
             self._raised(error)
+        invalid = self._invalid()
         return Trajectory(
             tuple(self.turns),
             opening=self.opening,
             said=tuple(self.said),
             ended=self.ended or Ending.OVER,
-            invalid=int(getattr(self.episode, "invalid", 0)),
+            invalid=invalid,
         )
+
+    def _invalid(self) -> int:
+        """Return how many replies were no action; what is no such number is the environment's failure."""
+        given = getattr(self.episode, "invalid", 0)
+        try:
+            count = index(given)
+        except TypeError:
+            count = -1
+        if count < 0:
+            self.fail(Ending.ERROR, f"its number of invalid replies is {shown(given, 60)}")
+        return max(0, count)
 
     def fail(self, ending: Ending, why: str) -> None:
         """Note what the environment failed at; what failed first counts."""
@@ -113,11 +126,11 @@ class Attempt:
             return None
         try:
             return ask()
-        except Exception as error:  # an environment is anybody's code
+        except (Exception, SystemExit) as error:  # an environment is anybody's code
             self._raised(error)
         return None
 
-    def _raised(self, error: Exception) -> None:
+    def _raised(self, error: BaseException) -> None:
         if isinstance(error, UserError):
             raise error
         if isinstance(error, EpisodeError):
@@ -125,6 +138,32 @@ class Attempt:
             return
         first = (str(error).splitlines() or [""])[0]
         self.fail(Ending.ERROR, f"it raised {type(error).__name__}{first and ': '}{first}")
+
+
+class _Unopened:
+    """The episode of an environment that failed to open one: it fails at the reset, as that one would."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def reset(self, prompt: Sequence[Message]) -> Sequence[Message]:  # noqa: ARG002
+        raise self._error
+
+    def step(self, reply: str) -> Sequence[Message]:  # noqa: ARG002
+        raise self._error
+
+    def reward(self) -> float | None:
+        raise self._error
+
+
+def episode_of(environment: Environment, problem: Problem, seed: int) -> Episode:
+    """Open an episode; one that cannot be opened ends its attempt alone, as one that fails later."""
+    try:
+        return environment.episode(problem, seed)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # an environment is anybody's code
+        return _Unopened(error)
 
 
 def messages_of(said: object) -> Sequence[Message]:

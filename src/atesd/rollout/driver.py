@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from atesd.envs.base import Environment
-from atesd.rollout.attempt import Attempt
+from atesd.rollout.attempt import Attempt, episode_of
 from atesd.rollout.grading import Composite, RewardFunction, penalised, plain_rewards, with_parts, with_rewards
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import AheadSampler, Sampler, SamplingConfig
+from atesd.rollout.sampler import AheadSampler, Sampler, SamplingConfig, refuse_odd_turns
 from atesd.seeds import derive_seed
 from atesd.types import (
     Ending,
@@ -80,6 +80,7 @@ class Driver:
                 seed=derive_seed(seed, "turn", turn) if turn else seed,
                 **self._known(active),
             )
+            refuse_odd_turns(self.sampler, sampled, [attempt.prompt for attempt in active])
             for attempt, new in zip(active, sampled, strict=True):
                 attempt.begin(new)
             longest = sampling.max_new_tokens
@@ -96,7 +97,9 @@ class Driver:
         submitted = sampler.submit([attempt.prompt for attempt in attempts], sampling, seed=seed)
 
         def groups() -> list[Group]:
-            for attempt, turn in zip(attempts, submitted.result(), strict=True):
+            turns = submitted.result()
+            refuse_odd_turns(sampler, turns, [attempt.prompt for attempt in attempts])
+            for attempt, turn in zip(attempts, turns, strict=True):
                 attempt.begin(turn)
                 goes_on = self._goes_on(attempt, turn, 0)
                 assert not goes_on, "environments of several turns are refused"
@@ -140,7 +143,7 @@ class Driver:
         prompts = {problem: self.student_messages(problem) for problem in dict.fromkeys(asked)}
         batch = self.renderer.teacher_batch if self.of_teacher else self.renderer.student_batch
         episodes = (
-            self.environment.episode(problem, derive_seed(seed, "episode", place))
+            episode_of(self.environment, problem, derive_seed(seed, "episode", place))
             for place, problem in zip(range(len(asked)) if places is None else places, asked, strict=True)
         )
         known = {problem: self._reference_ids(problem) if self.guesses else () for problem in prompts}

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Protocol, TypeVar
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from atesd.types import Config, Method, Turn
+from atesd.types import Config, Method, Turn, UserError, shown
 
 T = TypeVar("T")
 
@@ -92,6 +92,24 @@ class Sampler(Protocol):
     def sync(self, weights: Weights) -> None:
         """Take over the student's weights; later samples carry their version."""
         ...
+
+
+def refuse_odd_turns(sampler: Sampler, turns: object, prompts: Sequence[Sequence[int]]) -> None:
+    """UserError unless a sampler gave one turn a prompt, in order: others would be graded and trained as if it had."""
+    what = f"{type(sampler).__name__}.sample returned"
+    remedy = "return one atesd.types.Turn a prompt, in the order of the prompts"
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, Turn) for turn in turns):
+        raise UserError(f"{what} {shown(turns, 60)}: {remedy}")
+    if len(turns) != len(prompts):
+        raise UserError(f"{what} {len(turns)} turns for {len(prompts)} prompts: {remedy}")
+    for place, (turn, prompt) in enumerate(zip(turns, prompts, strict=True)):
+        if tuple(turn.prompt_ids) != tuple(prompt):
+            raise UserError(f"{what} a turn at place {place} whose prompt_ids are not the prompt there: {remedy}")
+        if turn.logprobs and len(turn.logprobs) != len(turn.completion_ids):
+            raise UserError(
+                f"{what} {len(turn.logprobs)} logprobs for {len(turn.completion_ids)} completion_ids at place {place}: "
+                "give each token its own, or none at all"
+            )
 
 
 def _nothing() -> None:

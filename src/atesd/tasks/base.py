@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from atesd.rewards.answer import extract_answer
 from atesd.rewards.kinds import Grader, RewardFunction
-from atesd.types import Method, Problem, UserError, reward_columns
+from atesd.types import Method, Problem, UserError, reward_columns, shown
 
 _CITES_HINT = re.compile(
     r"reference (solution|answer)|(provided|given|above|hinted) solution|solution (provided|given|above)"
@@ -69,6 +69,24 @@ def cites_hint(completion: str) -> bool:
 def content_of(problem: Problem) -> str:
     """Return what makes two problems the same: the text, white space aside."""
     return " ".join(problem.problem.split())
+
+
+def check_problems(name: str, sets: Mapping[str, object]) -> None:
+    """UserError unless each of a task's sets is a list of problems of text, with ids of their own and a solution."""
+    for which, given in sets.items():
+        what = f"the {which} problems of task {name!r}"
+        if not isinstance(given, Sequence) or not all(isinstance(each, Problem) for each in given):
+            raise UserError(f"{what} are {shown(given, 60)}: return a list of atesd.types.Problem, [] for none")
+        seen: set[str] = set()
+        for each in given:
+            answer = "" if each.answer is None else each.answer
+            texts = {"id": each.id, "problem": each.problem, "solution": each.solution, "answer": answer}
+            odd = next((field for field, text in texts.items() if not isinstance(text, str)), None)
+            if odd is not None:
+                raise UserError(f"{what} hold one whose {odd} is {shown(getattr(each, odd), 60)}: make it a text")
+            if each.id in seen:
+                raise UserError(f"{what} hold two with the id {shown(each.id, 60)}: make ids unique")
+            seen.add(each.id)
 
 
 def check_disjoint(

@@ -9,15 +9,22 @@ from atesd.config import RunConfig
 from atesd.evaluate.runner import refuse_none
 from atesd.exposure.prompt import donors, evaluation_messages
 from atesd.rollout.render import Renderer
-from atesd.tasks.base import Task
+from atesd.tasks.base import Task, check_disjoint, check_problems
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.types import Problem, UserError
 
 
 def sets_of(config: RunConfig, task: Task) -> dict[str, list[Problem]]:
-    """Return a task's training, probe and evaluation problems. UserError where a set is empty that the run asks for."""
-    sets = {"train": task.train(), "probe": task.probe(), "evaluation": task.evaluation()[: config.eval.problems]}
+    """Return a task's training, probe and evaluation problems.
+
+    UserError where a set is empty that the run asks for, or where sets are not what a task promises: disjoint, above
+    all, for what is trained on would be evaluated.
+    """
+    every = {"train": task.train(), "probe": task.probe(), "evaluation": task.evaluation()}
+    check_problems(task.name, every)
+    check_disjoint(every)
+    sets = every | {"evaluation": every["evaluation"][: config.eval.problems]}
     refuse_none(task.name, sets["evaluation"])
     if config.routing.asks_teacher and not sets["probe"]:
         raise UserError(

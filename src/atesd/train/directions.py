@@ -18,6 +18,7 @@ from atesd.losses.divergence import Scored, Use
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
 from atesd.routing.route import Route
+from atesd.train.answers import gate_values, gate_weights
 from atesd.train.batch import Passage, Row, micro_batches, spread
 from atesd.train.outcomes import Graded
 from atesd.train.rows import Rows
@@ -152,8 +153,8 @@ class Directions:
                 for index, (total, teacher, target) in enumerate(zip(totals, teachers, targets, strict=True), start=1):
                     views = [teacher, *(others[view] for view in target.views[1:])]
                     streams = self._scorer.against(student, views, passages, target, use=use)
-                    gate_N = self._gate.weights(told(streams.stats, outcome_N)).detach()
-                    loss = (gate_N * self._gate.values(streams)).sum() / count
+                    gate_N = gate_weights(self._gate, told(streams.stats, outcome_N))
+                    loss = (gate_N * gate_values(self._gate, streams)).sum() / count
                     keep = index < len(targets)
                     _add(total, torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True))
         return totals
@@ -177,7 +178,7 @@ class Directions:
         heard = self._gate.reads_divergence
 
         def weights(stats: TokenStats, rows: slice) -> Tensor:
-            return self._gate.weights(told(stats, outcome_N[rows])).detach()
+            return gate_weights(self._gate, told(stats, outcome_N[rows]))
 
         return Use(heard, not heard, weights)
 

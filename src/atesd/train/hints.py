@@ -25,6 +25,7 @@ from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Crediting, Masker, Revealer
 from atesd.exposure.segments import Cut
 from atesd.rollout.render import KEPT, Renderer
+from atesd.train.answers import revealed
 from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
 
@@ -101,7 +102,7 @@ class Hints:
     def _text(self, problem: Problem, ratio: float, rollout: Trajectory | None) -> tuple[str, Reveal]:
         """Return the hint's text and what it shows of the solution."""
         source = self._donors.get(problem.id, problem)
-        shown = self._revealer.reveal(source, ratio, rollout)
+        shown = revealed(self._revealer, source, ratio, rollout)
         return "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt), shown
 
     def _veil(self, problem: Problem, shown: Reveal, ids: tuple[int, ...]) -> Veil | None:
@@ -124,7 +125,7 @@ class Hints:
 
     def shown(self, problem: Problem, ratio: float) -> Reveal:
         """Return what of the problem's own solution is visible at a ratio."""
-        return self._revealer.reveal(problem, ratio)
+        return revealed(self._revealer, problem, ratio)
 
     def teacher_ids(self, problem: Problem, ratio: float, opening: str = "") -> tuple[int, ...]:
         """Return the teacher's prompt at a ratio, whatever the rollout but for what the environment said first."""

@@ -14,6 +14,7 @@ from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json
 from atesd.sections import TrackConfig
 from atesd.seeds import derive_seed
 from atesd.train.ahead import Ahead, lag_of, ratio_metrics
+from atesd.train.answers import drawn, proposed, reported, routed, state_of, wanted
 from atesd.train.batch import Row
 from atesd.train.card import model_card
 from atesd.train.checkpoint import (
@@ -39,7 +40,6 @@ from atesd.train.resume import (
     warn_of_code,
     warn_of_processes,
 )
-from atesd.train.rows import proposed
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.train.share import decide_shard
 from atesd.train.stats import StepOutcome
@@ -198,6 +198,7 @@ class Trainer:
         self._has_ended = True
         try:
             self.parts.refuse_unheard()
+            self._states()  # now, rather than at the first checkpoint
             with self._stop.on_signals(self.world), self.world.sound(Interrupted):
                 self._trackers.start(self.config.model_dump(mode="json"), self.step)
                 if self.step == 0:
@@ -241,7 +242,7 @@ class Trainer:
         with phase("exposure"):
             ratios = proposed(parts.controller, self.step, problems, pass_rates(groups))
         with phase("rows"):
-            routes = parts.router.route(groups, max(ratios))
+            routes = routed(parts.router, self.step, groups, max(ratios), config.routing)
             target = config.target.at(parts.strength.at(max(ratios), capped=parts.router.capped))
             parts.credit.remember(groups, routes, ratios, target)
             rows = parts.rows.build(groups, routes, ratios, target.views, trains=True)
@@ -289,7 +290,8 @@ class Trainer:
         return groups
 
     def _drawn(self) -> list[int]:
-        return self.parts.curriculum.next(self.config.step.problems)
+        parts = self.parts
+        return drawn(parts.curriculum, self.step, self.config.step.problems, len(parts.problems))
 
     def _rollout(self, problems: list[Problem]) -> list[Group]:
         """Sample from the student, or take the references where the router trains on them."""
@@ -301,16 +303,16 @@ class Trainer:
     def _observe(self, stats: dict[str, float]) -> dict[str, float]:
         """Take the wanted measurements of theta_step, hand them round, and return what there is to log."""
         policies = self.parts.policies.values()
-        wanted = [measurement for policy in policies for measurement in policy.wants(self.step)]
+        asked = [measurement for policy in policies for measurement in wanted(policy, self.step)]
         if self.config.probe.log_every and self.step % self.config.probe.log_every == 0:
-            wanted.append(Measurement("probe_nll"))
-        measured = self.parts.measurer.measure(wanted, self._phases)
+            asked.append(Measurement("probe_nll"))
+        measured = self.parts.measurer.measure(asked, self._phases)
         stats, measured = self.world.agreed((stats, measured))
         metrics = logged(measured)
         with self._phases.phase("exposure"):
             for policy in policies:
                 policy.observe(Observation(self.step, stats, measured))
-                metrics |= policy.metrics()
+                metrics |= reported(policy, self.step, stats)
         return metrics
 
     def _reference_metrics(self, problems: Sequence[Problem]) -> dict[str, float]:
@@ -365,7 +367,7 @@ class Trainer:
     def _save(self) -> None:
         """Write everything that the rest of the run depends on."""
         parts = self.parts
-        policies = {name: policy.state_dict() for name, policy in parts.policies.items()}
+        policies = self._states()
         memories = {name: each.state_dict() for name, each in parts.memories.items()}
         self._refuse_drift(policies, memories)
         state = {
@@ -394,6 +396,10 @@ class Trainer:
             shards=parts.shards,
         )
         self.world.barrier()
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """Return the states of all policies. UserError for one that a checkpoint would lose or change."""
+        return {name: state_of(name, policy) for name, policy in self.parts.policies.items()}
 
     def _refuse_drift(self, *states: Mapping[str, Any]) -> None:
         """UserError where processes no longer hold the same weights and decisions; one alone has nothing to compare."""

@@ -172,8 +172,9 @@ def refuse_other_parts(run: Path, now: Mapping[str, str], saved: Mapping[str, st
     for name, kind in saved.items():
         if without_folder(now.get(name, "")) != without_folder(kind):
             raise UserError(
-                f"{run} was trained with a {name} of its own, {kind}, where its recipe names {now.get(name)}: "
-                f"put it in place with Trainer.resume(..., prepare=lambda parts: setattr(parts, {name!r}, ...))"
+                f"{run} was trained with a {name} of its own, {without_folder(kind)}, where its recipe names "
+                f"{without_folder(now.get(name, 'none'))}: give a class that was renamed its name back, or put what "
+                f"you assigned in place with Trainer.resume(..., prepare=lambda parts: setattr(parts, {name!r}, ...))"
             )
 
 

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Literal, NamedTuple
 
-from atesd.exposure.controller import Controller
 from atesd.losses.policy import PolicyConfig, group_advantages
 from atesd.losses.target import View
 from atesd.routing.route import Route
 from atesd.train.batch import Row
 from atesd.train.hints import Asked, Hint, Hints
 from atesd.train.outcomes import Outcomes
-from atesd.types import Group, NonFiniteError, Problem, Trajectory, Turn, UserError
+from atesd.types import Group, NonFiniteError, Trajectory, Turn
 
 OWN_RATIO: dict[View, float] = {"full": 1.0, "answer": 0.0}
 """Views with an exposure ratio of their own."""
-_ROUNDING = 1e-9
 
 
 class _Fed(NamedTuple):
@@ -136,20 +134,6 @@ class Rows:
             return 1.0
         rate = min(1.0, max(0.0, sum(group.rewards) / len(group.rewards))) if group.rewards else 0.5
         return rate * (1.0 - rate)
-
-
-def proposed(
-    controller: Controller, step: int, problems: Sequence[Problem], pass_rates: Sequence[float | None]
-) -> list[float]:
-    """Ask a controller for the ratios of a step. UserError unless there is one in [0, 1] a problem."""
-    ratios = [float(ratio) for ratio in controller.propose(step, [problem.id for problem in problems], pass_rates)]
-    wrong = next((ratio for ratio in ratios if not -_ROUNDING <= ratio <= 1 + _ROUNDING), None)
-    if len(ratios) == len(problems) and wrong is None:
-        return [min(1.0, max(0.0, ratio)) for ratio in ratios]
-    given = f"{len(ratios)} ratios for {len(problems)} problems" if wrong is None else f"the ratio {wrong:g}"
-    raise UserError(
-        f"{type(controller).__name__}.propose returned {given} at step {step}: return one from 0 to 1 a problem"
-    )
 
 
 def turns_of(groups: Sequence[Group]) -> list[tuple[Group, Trajectory, Turn]]:

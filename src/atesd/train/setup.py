@@ -31,6 +31,7 @@ from atesd.strength import Strength
 from atesd.tasks.base import Task
 from atesd.train.admit import fitting, refuse_hostile, sets_of, shown_instead, warn_of_problems
 from atesd.train.agree import PROMPTS, refuse_disagreement
+from atesd.train.answers import whole
 from atesd.train.batch import Row
 from atesd.train.compiled import compile_layers
 from atesd.train.contract import Contract
@@ -109,13 +110,15 @@ class Parts:
         self.driver.sampler.sync(self.weights(version))
 
     def refuse_unheard(self) -> None:
-        """UserError for a part put in by hand that nobody would ask: others hold the recipe's."""
+        """UserError for a part put in by hand that nobody would ask, or that lacks what it will be asked."""
         for name, asked in self._asked.items():
             if getattr(self, name) is not asked:
                 raise UserError(
                     f"trainer.parts.{name} was replaced, but other parts hold the recipe's: name the class in the "
                     'recipe, kind = "package.module:Class" (docs/extend.md)'
                 )
+        for name, policy in self.policies.items():
+            whole(name, policy)
 
     def reached(self, row: Row) -> list[float]:
         """Return which share of each token of its hint a row's teacher reads; [] where it reads all of them."""
@@ -159,7 +162,7 @@ def assemble(config: RunConfig) -> Parts:
     sets = sets_of(config, task)
     refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
-    revealer = config.reveal.build(facts)
+    revealer = whole("revealer", config.reveal.build(facts))
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, sets["train"], sets["probe"]))
     problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
     facts = replace(
@@ -192,7 +195,7 @@ def assemble(config: RunConfig) -> Parts:
         prompt_weight=config.loss.prompt_weight,
         mask_truncated=config.step.truncated == "mask",
     )
-    rule = config.gradient.build(facts)
+    rule = whole("rule", config.gradient.build(facts))
     rule.prepare(model)
     stepper = Stepper(
         accelerator=accelerator,
@@ -255,11 +258,11 @@ def assemble(config: RunConfig) -> Parts:
         stepper=stepper,
         optimizer=optimizer,
         scheduler=scheduler,
-        controller=config.exposure.build(facts),
+        controller=whole("controller", config.exposure.build(facts)),
         revealer=revealer,
-        router=config.routing.build(facts),
+        router=whole("router", config.routing.build(facts)),
         strength=config.strength(facts),
-        curriculum=config.curriculum.build(facts),
+        curriculum=whole("curriculum", config.curriculum.build(facts)),
         rule=rule,
         probe=probe,
         credit=credit,
@@ -367,12 +370,13 @@ def sampling_side(
     """Build what sampling and grading need: all that evaluation needs, too."""
     facts = config.facts()
     renderer = make_renderer(config, tokenizer, model)
-    task = config.task.build(facts)
+    task = whole("task", config.task.build(facts))
     engine: Any = config.rollout.engine
+    team = {"team": world} if engine.meets and world is not None else {}
     driver = Driver(
-        sampler=engine.build(model, renderer, **({"team": world} if engine.meets and world is not None else {})),
+        sampler=whole("sampler", engine.build(model, renderer, **team)),
         renderer=renderer,
-        environment=config.env.build(facts),
+        environment=whole("environment", config.env.build(facts)),
         student_messages=lambda problem: student_messages(problem, config.prompt),
         reward=build_reward(config.reward, task.default_reward, facts),
         guesses=engine.guesses,

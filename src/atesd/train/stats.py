@@ -14,6 +14,7 @@ from atesd.losses.combine import Component, combine
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
+from atesd.train.answers import numbers_of
 from atesd.train.batch import Row
 
 _BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -184,8 +185,8 @@ def listening_metrics(gate: Gate, target: Target, parts: Sequence[Listening]) ->
     return {
         "gate/kept_frac": _mean((selection_N > 0).double()),
         "gate/mean": _mean(selection_N * gate_N),
-        **gate.metrics(stats),
-        **target.metrics(stats),
+        **numbers_of(gate, gate.metrics(stats)),
+        **numbers_of(target, target.metrics(stats)),
     }
 
 

@@ -35,6 +35,7 @@ from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
+from atesd.train.answers import gate_values, gate_weights, selected
 from atesd.train.batch import Row
 from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule
@@ -211,10 +212,10 @@ class Stepper:
         every_N = torch.ones_like(selection_N)
         scored = MicroScores(streams.stats, every_N, {})
         if "distil" in active:
-            gate_N = self._gate.weights(streams.stats).detach()
+            gate_N = gate_weights(self._gate, streams.stats)
             scored.heard = Listening(streams.stats, selection_N, gate_N)
             scored.weight_N = gate_N * batch.weighed(selection_N) * self._sampler_weight(batch, streams.stats)
-            values_N = self._gate.values(streams)
+            values_N = gate_values(self._gate, streams)
             scored.parts["distil"] = self._component("distil", batch, values_N, scored.weight_N, selection_N, counts)
             if self._codes is not None:
                 self._steer(self._codes, batch, views, streams, scored)
@@ -241,7 +242,7 @@ class Stepper:
         use = Use(heard, not heard, lambda _, rows: part.weights_N[rows])
         steered = training.steered(choice, batch.passages, views, self._target, use)
         training.compare(plain, steered)
-        scored.parts["steered"] = replace(part, values_N=self._gate.values(steered))
+        scored.parts["steered"] = replace(part, values_N=gate_values(self._gate, steered))
         scored.sampled_logprob_N = choice.sampled_logprob_N.float()
 
     def _component(
@@ -272,7 +273,7 @@ class Stepper:
         outcome_N = batch.outcomes(selection_N.device)
 
         def weights(stats: TokenStats, rows: slice) -> Tensor:
-            gate_N = self._gate.weights(told(stats, outcome_N[rows])).detach()
+            gate_N = gate_weights(self._gate, told(stats, outcome_N[rows]))
             return weight_N[rows] * gate_N * self._sampler_weight(batch, stats, rows)
 
         return Use(logprob=of_label, weights=weights)
@@ -391,9 +392,9 @@ class Stepper:
         whole = concatenate([known[index] for index in order])
         refuse_broken_streams(self._scorer.model, whole)
         seed = derive_seed(self._seed, "selection", self._scheduler.last_epoch)
-        selected = self._selection.select(whole, seed).detach().cpu()
+        chosen = selected(self._selection, whole, seed).cpu()
         lengths = [len(known[index].divergence) for index in order]
-        pieces = dict(zip(order, selected.split_with_sizes(lengths), strict=True))
+        pieces = dict(zip(order, chosen.split_with_sizes(lengths), strict=True))
         return [
             torch.cat([pieces[index] for index in batch.indices]) if batch.distils else ones
             for batch, ones in zip(batches, every, strict=True)

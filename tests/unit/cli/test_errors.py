@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from atesd.cli.errors import fail, user_line
+from atesd.recipe import build_config
 from atesd.types import NonFiniteError, UserError
 
 
@@ -57,6 +58,36 @@ def test_torchs_own_cache_is_not_what_out_moves(number: int, monkeypatch: pytest
 )
 def test_our_own_errors_keep_their_traceback(error: Exception) -> None:
     assert user_line(error) is None
+
+
+OWN = """
+import json
+from typing import ClassVar
+from atesd.exposure.controller import ExposureMethod
+
+class Half(ExposureMethod):
+    measured: ClassVar[bool] = False
+    reads_length: ClassVar[bool] = False
+    def describe(self) -> str:
+        return json.loads("")
+    def build(self, run):
+        return None
+"""
+
+
+def test_an_error_of_a_method_of_ones_own_is_one_line_that_names_the_place(tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text(OWN)
+    section = build_config({"exposure": {"kind": f"{tmp_path}/half.py:Half"}}).exposure
+    with pytest.raises(ValueError, match="Expecting value") as raised:
+        section.describe()
+    raised.value.add_note("continue with: atesd train --resume runs/a")
+    assert user_line(raised.value) == (
+        "code of yours raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
+        f"({tmp_path}/half.py, line 10, in describe): mend it; continue with: atesd train --resume runs/a"
+    )
+    with pytest.raises(TypeError) as raised_here:
+        section.describe(1)  # type: ignore[call-arg]
+    assert user_line(raised_here.value) is None, "raised by who calls it"
 
 
 def test_fail_prints_one_line_for_each_of_the_message(capsys: pytest.CaptureFixture[str]) -> None:

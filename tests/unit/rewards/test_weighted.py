@@ -140,3 +140,14 @@ def test_mistakes_in_rewards_are_named(reward: Any, message: str) -> None:
     assert message in str(caught.value)
     assert "(one)" not in str(caught.value)
     assert "(several)" not in str(caught.value)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_section_that_builds_no_function_is_named(several: bool) -> None:
+    class Empty(ExactConfig):
+        def build(self, run: RunFacts) -> Any:
+            return None
+
+    section = [Empty(), MathConfig()] if several else Empty()
+    with pytest.raises(UserError, match=r"Empty\.build returned None: return a function of prompts, completions and"):
+        build_reward(section, ExactConfig(), RunFacts())

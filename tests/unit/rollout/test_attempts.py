@@ -51,7 +51,7 @@ class EchoEpisode:
         return self._at("reward", 0.5)
 
 
-def raising(error: Exception) -> Callable[[], Any]:
+def raising(error: BaseException) -> Callable[[], Any]:
     def trouble() -> Any:
         raise error
 
@@ -107,6 +107,7 @@ TROUBLES = [
         "its reset does not begin with the recipe's",
     ),
     (raising(KeyError("x")), "reset", Ending.ERROR, "it raised KeyError: 'x'"),
+    (raising(SystemExit(3)), "step", Ending.ERROR, "it raised SystemExit: 3"),
     (lambda: float("inf"), "reward", Ending.BAD_REWARD, "its reward is inf"),
     (lambda: float("nan"), "reward", Ending.BAD_REWARD, "its reward is nan"),
     (lambda: "1.0x", "reward", Ending.BAD_REWARD, r"its reward is '1\.0x'"),
@@ -123,6 +124,32 @@ def test_an_environment_that_fails_ends_that_attempt_alone(
     assert (good.reward, good.ended, len(good.turns)) == (0.5, Ending.OVER, 3)
     assert (bad.reward, bad.ended) == (None, ending)
     assert len(bad.turns) == {"reset": 1, "step": 2, "reward": 3}[at], "never without a turn"
+
+
+def test_an_episode_that_cannot_be_opened_ends_its_attempt_alone() -> None:
+    class Shut(Echo):
+        def episode(self, problem: Problem, seed: int) -> Any:
+            if problem is BAD:
+                raise OSError("no server")
+            return super().episode(problem, seed)
+
+    with pytest.warns(UserWarning, match="failed in 1 of 2 attempts; in the first it raised OSError: no server"):
+        good, bad = attempts(Shut())
+    assert (good.reward, bad.reward, bad.ended) == (0.5, None, Ending.ERROR)
+
+
+@pytest.mark.parametrize("count", ["two", None, -1])
+def test_a_number_of_invalid_replies_that_is_none_ends_its_attempt_alone(count: Any) -> None:
+    class Miscounting(Echo):
+        def episode(self, problem: Problem, seed: int) -> Any:
+            episode = super().episode(problem, seed)
+            if problem is BAD:
+                episode.step = lambda reply: setattr(episode, "invalid", count) or []
+            return episode
+
+    with pytest.warns(UserWarning, match=f"in the first its number of invalid replies is {count!r}"):
+        good, bad = attempts(Miscounting())
+    assert (good.invalid, bad.invalid, bad.reward, bad.ended) == (0, 0, None, Ending.ERROR)
 
 
 class Graderless(Echo):

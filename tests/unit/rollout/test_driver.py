@@ -34,6 +34,30 @@ def rewards(groups: list[Group]) -> list[list[float | None]]:
     return [[trajectory.reward for trajectory in group.trajectories] for group in groups]
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda turns: None, "None: return one atesd.types.Turn a prompt"),
+        (lambda turns: [turn.text for turn in turns], r"\['say 1', 'say 1'\]: return one"),
+        (lambda turns: turns[:1], "1 turns for 2 prompts: return one"),
+        (lambda turns: turns[::-1], "a turn at place 0 whose prompt_ids are not the prompt there: return one"),
+        (
+            lambda turns: [replace(each, logprobs=(0.0,)) for each in turns],
+            "1 logprobs for 6 completion_ids",
+        ),
+    ],
+)
+def test_a_sampler_that_answers_something_else_is_named(change: Any, says: str) -> None:
+    driver, sampler = fake_driver(lambda prompt, place: "say 1", exact)
+
+    class Odd:
+        def sample(self, *given: Any, **known: Any) -> Any:
+            return change(sampler.sample(*given, **known))
+
+    with pytest.raises(UserError, match=rf"Odd\.sample returned {says}"):
+        replace(driver, sampler=Odd()).rollout(PROBLEMS, sampling(), seed=0)  # type: ignore[arg-type]
+
+
 def test_groups_keep_the_order_of_problems_and_one_request_holds_all() -> None:
     driver, sampler = fake_driver(lambda prompt, place: f"{place} after {prompt.split()[0]}", exact)
     groups = driver.rollout(PROBLEMS, sampling(3), seed=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,26 @@ def test_only_five_are_named() -> None:
     many = [Problem(f"p{place}", "first", "l1", "2") for place in range(7)]
     with pytest.raises(UserError, match=r"7 evaluation problems \(p0, p1, p2, p3, p4, \.\.\.\) do not fit"):
         asked(many, 11)
+
+
+def test_sets_that_are_not_what_a_task_promises_are_refused() -> None:
+    other = Problem("other", "third", "l1", "2")
+    rows = SimpleNamespace(name="own", train=lambda: [ONE], probe=list, evaluation=lambda: [LONGER, other])
+    assert sets_of(build_config({"eval": {"problems": 1}}), rows)["evaluation"] == [LONGER]
+    for evaluation, says in (
+        (
+            [replace(ONE, id="again")],
+            r"problem 'again' \(evaluation\) has the same text as 'one' \(train\): remove one",
+        ),
+        ([LONGER, replace(other, id="longer")], r"the evaluation problems of task 'own' hold two with the id 'longer'"),
+        ([replace(other, answer=0)], "evaluation problems of task 'own' hold one whose answer is 0: make it a text"),
+        ([replace(other, id=7)], "hold one whose id is 7: make it a text"),
+        ([{"problem": "x"}], r"are \[\{'problem': 'x'\}\]: return a list of atesd\.types\.Problem, \[\] for none"),
+        (None, "the evaluation problems of task 'own' are None: return a list of"),
+    ):
+        rows.evaluation = lambda given=evaluation: given
+        with pytest.raises(UserError, match=says):
+            sets_of(build_config({}), rows)
 
 
 def test_a_run_without_anything_to_evaluate_on_is_refused_before_it_begins() -> None:
