@@ -112,7 +112,7 @@ ORDERS: dict[str, list[str]] = {
     ],
     "train": [
         "world",
-        "answers",
+        "asked",
         "shard",
         "batch",
         "hub",

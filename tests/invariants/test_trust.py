@@ -13,7 +13,7 @@ import pytest
 
 from atesd.recipe import build_config
 from atesd.runlog import RunDir
-from atesd.train.answers import proposed
+from atesd.train.asked import proposed
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.resume import digests_of_code, resumed_config
 from atesd.types import Problem, UserError

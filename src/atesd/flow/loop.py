@@ -19,7 +19,7 @@ from atesd.flow.rollout import roll
 from atesd.flow.setup import FlowParts, assemble
 from atesd.runlog import RunDir
 from atesd.seeds import derive_seed
-from atesd.train.answers import drawn, proposed
+from atesd.train.asked import drawn, proposed
 from atesd.train.checkpoint import restore_interrupted, save_model
 from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings

@@ -18,7 +18,7 @@ from atesd.losses.divergence import Scored, Use
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
 from atesd.routing.route import Route
-from atesd.train.answers import gate_values, gate_weights
+from atesd.train.asked import gate_values, gate_weights
 from atesd.train.batch import Passage, Row, micro_batches, spread
 from atesd.train.outcomes import Graded
 from atesd.train.rows import Rows

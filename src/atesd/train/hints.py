@@ -25,7 +25,7 @@ from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Crediting, Masker, Revealer
 from atesd.exposure.segments import Cut
 from atesd.rollout.render import KEPT, Renderer
-from atesd.train.answers import revealed
+from atesd.train.asked import revealed
 from atesd.train.batch import Veil
 from atesd.types import Message, Problem, Trajectory, UserError
 

@@ -14,7 +14,7 @@ from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json
 from atesd.sections import TrackConfig
 from atesd.seeds import derive_seed
 from atesd.train.ahead import Ahead, lag_of, ratio_metrics
-from atesd.train.answers import drawn, proposed, reported, routed, state_of, wanted
+from atesd.train.asked import drawn, proposed, reported, routed, state_of, wanted
 from atesd.train.batch import Row
 from atesd.train.card import model_card
 from atesd.train.checkpoint import (

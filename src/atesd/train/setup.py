@@ -31,7 +31,7 @@ from atesd.strength import Strength
 from atesd.tasks.base import Task
 from atesd.train.admit import fitting, refuse_hostile, sets_of, shown_instead, warn_of_problems
 from atesd.train.agree import PROMPTS, refuse_disagreement
-from atesd.train.answers import whole
+from atesd.train.asked import whole
 from atesd.train.batch import Row
 from atesd.train.compiled import compile_layers
 from atesd.train.contract import Contract

@@ -14,7 +14,7 @@ from atesd.losses.combine import Component, combine
 from atesd.losses.policy import PolicyValues
 from atesd.losses.stats import TokenStats
 from atesd.losses.target import Target
-from atesd.train.answers import numbers_of
+from atesd.train.asked import numbers_of
 from atesd.train.batch import Row
 
 _BIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -35,7 +35,7 @@ from atesd.losses.stats import TokenStats
 from atesd.losses.target import Plain, Target
 from atesd.seeds import derive_seed
 from atesd.selection import Selection
-from atesd.train.answers import gate_values, gate_weights, selected
+from atesd.train.asked import gate_values, gate_weights, selected
 from atesd.train.batch import Row
 from atesd.train.finite import Scales, cause, cause_in_gradient, refuse_broken_streams, refuse_broken_weights
 from atesd.train.gap import GapRule

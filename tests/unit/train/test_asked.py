@@ -15,7 +15,7 @@ from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.routing.fixed import Distil
 from atesd.routing.route import Route
-from atesd.train.answers import (
+from atesd.train.asked import (
     drawn,
     gate_values,
     gate_weights,

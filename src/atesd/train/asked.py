@@ -1,4 +1,4 @@
-"""What the parts of a run answer, held to what their protocols promise: any of them may be a user's own.
+"""How the parts of a run are asked, and their answers held to what their protocols promise: any may be a user's own.
 
 A wrong answer ends the run in one line, before anything is made of it.
 """
