@@ -531,6 +531,32 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2]
 
 
+OWN_REWARD = """
+calls = []
+
+def score(prompts, completions, **columns):
+    calls.append(1)
+    return [float("nan") if len(calls) == 3 else 0.5 for _ in completions]
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.* is no longer the code that the run began with:UserWarning")
+def test_a_mistake_in_the_middle_of_a_run_is_one_line_that_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third call grades the second step, behind the evaluation of the start and the first one."""
+    out, own = tmp_path / "run", tmp_path / "own.py"
+    own.write_text(OWN_REWARD)
+    named = f'reward={{kind="python", function="{own}:score"}}'
+    assert run(monkeypatch, "train", PICO, *SMALL, 'exposure={kind="fixed"}', named, "--out", str(out)) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "own.py:score' returned nan" in line
+    assert line.endswith(f"; continue with: atesd train --resume {out}")
+    own.write_text(OWN_REWARD.replace("== 3", "== 0"))
+    assert run(monkeypatch, "train", "--resume", str(out)) == 0
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_warmup_writes_a_model_that_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

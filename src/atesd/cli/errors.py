@@ -27,7 +27,7 @@ def user_line(error: Exception) -> str | None:
 
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
-        return str(error)
+        return f"{error}{notes}"
     if hasattr(error, "format_message"):  # the argument parser's usage errors
         return _usage(error)
     number = _system_error(error)

@@ -72,7 +72,8 @@ def _run_train(
     except NonFiniteError as error:
         fail(f"after step {trainer.step}: {error}; metrics and rollouts until there are in {path}", 1)
     except Exception as error:
-        error.add_note(carry_on)
+        if "--resume" not in str(error):
+            error.add_note(carry_on)
         raise
     title = f"after step {result['step']}, on {trainer.parts.task.name}"
     console.print(metrics_table(result["final"], title, start=start_of(trainer.run.metrics())))
