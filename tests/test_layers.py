@@ -40,7 +40,7 @@ BELOW_CONFIG = METHODS | {
     "own",
     "sections",
 }
-BELOW_TRAIN = BELOW_CONFIG | {"tree", "config", "packaged", "recipe", "runlog", "seals", "metrics", "launch"}
+BELOW_TRAIN = BELOW_CONFIG | {"tree", "config", "packaged", "recipe", "runlog", "seals", "metrics", "launch", "signals"}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "metrics": set(),
@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "codes": {"types", "transfer"},
     "seeds": set(),
     "launch": set(),
+    "signals": set(),
     "__main__": {"cli"},
     "cliff": {"types"},
     "alignment": {"types"},

@@ -137,6 +137,20 @@ def test_a_listener_may_stop_a_run_which_then_only_resume_continues(tmp_path: Pa
     assert resumed.train() == result
 
 
+def test_the_first_signal_behind_a_stop_still_lets_the_step_be_saved(tmp_path: Path) -> None:
+    trainer = Trainer.start(build_config(TREE), tmp_path / "run")
+
+    def twice(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            trainer.stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.listener = twice
+    with pytest.raises(Interrupted, match="after step 5"):
+        trainer.train()
+    assert checkpoint.find_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_000005"
+
+
 def test_a_second_signal_ends_a_run_at_once_and_saves_nothing(tmp_path: Path, uninterrupted: Any) -> None:
     run = tmp_path / "run"
     trainer = Trainer.start(build_config(TREE), run)

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from atesd.cli.nursery import Nursery, Process, spawn
 from atesd.cli.progress import Pace, accuracy, clock, number
+from atesd.signals import handled
 
 _POLL_S = 0.1
 _PLAIN_EVERY_S = 30.0
@@ -226,12 +227,8 @@ class Runner:
             self._num_asked += 1
 
         heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, ask) for number in heard}
-        try:
+        with handled(heard, ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def _shown(self) -> Iterator[Callable[[], None]]:

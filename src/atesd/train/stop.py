@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import FrameType
 
+from atesd.signals import handled
 from atesd.train.world import World
 
 _ECHO_S = 3.0
@@ -28,16 +29,16 @@ class Stop:
 
         SIGHUP is left alone where it is ignored, as under nohup; on other threads than the main one all are.
         """
-        asked_at = 0.0
+        heard_at: float | None = None
 
         def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            nonlocal asked_at
-            if self.asked:
-                if world.size > 1 and perf_counter() - asked_at < _ECHO_S:
+            nonlocal heard_at
+            if heard_at is not None:
+                if world.size > 1 and perf_counter() - heard_at < _ECHO_S:
                     return
                 raise KeyboardInterrupt
             self.asked = True
-            asked_at = perf_counter()
+            heard_at = perf_counter()
             if world.is_main:
                 with suppress(OSError):  # a terminal that has hung up
                     print("stopping after this step to save; once more stops at once, without saving", file=sys.stderr)
@@ -46,9 +47,5 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             is_left = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             numbers = [signal.SIGINT, signal.SIGTERM, *([] if is_left else [signal.SIGHUP])]
-        before = {number: signal.signal(number, ask) for number in numbers}
-        try:
+        with handled(numbers, ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
