@@ -161,6 +161,36 @@ def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp
         take(parts, "probe_nll")
 
 
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_a_run_that_distils_nothing_keeps_no_teachers_weights_and_measures_none(teacher: str) -> None:
+    alone = TREE | {"routing": {"kind": "sft"}, "teacher": {"weights": teacher}}
+    parts = assemble(build_config(alone))
+    assert parts.teacher.tensors() == {}
+    with torch.no_grad():
+        next(parts.model.parameters()).zero_()
+        own = parts.model(torch.tensor([[3, 4]])).logits
+        with parts.teacher.in_place():
+            assert torch.equal(parts.model(torch.tensor([[3, 4]])).logits, own), "no copy of weights"
+    assert take(parts, "probe_nll") is not None
+    with pytest.raises(UserError, match="measures gt_answer, and the run keeps no teacher, as its routing distils"):
+        take(parts, "gt_answer", 1.0)
+
+
+def test_reinforcement_alone_keeps_the_first_weights_where_a_kl_term_reads_them() -> None:
+    sampling = TREE["rollout"] | {"group_size": 2}
+    for coef, is_kept in ((0.0, False), (0.1, True)):
+        alone = TREE | {"routing": {"kind": "rl"}, "rl": {"kl_coef": coef}, "rollout": sampling}
+        parts = assemble(build_config(alone))
+        base = parts.measurer._teachers.base if parts.measurer._teachers else None
+        assert (base is not None) == is_kept
+        if base is not None:
+            first = parts.model.lm_head.weight.detach().clone()
+            with torch.no_grad():
+                parts.model.lm_head.weight.zero_()
+            with base.in_place():
+                assert torch.equal(parts.model.lm_head.weight, first)
+
+
 def test_evaluation_may_have_a_prompt_of_its_own(parts: Parts) -> None:
     config = build_config(TREE | {"prompt": TREE["prompt"] | {"evaluation": "#{problem}"}})
     problems, sampling = parts.task.probe(), config.eval.sampling(config.rollout)

@@ -48,6 +48,8 @@ class Measurer:
 
     _teachers: Teachers | None = None
     """Whose weights are held meanwhile; None where nothing has to be held."""
+    _teaches: bool = True
+    """Whether the run has a teacher to measure."""
 
     def __init__(
         self,
@@ -57,8 +59,11 @@ class Measurer:
         training: Sequence[Problem],
         gates: Learning | None = None,
         teachers: Teachers | None = None,
+        *,
+        teaches: bool = True,
     ) -> None:
         self._probe = probe
+        self._teaches = teaches
         self._teachers = teachers
         likelihood = probe.teacher_log_likelihood
         self._table = {
@@ -91,7 +96,7 @@ class Measurer:
     def measure(self, wanted: Iterable[Measurement], phases: Phases | None = None) -> dict[Measurement, Reading]:
         """Take each distinct measurement once; one that cannot be taken is absent.
 
-        UserError for a kind that nobody can take, and where the task has no probe problems.
+        UserError for a kind that nobody can take, and where the task has no probe problems or the run no teacher.
         """
         phases = phases or Phases()
         ratios: dict[str, list[Measurement]] = {}
@@ -115,6 +120,12 @@ class Measurer:
         unknown = [kind for kind in asked if kind not in self._table]
         if unknown:
             raise UserError(f"no measurement is called {unknown[0]!r}: known are {', '.join(self._table)}")
+        reading = [kind for kind in asked if kind not in _OF_THE_STUDENT]
+        if reading and not self._teaches:
+            raise UserError(
+                f"a policy measures {', '.join(reading)}, and the run keeps no teacher, as its routing distils nothing: "
+                f"measure {', '.join(sorted(_OF_THE_STUDENT))}, or choose a routing that distils"
+            )
         needing = [kind for kind in asked if self._table[kind].needs_probe]
         if needing and not self._probe.problems:
             raise UserError(

@@ -173,7 +173,7 @@ def _rows(config: RunConfig, lengths: Lengths) -> tuple[int, int]:
 
 def _copies(config: RunConfig, shape: _Shape) -> dict[str, float]:
     """Return copies of weights: a teacher's that adapters do not give, and the step-0 ones where they are read."""
-    own = config.teacher.weights
+    own = config.teacher.weights if config.routing.distils else "live"
     adapters = config.model.lora is not None
     teacher = own == "ema" or (own == "frozen" and not adapters)
     base = own != "frozen" and config.needs_base and not adapters

@@ -58,6 +58,10 @@ from atesd.train.world import World
 from atesd.types import Policy, Problem, UserError
 
 
+_UNREAD = TeacherConfig(weights="live")
+"""The teacher of runs that distil nothing: the others hold copies of weights."""
+
+
 @dataclass(slots=True)
 class Parts:
     """Everything that the loop moves."""
@@ -177,7 +181,7 @@ def assemble(config: RunConfig) -> Parts:
 
     wrapped = Student(model, config.loss)
     shards = _cut(config, wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
-    teacher = Teacher(config.teacher, model)
+    teacher = Teacher(config.teacher if config.routing.distils else _UNREAD, model)
     base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
     teachers = Teachers(teacher, base, shards)
     updates = config.step.num_steps * config.step.updates_per_batch
@@ -266,7 +270,7 @@ def assemble(config: RunConfig) -> Parts:
         rule=rule,
         probe=probe,
         credit=credit,
-        measurer=Measurer(probe, contract, credit, problems, gates, teachers),
+        measurer=Measurer(probe, contract, credit, problems, gates, teachers, teaches=config.routing.distils),
         shards=shards,
         veils=veils,
     )

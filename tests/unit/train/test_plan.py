@@ -273,6 +273,18 @@ def test_a_step_0_copy_is_needed_where_the_teacher_is_none_and_it_is_read(tmp_pa
     assert make_plan(adapted, ROOM, Lengths(10, 20)).always["teacher copies"] == 0, "the adapter switched off"
 
 
+def test_a_run_that_distils_nothing_copies_weights_for_a_kl_term_alone(tmp_path: Path) -> None:
+    weights, group = 4 * WEIGHTS, {"group_size": 2}
+    for sections, copies in (
+        ({"routing": {"kind": "sft"}}, 0),
+        ({"routing": {"kind": "sft"}, "teacher": {"weights": "ema"}}, 0),
+        ({"routing": {"kind": "rl"}, "rl": {"kl_coef": 0.0}, "rollout": group}, 0),
+        ({"routing": {"kind": "rl"}, "rl": {"kl_coef": 0.1}, "rollout": group}, 1),
+    ):
+        config = recipe(write_config(tmp_path), **sections)
+        assert make_plan(config, ROOM, Lengths(10, 20)).always["teacher copies"] == copies * weights
+
+
 def test_the_optimizers_own_moment_on_a_gpu_by_hand(tmp_path: Path) -> None:
     """With one token to learn from, gradients and AdamW's list of as many numbers outweigh all else."""
     config = recipe(write_config(tmp_path), step={"problems": 1}, rollout={"max_new_tokens": 1})
