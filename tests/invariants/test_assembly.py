@@ -120,6 +120,11 @@ def test_sampled_tokens_are_corrected_where_the_sampler_has_weights_of_its_own()
     assert losses_of(build_config(served)).corrects is None, "a divergence does not depend on what was sampled"
 
 
+def test_a_run_knows_how_many_tokens_its_model_has() -> None:
+    made = parts()
+    assert made.driver.vocabulary == made.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
 def test_the_weights_that_a_step_begins_with_are_asked_where_a_loss_reads_them() -> None:
     assert not losses_of(build_config({})).importance
     assert losses_of(build_config({"loss": {"divergence": {"kind": "sampled"}}})).importance

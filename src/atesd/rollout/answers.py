@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atesd.rollout.sampler import SamplingConfig
+from atesd.rollout.sampler import ROUNDING, SamplingConfig
 from atesd.types import StopReason
-
-_ROUNDING = 1e-3  # nats that a log-probability may lie above 0
 
 
 class HalfAnswer(Exception):  # noqa: N818 (it is asked again)
@@ -119,6 +117,6 @@ def sampled_logprobs(choice: Mapping[str, Any]) -> list[float]:
     found = given.get("token_logprobs") if isinstance(given, Mapping) else None
     if not isinstance(found, list) or not all(isinstance(each, int | float) for each in found):
         raise HalfAnswer("a choice has no log-probabilities")
-    if not all(math.isfinite(each) and each <= _ROUNDING for each in found):
+    if not all(math.isfinite(each) and each <= ROUNDING for each in found):
         raise HalfAnswer("a choice has log-probabilities that are none")
     return [min(0.0, float(each)) for each in found]

@@ -53,6 +53,8 @@ class Driver:
     student_messages: Callable[[Problem], list[Message]]
     """The prompt of whoever makes the attempts."""
     reward: RewardFunction
+    vocabulary: int | None = None
+    """How many tokens the model knows; None where nobody says."""
     room: int | None = None
     """Most tokens of a conversation and the reply that follows it; an attempt that would need more is over."""
     reserved: int = 0
@@ -80,9 +82,7 @@ class Driver:
                 seed=derive_seed(seed, "turn", turn) if turn else seed,
                 **self._known(active),
             )
-            refuse_odd_turns(self.sampler, sampled, [attempt.prompt for attempt in active])
-            for attempt, new in zip(active, sampled, strict=True):
-                attempt.begin(new)
+            self._begin(active, sampled)
             longest = sampling.max_new_tokens
             active = [
                 attempt for attempt, new in zip(active, sampled, strict=True) if self._goes_on(attempt, new, longest)
@@ -98,9 +98,8 @@ class Driver:
 
         def groups() -> list[Group]:
             turns = submitted.result()
-            refuse_odd_turns(sampler, turns, [attempt.prompt for attempt in attempts])
+            self._begin(attempts, turns)
             for attempt, turn in zip(attempts, turns, strict=True):
-                attempt.begin(turn)
                 goes_on = self._goes_on(attempt, turn, 0)
                 assert not goes_on, "environments of several turns are refused"
             return self._grouped(problems, attempts)
@@ -176,6 +175,12 @@ class Driver:
             return [each for text in replies for each in (*self.renderer.solution_ids(text), self.renderer.eos_ids[0])]
         except UserError:
             return ()
+
+    def _begin(self, attempts: Sequence[Attempt], turns: Sequence[Turn]) -> None:
+        """Let attempts know what was sampled for them. UserError unless that is one turn each, of known tokens."""
+        refuse_odd_turns(self.sampler, turns, [attempt.prompt for attempt in attempts], self.vocabulary)
+        for attempt, turn in zip(attempts, turns, strict=True):
+            attempt.begin(turn)
 
     def _goes_on(self, attempt: Attempt, turn: Turn, longest: int) -> bool:
         """Take in a sampled turn; tell whether another one follows."""

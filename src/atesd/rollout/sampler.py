@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, TypeVar
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from atesd.types import Config, Method, Turn, UserError, shown
 
 T = TypeVar("T")
+
+ROUNDING = 1e-3  # nats that a log-probability may lie above 0
 
 
 def _warm(temperature: float) -> float:
@@ -94,8 +97,13 @@ class Sampler(Protocol):
         ...
 
 
-def refuse_odd_turns(sampler: Sampler, turns: object, prompts: Sequence[Sequence[int]]) -> None:
-    """UserError unless a sampler gave one turn a prompt, in order: others would be graded and trained as if it had."""
+def refuse_odd_turns(
+    sampler: Sampler, turns: object, prompts: Sequence[Sequence[int]], vocabulary: int | None = None
+) -> None:
+    """UserError unless a sampler gave one turn a prompt, in order: others would be graded and trained as if it had.
+
+    `vocabulary`: how many tokens the model knows, where that is known; its embedding fails by others.
+    """
     what = f"{type(sampler).__name__}.sample returned"
     remedy = "return one atesd.types.Turn a prompt, in the order of the prompts"
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Turn) for turn in turns):
@@ -109,6 +117,20 @@ def refuse_odd_turns(sampler: Sampler, turns: object, prompts: Sequence[Sequence
             raise UserError(
                 f"{what} {len(turn.logprobs)} logprobs for {len(turn.completion_ids)} completion_ids at place {place}: "
                 "give each token its own, or none at all"
+            )
+        odd = next((each for each in turn.logprobs if not (math.isfinite(each) and each <= ROUNDING)), None)
+        if odd is not None:
+            raise UserError(
+                f"{what} the log-probability {odd:g} at place {place}: give those of the sampled tokens, finite and at "
+                "most 0, or none at all"
+            )
+        known = range(2**63 if vocabulary is None else vocabulary)
+        if any(
+            each not in known for each in (min(turn.completion_ids, default=0), max(turn.completion_ids, default=0))
+        ):
+            raise UserError(
+                f"{what} ids from {min(turn.completion_ids)} to {max(turn.completion_ids)} at place {place}, and the "
+                f"model knows {vocabulary} tokens, from 0: give ids of its own tokenizer"
             )
 
 

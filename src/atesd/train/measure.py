@@ -123,8 +123,8 @@ class Measurer:
         reading = [kind for kind in asked if kind not in _OF_THE_STUDENT]
         if reading and not self._teaches:
             raise UserError(
-                f"a policy measures {', '.join(reading)}, and the run keeps no teacher, as its routing distils nothing: "
-                f"measure {', '.join(sorted(_OF_THE_STUDENT))}, or choose a routing that distils"
+                f"a policy measures {', '.join(reading)}, and the run keeps no teacher, as its routing distils "
+                f"nothing: measure {', '.join(sorted(_OF_THE_STUDENT))}, or choose a routing that distils"
             )
         needing = [kind for kind in asked if self._table[kind].needs_probe]
         if needing and not self._probe.problems:

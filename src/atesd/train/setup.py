@@ -57,7 +57,6 @@ from atesd.train.veils import Veils, veils_for
 from atesd.train.world import World
 from atesd.types import Policy, Problem, UserError
 
-
 _UNREAD = TeacherConfig(weights="live")
 """The teacher of runs that distil nothing: the others hold copies of weights."""
 
@@ -383,6 +382,7 @@ def sampling_side(
         environment=whole("environment", config.env.build(facts)),
         student_messages=lambda problem: student_messages(problem, config.prompt),
         reward=build_reward(config.reward, task.default_reward, facts),
+        vocabulary=getattr(cast("Any", model).get_input_embeddings(), "num_embeddings", None),
         guesses=engine.guesses,
     )
     if driver.environment.limit > 1:

@@ -13,7 +13,7 @@ from atesd.gradients.rule import AllGradients
 from atesd.rollout.attempt import Attempt
 from atesd.rollout.driver import Driver, Underway
 from atesd.rollout.grading import Judging
-from atesd.rollout.sampler import AheadSampler, SamplingConfig, refuse_odd_turns
+from atesd.rollout.sampler import AheadSampler, SamplingConfig
 from atesd.seeds import derive_seed
 from atesd.train.world import World
 from atesd.types import Ending, Group, Policy, Problem, Turn, UserError
@@ -131,9 +131,7 @@ class SharedDriver(Driver):
 
     def _heard(self, active: Mapping[int, Attempt], turns: Sequence[Turn], longest: int) -> dict[int, Attempt]:
         """Take in the turns of this process's attempts, and return those that go on."""
-        refuse_odd_turns(self.sampler, turns, [attempt.prompt for attempt in active.values()])
-        for attempt, turn in zip(active.values(), turns, strict=True):
-            attempt.begin(turn)
+        self._begin(list(active.values()), turns)
         return {
             place: attempt
             for (place, attempt), turn in zip(active.items(), turns, strict=True)

@@ -45,6 +45,19 @@ def rewards(groups: list[Group]) -> list[list[float | None]]:
             lambda turns: [replace(each, logprobs=(0.0,)) for each in turns],
             "1 logprobs for 6 completion_ids",
         ),
+        (
+            lambda turns: [replace(each, logprobs=(*each.logprobs[1:], 0.002)) for each in turns],
+            r"the log-probability 0\.002 at place 0: give those of the sampled tokens, finite and at most 0",
+        ),
+        (
+            lambda turns: [turns[0], replace(turns[1], logprobs=(float("nan"),) * 6)],
+            "the log-probability nan at place 1: give",
+        ),
+        (
+            lambda turns: [turns[0], replace(turns[1], completion_ids=(7, 259), logprobs=())],
+            "ids from 7 to 259 at place 1, and the model knows 259 tokens, from 0: give ids of its own tokenizer",
+        ),
+        (lambda turns: [replace(each, completion_ids=(-1,), logprobs=()) for each in turns], "ids from -1 to -1"),
     ],
 )
 def test_a_sampler_that_answers_something_else_is_named(change: Any, says: str) -> None:
@@ -55,7 +68,19 @@ def test_a_sampler_that_answers_something_else_is_named(change: Any, says: str) 
             return change(sampler.sample(*given, **known))
 
     with pytest.raises(UserError, match=rf"Odd\.sample returned {says}"):
-        replace(driver, sampler=Odd()).rollout(PROBLEMS, sampling(), seed=0)  # type: ignore[arg-type]
+        replace(driver, sampler=Odd(), vocabulary=259).rollout(PROBLEMS, sampling(), seed=0)  # type: ignore[arg-type]
+
+
+def test_tokens_at_the_edge_of_the_vocabulary_and_rounded_log_probabilities_are_taken() -> None:
+    driver, sampler = fake_driver(lambda prompt, place: "say 1", exact)
+    sample = sampler.sample
+
+    def edges(*given: Any, **known: Any) -> Any:
+        return [replace(each, completion_ids=(0, 258), logprobs=(0.0, 0.0005)) for each in sample(*given, **known)]
+
+    sampler.sample = edges  # type: ignore[method-assign]
+    (group, _) = replace(driver, vocabulary=259).rollout(PROBLEMS, sampling(), seed=0)
+    assert group.trajectories[0].final.completion_ids == (0, 258)
 
 
 def test_groups_keep_the_order_of_problems_and_one_request_holds_all() -> None:

@@ -279,6 +279,16 @@ def test_single_turns_are_asked_for_ahead_as_one_process_asks() -> None:
     expected = replace(driver, warned=["ungradable"]).rollout(PROBLEMS, TWICE, seed=10)
     assert in_threads(2, asked) == [expected] * 2
     assert submitted == {6: 10, 4: 10}
+    driver = replace(driver, vocabulary=40)
+
+    def refused(world: ThreadWorld | None) -> str:
+        with pytest.raises(UserError) as error:
+            (driver if world is None else shared(driver, world)).ahead(PROBLEMS, TWICE, seed=10).groups()
+        return str(error.value)
+
+    assert all("and the model knows 40 tokens" in line for line in in_threads(2, refused))
+    sampler.submit = lambda *given, seed: Submitted(lambda: sampler.sample(*given, seed=seed))  # type: ignore[attr-defined]
+    assert "and the model knows 40 tokens" in refused(None)
 
 
 def nothing(completions: list[str], **columns: Any) -> list[None]:
