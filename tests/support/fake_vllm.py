@@ -79,17 +79,19 @@ class FakeVllm:
             self._base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._size = self.vocabulary or self._base.config.vocab_size
         self.connections: set[socket.socket] = set()
-        self._http = _Http(("127.0.0.1", self.port), _handler(self))
-        self._http.daemon_threads = True
+        self._http = _Http(self.connections, ("127.0.0.1", self.port), _handler(self))
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """End it with all its connections: those that a client keeps open would be answered still."""
+        """End it with all its connections, those that a client keeps open, too, and wait for all that it computes.
+
+        An interpreter that ends while torch computes in another thread is aborted.
+        """
         self._http.shutdown()
-        self._http.server_close()
         for connection in list(self.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        self._http.server_close()
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Any:
         """Return what is sent: JSON, (status, JSON), or a word."""
@@ -199,18 +201,24 @@ def _error(message: str, status: int) -> dict[str, Any]:
 
 
 class _Http(ThreadingHTTPServer):
-    """With room for all who come while it is kept from answering."""
+    """With room for all who come while it is kept from answering; closing it waits for its threads."""
 
     request_queue_size = 128
+    daemon_threads = False
+
+    def __init__(self, connections: set[socket.socket], *given: Any) -> None:
+        super().__init__(*given)
+        self._connections = connections
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
 
 
 def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-
-        def setup(self) -> None:
-            super().setup()
-            fake.connections.add(self.connection)
 
         def do_GET(self) -> None:
             self._reply(fake.answer("GET", self.path, {}))
