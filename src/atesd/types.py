@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from inspect import signature
 from math import isfinite
 from typing import Any, ClassVar, LiteralString, NamedTuple, Protocol, TypedDict, get_args
 
@@ -72,10 +73,13 @@ class Method(Config):
     """A choice that a recipe makes by `kind`; the base of every part's methods.
 
     `declares` names what each method of the part must say of itself: its capabilities, which the rest of the program
-    reads instead of asking for its type. TypeError, as soon as its class is made, for a method that lacks one.
+    reads instead of asking for its type. TypeError, as soon as its class is made, for a method that lacks one, or whose
+    `build` does not take `build_takes`.
     """
 
     declares: ClassVar[tuple[str, ...]] = ("describe",)
+    build_takes: ClassVar[tuple[str, ...]] = ("run",)
+    """What `build` is called with."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -84,6 +88,18 @@ class Method(Config):
         if "kind" in cls.model_fields and missing:
             base = next(parent.__name__ for parent in cls.__mro__[1:] if "declares" in vars(parent))
             raise TypeError(f"method {cls.__name__} does not declare {', '.join(missing)}: see {base}")
+        if "kind" in cls.model_fields and not _takes(getattr(cls, "build", None), len(cls.build_takes)):
+            raise TypeError(f"method {cls.__name__} must define build(self, {', '.join(cls.build_takes)})")
+
+
+def _takes(build: object, count: int) -> bool:
+    """Whether a method, where there is one, can be called with so many arguments behind `self`."""
+    if not callable(build):
+        return True
+    given = [*signature(build).parameters.values()][1:]
+    positional = [each for each in given if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    needed = sum(each.default is each.empty for each in positional)
+    return needed <= count and (count <= len(positional) or any(each.kind is each.VAR_POSITIONAL for each in given))
 
 
 class UserError(ValueError):

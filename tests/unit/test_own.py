@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import ClassVar
 from atesd.exposure.controller import ExposureMethod
 from atesd.exposure.schedules import Fixed, Schedule
+from atesd.rollout.sampler import EngineMethod
 
 class Half(ExposureMethod):
     share: float = 0.5
@@ -41,6 +42,24 @@ class Other:
 
 class Named(Half):
     kind: str = "named"
+
+class Bare(Half):
+    def build(self):
+        return Schedule(lambda step: self.share)
+
+class Greedy(Half):
+    def build(self, run, more):
+        return Schedule(lambda step: more)
+
+class Open(Half):
+    def build(self, *given, share=0.25, **known):
+        return Schedule(lambda step: share)
+
+class Engine(EngineMethod):
+    def describe(self) -> str:
+        return "mine"
+    def build(self, run):
+        return None
 
 number = 3
 """
@@ -116,6 +135,16 @@ def test_a_class_of_a_file_or_package_is_validated_kept_and_built(file: Path, pa
     assert exposure(kind=f"{file}:Named").kind == f"{file}:Named", "a kind of its own gives way to the place"
 
 
+def test_a_build_may_take_more_than_it_is_given_where_it_can_do_without(file: Path) -> None:
+    section: Any = exposure(kind=f"{file}:Open")
+    assert section.build(RunFacts()).propose(0, ["a"]) == [0.25]
+
+
+def test_an_engine_is_built_with_a_model_and_a_renderer(file: Path) -> None:
+    with pytest.raises(UserError, match=r"method Engine must define build\(self, model, renderer\)"):
+        build_config({"rollout": {"engine": {"kind": f"{file}:Engine"}}})
+
+
 def test_every_part_is_open(tmp_path: Path) -> None:
     from atesd import kinds
 
@@ -138,6 +167,8 @@ def test_every_part_is_open(tmp_path: Path) -> None:
         ("{file}:number", "is no ExposureMethod"),
         ("atesd.gates.gate:OpenGate", "is no ExposureMethod"),
         ("{file}:Silent", "method Silent does not declare reads_length, describe, build: see ExposureMethod"),
+        ("{file}:Bare", "method Bare must define build(self, run)"),
+        ("{file}:Greedy", "method Greedy must define build(self, run)"),
         ("{file}x.py:Half", "there is no file"),
         ("{file}:", "names no class: write package.module:Class or path/to/file.py:Class"),
         (":Half", "names no class"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from atesd.losses.summands import Summand, Summed, pair, summed
-from atesd.losses.target import Target
+from atesd.losses.target import Target, asked
 from atesd.losses.tiles import Role, slices
 
 BLOCK, BLOCK_ON_GPU = 2**18, 2**24
@@ -191,7 +191,7 @@ def _score(
         # A label outside the vocabulary is NaN and stops the run, instead of scoring some other token.
         return torch.where(is_label_r, log_p.gather(1, labels_r1)[:, 0], torch.nan)
 
-    log_p = scoring.target.log_target([*log_views, log_q] if scoring.target.reads_student else log_views)
+    log_p = asked(scoring.target, [*log_views, log_q] if scoring.target.reads_student else log_views)
     target_logprob_r = at_label(log_p)
     if not is_first:
         log_p = log_p.log_softmax(-1)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from atesd.losses.stats import TokenStats
-from atesd.types import Method
+from atesd.types import Method, UserError, shown
 
 View = Literal["teacher", "base", "full", "answer"]
 """`teacher`: its hint at the ratio in force. `full`, `answer`: at ratios 1 and 0. `base`: step-0 weights, no hint."""
@@ -67,6 +67,25 @@ class Target(Protocol):
     def metrics(self, stats: TokenStats) -> Mapping[str, float]:
         """Return numbers of its own over all distilled tokens of an update, by keys of the metric table."""
         ...
+
+
+def asked(target: Target, log_views: Sequence[Tensor]) -> Tensor:
+    """Return a target's `log_target`. UserError unless it has a number an entry, and left what it read as it was.
+
+    torch would spread a number a token over the vocabulary, which is no target at all.
+    """
+    before = [view._version for view in log_views]
+    returned = target.log_target(log_views)
+    verb = f"{type(target).__name__}.log_target"
+    if not isinstance(returned, Tensor) or returned.shape != log_views[0].shape:
+        what = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned, 60)
+        raise UserError(
+            f"{verb} returned {what} for views of shape {tuple(log_views[0].shape)}: return one log-probability an "
+            "entry of the vocabulary, for each token"
+        )
+    if before != [view._version for view in log_views]:
+        raise UserError(f"{verb} changed a view in place, which others read, too: change a copy")
+    return returned
 
 
 class TargetMethod(Method):

@@ -59,6 +59,7 @@ class EngineMethod(Method):
     """Base of engines' sections: `build(model, renderer)` returns a `Sampler`."""
 
     declares: ClassVar[tuple[str, ...]] = ("describe", "build")
+    build_takes: ClassVar[tuple[str, ...]] = ("model", "renderer")
 
     samples_in_place: ClassVar[bool] = False
     """Whether it samples from whatever weights are in the model, so that the teacher can write completions too."""

@@ -975,3 +975,24 @@ def test_probabilities_made_with_one_exponential_are_those_of_a_soft_max() -> No
     log_p, p = scores._normalised(z)
     torch.testing.assert_close(log_p, z.log_softmax(-1), atol=1e-13, rtol=0)
     torch.testing.assert_close(p, z.softmax(-1), atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda views: views[0][:, :1], r"returned shape \(\d+, 1\) for views of shape \(\d+, \d+\): return one log-"),
+        (lambda views: views[0].mean(0), r"returned shape \(\d+,\) for views"),
+        (lambda views: None, "returned None for views"),
+        (lambda views: views[0].mul_(2.0), "changed a view in place, which others read, too: change a copy"),
+        (lambda views: [views[0], views[1].zero_()][0], "changed a view in place"),
+    ],
+)
+def test_a_target_of_ones_own_is_held_to_the_vocabulary(change: Any, says: str) -> None:
+    class Odd(Extrapolated):
+        def log_target(self, log_views: Sequence[Tensor]) -> Tensor:
+            found: Tensor = change(log_views)
+            return found
+
+    student, first, labels = make()
+    with pytest.raises(UserError, match=rf"Odd\.log_target {says}"):
+        token_streams(student, [first, make(bias=False)[1]], labels, LossConfig(), target=Odd(), temperature=1.2)
