@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from atesd.codes.model import with_codes
 from atesd.facts import RunFacts
 from atesd.gates.gate import Gate
 from atesd.gradients.rule import GradientRule
@@ -20,7 +21,7 @@ from atesd.train.gap import GapRule
 from atesd.train.latent import CodeTraining
 from atesd.train.optim import build_optimizer
 from atesd.train.scorer import Scorer, Student
-from atesd.train.setup import losses_of, with_codes
+from atesd.train.setup import losses_of
 from atesd.train.shard import Shards, Whole
 from atesd.train.stats import StepOutcome
 from atesd.train.step import Stepper

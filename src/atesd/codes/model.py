@@ -55,6 +55,36 @@ def codes_of(model: nn.Module) -> Codes | None:
     return found if isinstance(found, Codes) else None
 
 
+def with_codes(config: CodesConfig | None, model: nn.Module, path: str) -> Codes | None:
+    """Give the model the codes that its recipe trains: those of its folder, or new ones; None where it trains none.
+
+    UserError where a folder's codes would be left as they are, or are others than the recipe's.
+    """
+    found = codes_of(model)
+    if config is None:
+        if found is not None:
+            raise UserError(
+                f"the model in {path!r} is steered by latent codes, which this recipe does not train: add [codes] with "
+                f"{_spelt(found)}, or train a copy of the folder without {FILE}"
+            )
+        return None
+    codes = build_codes(config, model)
+    if found is None:
+        attach(model, codes)
+        return codes
+    if (found.shape, found.scale) != (codes.shape, codes.scale):
+        raise UserError(
+            f"[codes] asks for {_spelt(codes)}, and the codes in {path!r} have {_spelt(found)}: set these, or train a "
+            f"copy of the folder without {FILE}"
+        )
+    return found.requires_grad_(True)
+
+
+def _spelt(codes: Codes) -> str:
+    shape = codes.shape
+    return f"count = {shape['count']}, chunk = {codes.chunk}, layer = {codes.layer}, scale = {codes.scale:g}"
+
+
 @contextmanager
 def unsteered(model: nn.Module) -> Iterator[None]:
     """Neither score nor sample with a model's codes inside the block, unless a block within asks for them."""

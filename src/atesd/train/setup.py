@@ -11,9 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atesd.codes.config import CodesConfig
-from atesd.codes.model import FILE, attach, build_codes, codes_of
-from atesd.codes.steer import Codes
+from atesd.codes.model import with_codes
 from atesd.config import RunConfig
 from atesd.curriculum import Curriculum
 from atesd.exposure.controller import Controller
@@ -299,36 +297,6 @@ def _prepared(
     if accelerator.num_processes == 1:
         return cast("tuple[nn.Module, Any]", accelerator.prepare(student, optimizer))
     return accelerator.prepare_model(student, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
-
-
-def with_codes(config: CodesConfig | None, model: nn.Module, path: str) -> Codes | None:
-    """Give the model the codes that its recipe trains: those of its folder, or new ones; None where it trains none.
-
-    UserError where a folder's codes would be left as they are, or are others than the recipe's.
-    """
-    found = codes_of(model)
-    if config is None:
-        if found is not None:
-            raise UserError(
-                f"the model in {path!r} is steered by latent codes, which this recipe does not train: add [codes] with "
-                f"{_spelt(found)}, or train a copy of the folder without {FILE}"
-            )
-        return None
-    codes = build_codes(config, model)
-    if found is None:
-        attach(model, codes)
-        return codes
-    if (found.shape, found.scale) != (codes.shape, codes.scale):
-        raise UserError(
-            f"[codes] asks for {_spelt(codes)}, and the codes in {path!r} have {_spelt(found)}: set these, or train a "
-            f"copy of the folder without {FILE}"
-        )
-    return found.requires_grad_(True)
-
-
-def _spelt(codes: Codes) -> str:
-    shape = codes.shape
-    return f"count = {shape['count']}, chunk = {codes.chunk}, layer = {codes.layer}, scale = {codes.scale:g}"
 
 
 def make_scorer(

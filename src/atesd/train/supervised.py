@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
+from atesd.codes.model import with_codes
 from atesd.config import RunConfig
 from atesd.runlog import dump_json
 from atesd.sections import OptimConfig
@@ -33,7 +34,7 @@ from atesd.train.hints import Hints
 from atesd.train.model import context_length, load, set_threads
 from atesd.train.optim import build_optimizer, build_schedule
 from atesd.train.scorer import Scorer
-from atesd.train.setup import make_renderer, make_scorer, with_codes
+from atesd.train.setup import make_renderer, make_scorer
 from atesd.types import Config, NonFiniteError, Problem, UserError
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

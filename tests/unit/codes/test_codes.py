@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from atesd.codes.config import CodesConfig
-from atesd.codes.model import FILE, attach, build_codes, codes_of, load_codes, save_codes, unsteered
+from atesd.codes.model import FILE, attach, build_codes, codes_of, load_codes, save_codes, unsteered, with_codes
 from atesd.codes.steer import Codes, Walk
 from atesd.losses.divergence import LossConfig
 from atesd.recipe import build_config
@@ -24,7 +24,6 @@ from atesd.train.batch import Passage
 from atesd.train.checkpoint import load_weights, write_weights
 from atesd.train.model import add_lora
 from atesd.train.scorer import Scorer
-from atesd.train.setup import with_codes
 from atesd.train.teacher import Teacher
 from atesd.types import UserError
 
