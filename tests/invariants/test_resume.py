@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -135,6 +136,43 @@ def test_a_listener_may_stop_a_run_which_then_only_resume_continues(tmp_path: Pa
     result = resumed.train()
     assert outcome(run) == uninterrupted
     assert resumed.train() == result
+
+
+def test_a_best_model_behind_the_last_checkpoint_stays_what_result_says_it_is(tmp_path: Path) -> None:
+    """Its steps are made again, and where a score comes out otherwise, another model would be named."""
+    run, scores = tmp_path / "run", {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.9, 4: 0.4, 5: 0.5}
+
+    def scored(trainer: Trainer) -> Trainer:
+        trainer._evaluate = lambda: (trainer._keep_best(scores[trainer.step]), {})[1]  # type: ignore[method-assign]
+        return trainer
+
+    tree = TREE | {"step": TREE["step"] | {"num_steps": 5}, "eval": TREE["eval"] | {"every": 1}}
+    trainer = scored(Trainer.start(build_config(tree), run))
+    trainer.listener = lambda row: 1 // (3 - row["step"])
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    third = load_file(run / "best" / "model.safetensors")
+    scores[3] = 0.8
+    resumed = scored(Trainer.resume(run))
+    resumed.listener = lambda row: row["step"] == 4 and resumed.stop()
+    with pytest.raises(Interrupted, match="after step 4"):
+        resumed.train()
+    assert scored(Trainer.resume(run)).train()["best"] == {"step": 3, "score": 0.9}
+    kept = load_file(run / "best" / "model.safetensors")
+    assert all(kept[name].equal(weight) for name, weight in third.items())
+
+
+def test_a_best_model_is_of_a_later_step_where_its_manifest_says_so(tmp_path: Path) -> None:
+    assert checkpoint.kept_best(tmp_path, 2) is None
+    for said, step, kept in (
+        ({"step": 3, "score": 0.5}, 2, {"step": 3, "score": 0.5}),
+        ({"step": 2, "score": 0.5}, 2, None),
+        ({"step": 3}, 2, None),
+        ({"step": "3", "score": 0.5}, 2, None),
+        ({}, 2, None),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": {}, **said}))
+        assert checkpoint.kept_best(tmp_path, step) == kept
 
 
 def test_the_first_signal_behind_a_stop_still_lets_the_step_be_saved(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from atesd.flow.setup import FlowParts, assemble
 from atesd.runlog import RunDir
 from atesd.seeds import derive_seed
 from atesd.train.asked import drawn, proposed
-from atesd.train.checkpoint import restore_interrupted, save_model
+from atesd.train.checkpoint import restore_interrupted
 from atesd.train.loop import Listener, Trainer, classes_of
 from atesd.train.record import timings
 from atesd.train.resume import (
@@ -175,10 +175,7 @@ class FlowTrainer(Trainer):
             result = summarise(parts.task.name, [rows[start : start + k] for start in range(0, len(rows), k)])
         self.run.write_rows("eval", self.step, rows)
         self._latest_eval = result.metrics | {f"quality/{name}": value for name, value in quality.items()}
-        score = -next(iter(quality.values()))
-        if self._best is None or score > self._best["score"]:
-            self._best = {"step": self.step, "score": score}
-            save_model(self.run.path / "best", parts.model, None, {"README.md": self._card()})
+        self._keep_best(-next(iter(quality.values())))
         return self._latest_eval
 
     def _card(self) -> str:

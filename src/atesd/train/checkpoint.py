@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
 from atesd.runlog import dump_json, settle, step_name
-from atesd.seals import MANIFEST, seal_files
+from atesd.seals import MANIFEST, read_manifest, seal_files
 from atesd.train.optim import MASTER
 from atesd.train.shard import Whole, local, piece, shared_as
 from atesd.types import UserError
@@ -47,10 +47,11 @@ def save_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     beside: Mapping[str, str] = MappingProxyType({}),
+    about: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Write a model folder (adapters only, with LoRA); an old folder of that name stays until the new is complete.
 
-    `beside` holds further files, such as the model's card: their texts by name.
+    `beside` holds further files, such as the model's card: their texts by name; `about` numbers for its manifest.
     """
     partial = _fresh_partial(folder)
     try:
@@ -60,7 +61,7 @@ def save_model(
             generation.save_pretrained(partial)
         for name, text in beside.items():
             (partial / name).write_text(text, encoding="utf-8")
-        _seal(partial)
+        _seal(partial, about)
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,6 +133,19 @@ def restore_interrupted(folder: Path) -> None:
     aside = folder.with_name(folder.name + _ASIDE)
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
+
+
+def kept_best(folder: Path, step: int) -> dict[str, float] | None:
+    """Return step and score of a best model that is of a later step than `step`; None for any other.
+
+    A run that was killed behind its checkpoint left it. What comes of these steps when they are made again may differ
+    by rounding: then the model is still there, and this is what it was.
+    """
+    found = read_manifest(folder) or {}
+    later, score = found.get("step"), found.get("score")
+    if isinstance(later, int) and isinstance(score, int | float) and later > step:
+        return {"step": later, "score": score}
+    return None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -236,8 +250,8 @@ def _all_shards(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _seal(folder: Path) -> None:
-    (folder / MANIFEST).write_text(dump_json({"files": seal_files(folder)}), encoding="utf-8")
+def _seal(folder: Path, about: Mapping[str, float] = MappingProxyType({})) -> None:
+    (folder / MANIFEST).write_text(dump_json({"files": seal_files(folder), **about}), encoding="utf-8")
 
 
 def _fresh_partial(folder: Path) -> Path:

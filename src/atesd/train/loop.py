@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 from atesd.config import RunConfig
@@ -18,6 +19,7 @@ from atesd.train.asked import drawn, proposed, reported, routed, state_of, wante
 from atesd.train.batch import Row
 from atesd.train.card import model_card
 from atesd.train.checkpoint import (
+    kept_best,
     load_optimizer,
     load_teacher,
     load_weights,
@@ -338,16 +340,21 @@ class Trainer:
         self.run.write_rows("eval", self.step, result.rows)
         self._latest_eval = result.metrics
         score = result.metrics.get(f"eval/{parts.task.name}/avg@{config.eval.k}")
-        if score is not None and (self._best is None or score > self._best["score"]):
-            self._best = {"step": self.step, "score": score}
-            self._write_model("best")
+        if score is not None:
+            self._keep_best(score)
         return result.metrics
 
-    def _write_model(self, name: str) -> None:
+    def _keep_best(self, score: float) -> None:
+        """Keep the model as it is now if none was as good; its manifest says of which step it is, and its score."""
+        if self._best is None or score > self._best["score"]:
+            self._best = {"step": self.step, "score": score}
+            self._write_model("best", self._best)
+
+    def _write_model(self, name: str, about: Mapping[str, float] = MappingProxyType({})) -> None:
         """Write the model as it is now, with its card."""
         if self.world.is_main:
             card = {"README.md": self._card()}
-            save_model(self.run.path / name, self.parts.model, self.parts.tokenizer, card)
+            save_model(self.run.path / name, self.parts.model, self.parts.tokenizer, card, about)
         self.world.barrier()
 
     def _card(self) -> str:
@@ -428,7 +435,8 @@ class Trainer:
             policy.load_state_dict(state["policies"][name])
         for name, each in parts.memories.items():
             each.load_state_dict(state[name])
-        self.step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
+        self.step, self._seconds = state["step"], state["seconds"]
+        self._best = kept_best(self.run.path / "best", self.step) or state["best"]
         self._latest_eval = state["latest_eval"]
         self._ahead.load_state_dict(state.get("ahead"))
         parts.sync(self.step)
