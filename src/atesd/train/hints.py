@@ -65,7 +65,7 @@ class Hints:
         self, prompt: PromptConfig, revealer: Revealer, renderer: Renderer, donors: Mapping[str, Problem]
     ) -> None:
         self._prompt = prompt
-        self._revealer = revealer
+        self.revealer = revealer
         self._renderer = renderer
         self._donors = donors
         self._texts = lru_cache(KEPT)(renderer.token_texts)
@@ -91,8 +91,8 @@ class Hints:
 
     def heard(self, problem: Problem, rollout: Trajectory) -> None:
         """Tell a revealer that learns from it of an attempt that is distilled."""
-        if isinstance(self._revealer, Crediting):
-            self._revealer.heard(problem, rollout)
+        if isinstance(self.revealer, Crediting):
+            self.revealer.heard(problem, rollout)
 
     def teacher_messages(self, problem: Problem, ratio: float) -> list[Message]:
         """Return the teacher's prompt at a ratio as messages, whatever the rollout."""
@@ -102,7 +102,7 @@ class Hints:
     def _text(self, problem: Problem, ratio: float, rollout: Trajectory | None) -> tuple[str, Reveal]:
         """Return the hint's text and what it shows of the solution."""
         source = self._donors.get(problem.id, problem)
-        shown = revealed(self._revealer, source, ratio, rollout)
+        shown = revealed(self.revealer, source, ratio, rollout)
         return "" if self._prompt.hint == "none" else hint_text(source, shown, self._prompt), shown
 
     def _veil(self, problem: Problem, shown: Reveal, ids: tuple[int, ...]) -> Veil | None:
@@ -120,12 +120,12 @@ class Hints:
                 'reveal.kind = "segments"'
             )
         start, stop = place
-        budget = cast("Masker", self._revealer).kept(source, shown.ratio, texts[start:stop])
+        budget = cast("Masker", self.revealer).kept(source, shown.ratio, texts[start:stop])
         return None if budget.keep >= stop - start else Veil(start, stop, *budget)
 
     def shown(self, problem: Problem, ratio: float) -> Reveal:
         """Return what of the problem's own solution is visible at a ratio."""
-        return revealed(self._revealer, problem, ratio)
+        return revealed(self.revealer, problem, ratio)
 
     def teacher_ids(self, problem: Problem, ratio: float, opening: str = "") -> tuple[int, ...]:
         """Return the teacher's prompt at a ratio, whatever the rollout but for what the environment said first."""
@@ -188,7 +188,7 @@ class Hints:
 
     def _beside(self, problem: Problem, tokens: Callable[[str], int]) -> int:
         """Return how many tokens a hint has besides the solution's at most: its answer's statement, and markers."""
-        source, revealer = self._donors.get(problem.id, problem), self._revealer
+        source, revealer = self._donors.get(problem.id, problem), self.revealer
         stated = tokens(self._prompt.answer) + tokens(source.answer or "")
         if not isinstance(revealer, Cut) or not revealer.hidden_marker:
             return stated

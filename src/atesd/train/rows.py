@@ -42,8 +42,8 @@ class Rows:
         prompt_weight: Literal["none", "paced"] = "none",
         mask_truncated: bool = False,
     ) -> None:
-        self._hints = hints
-        self._outcomes = outcomes
+        self.hints = hints
+        self.outcomes = outcomes
         self._policy = policy
         self._paced = prompt_weight == "paced"
         self._mask_truncated = mask_truncated
@@ -65,15 +65,15 @@ class Rows:
             _Fed(index, group, attempt, self._components(attempt, route, reinforced=gain is not None), ratio, gain, won)
             for index, (group, route, ratio) in enumerate(zip(groups, routes, ratios, strict=True))
             for attempt, gain, won in zip(
-                group.trajectories, self._advantages(group, route), self._outcomes.of(group), strict=True
+                group.trajectories, self._advantages(group, route), self.outcomes.of(group), strict=True
             )
         ]
         asked = [self._asked(each, views) for each in fed]
-        hints = iter(self._hints.hints([one for wanted in asked for one in wanted.values()]))
+        hints = iter(self.hints.hints([one for wanted in asked for one in wanted.values()]))
         read = [{view: next(hints) for view in wanted} for wanted in asked]
         for each in fed if trains else ():
             if "distil" in each.components:
-                self._hints.heard(each.group.problem, each.attempt)
+                self.hints.heard(each.group.problem, each.attempt)
         return [row for each, told in zip(fed, read, strict=True) for row in self._rows(each, told)]
 
     def _asked(self, fed: _Fed, views: Sequence[View]) -> dict[View, Asked]:

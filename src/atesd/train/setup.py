@@ -178,20 +178,17 @@ def assemble(config: RunConfig) -> Parts:
 
     wrapped = Student(model, config.loss)
     shards = _cut(config, wrapped, model, world, accelerator.device) if is_sharded else Whole(world)
-    teacher = Teacher(config.teacher if config.routing.distils else _UNREAD, model)
-    base = teacher if teacher.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
-    teachers = Teachers(teacher, base, shards)
+    teachers = _teachers(config, model, shards)
     updates = config.step.num_steps * config.step.updates_per_batch
     student, optimizer = _prepared(accelerator, wrapped, build_optimizer(config.optim, model), shards)
     shards.gather()
     scheduler = build_schedule(config.optim, optimizer, updates)
     veils = veils_for(model, cast("Masker", revealer)) if config.reveal.masks else None
     scorer = make_scorer(config, model, renderer, student, veils, shards)
-    outcomes = Outcomes(config.probe.credit_steps)
     _check_and_compile(config, scorer, [hints.student_ids(problem) for problem in problems[:PROMPTS]])
     rows = Rows(
         hints,
-        outcomes=outcomes,
+        outcomes=Outcomes(config.probe.credit_steps),
         policy=config.rl,
         prompt_weight=config.loss.prompt_weight,
         mask_truncated=config.step.truncated == "mask",
@@ -216,34 +213,9 @@ def assemble(config: RunConfig) -> Parts:
         gap_rule=GapRule(config.rollout.gap_warning, config.rollout.gap_limit),
         codes=CodeTraining(config.codes, codes, scorer, config.seed, world) if config.codes and codes else None,
     )
-    probe = Probe(
-        sets["probe"],
-        scorer=scorer,
-        teacher=teacher,
-        base=base,
-        hints=hints,
-        driver=driver,
-        sampling=config.rollout,
-        completions=config.probe.sampling_k,
-        max_tokens=config.probe.max_tokens,
-        context=context_length(model),
-        seed=config.seed,
+    probe, credit, measurer = _measuring(
+        config, sets["probe"], problems, scorer=scorer, teachers=teachers, rows=rows, driver=driver, optimizer=optimizer
     )
-    contract = Contract(config.cliff, probe=probe, scorer=scorer, teachers=teachers, renderer=renderer)
-    credit = Credit(
-        scorer=scorer,
-        directions=Directions(scorer=scorer, teachers=teachers, rows=rows, gate=config.gate),
-        outcomes=outcomes,
-        optimizer=optimizer,
-        optim=config.optim,
-        references=probe.references,
-        parameters=config.probe.credit_parameters,
-        problems=config.probe.credit_problems,
-    )
-    gates = None
-    if veils is not None and veils.gates is not None:
-        masker = cast("Masker", revealer)
-        gates = Learning(masker, scorer=scorer, veils=veils, teachers=teachers, rows=rows, credit=credit)
     return Parts(
         model=model,
         tokenizer=tokenizer,
@@ -255,7 +227,7 @@ def assemble(config: RunConfig) -> Parts:
         driver=driver,
         hints=hints,
         rows=rows,
-        teacher=teacher,
+        teacher=teachers.own,
         stepper=stepper,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -267,10 +239,61 @@ def assemble(config: RunConfig) -> Parts:
         rule=rule,
         probe=probe,
         credit=credit,
-        measurer=Measurer(probe, contract, credit, problems, gates, teachers, teaches=config.routing.distils),
+        measurer=measurer,
         shards=shards,
         veils=veils,
     )
+
+
+def _teachers(config: RunConfig, model: nn.Module, shards: Whole) -> Teachers:
+    """Return the teacher, and the step-0 weights where something reads them; a frozen teacher is both."""
+    own = Teacher(config.teacher if config.routing.distils else _UNREAD, model)
+    base = own if own.frozen else Teacher(TeacherConfig(), model) if config.needs_base else None
+    return Teachers(own, base, shards)
+
+
+def _measuring(
+    config: RunConfig,
+    held_out: Sequence[Problem],
+    problems: Sequence[Problem],
+    *,
+    scorer: Scorer,
+    teachers: Teachers,
+    rows: Rows,
+    driver: Driver,
+    optimizer: Any,
+) -> tuple[Probe, Credit, Measurer]:
+    """Build what takes measurements: on the problems that are held out for it, and on those trained on."""
+    probe = Probe(
+        held_out,
+        scorer=scorer,
+        teacher=teachers.own,
+        base=teachers.base,
+        hints=rows.hints,
+        driver=driver,
+        sampling=config.rollout,
+        completions=config.probe.sampling_k,
+        max_tokens=config.probe.max_tokens,
+        context=context_length(scorer.model),
+        seed=config.seed,
+    )
+    contract = Contract(config.cliff, probe=probe, scorer=scorer, teachers=teachers, renderer=driver.renderer)
+    credit = Credit(
+        scorer=scorer,
+        directions=Directions(scorer=scorer, teachers=teachers, rows=rows, gate=config.gate),
+        outcomes=rows.outcomes,
+        optimizer=optimizer,
+        optim=config.optim,
+        references=probe.references,
+        parameters=config.probe.credit_parameters,
+        problems=config.probe.credit_problems,
+    )
+    gates, veils = None, scorer.veils
+    if veils is not None and veils.gates is not None:
+        masker = cast("Masker", rows.hints.revealer)
+        gates = Learning(masker, scorer=scorer, veils=veils, teachers=teachers, rows=rows, credit=credit)
+    measurer = Measurer(probe, contract, credit, problems, gates, teachers, teaches=config.routing.distils)
+    return probe, credit, measurer
 
 
 def _check_and_compile(config: RunConfig, scorer: Scorer, prompts: Sequence[Sequence[int]]) -> None:
