@@ -72,6 +72,15 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path) -> N
     assert (run / "metrics.jsonl").read_bytes() == before, "a finished run is not run again"
 
 
+def test_the_model_of_the_smallest_distance_is_the_best_one(tmp_path: Path) -> None:
+    result = start_run(build_config(tree(eval=TREE["eval"] | {"every": 1})), tmp_path / "run").train()
+    rows = RunDir.open(tmp_path / "run").metrics()
+    names = [key for key in rows[0] if key.startswith("quality/")]
+    best = min(rows, key=lambda row: row[names[0]])
+    assert len({row[names[0]] for row in rows}) > 1
+    assert result["best"] == {"step": best["step"], "score": -best[names[0]]}
+
+
 def test_what_a_run_logs_is_in_the_table(tmp_path: Path) -> None:
     result = start_run(build_config(tree(step={"num_steps": 1, "problems": 4})), tmp_path / "run").train()
     rows = RunDir.open(tmp_path / "run").metrics()

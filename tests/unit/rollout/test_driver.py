@@ -54,6 +54,10 @@ def rewards(groups: list[Group]) -> list[list[float | None]]:
             "the log-probability nan at place 1: give",
         ),
         (
+            lambda turns: [turns[0], replace(turns[1], logprobs=(float("-inf"),) * 6)],
+            "the log-probability -inf at place 1: give",
+        ),
+        (
             lambda turns: [turns[0], replace(turns[1], completion_ids=(7, 259), logprobs=())],
             "ids from 7 to 259 at place 1, and the model knows 259 tokens, from 0: give ids of its own tokenizer",
         ),
