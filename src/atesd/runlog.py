@@ -38,6 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -67,6 +68,19 @@ def write_atomic(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_unwritable(path: Path, option: str = "--out") -> None:
+    """UserError where a file or folder cannot be made or replaced, before the work whose result it is to hold.
+
+    Tried in the folder itself, or the nearest one above it that exists, where nothing is left.
+    """
+    tried = path.parents if path.is_file() else (path, *path.parents)
+    place = next((above for above in tried if above.exists()), Path())
+    try:
+        TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with {option}") from error
 
 
 def settle(path: Path) -> None:
@@ -135,6 +149,7 @@ class RunDir:
                 f"run directory {path} already exists and is not empty: "
                 f"continue it with --resume {path}, or choose another with --out"
             )
+        refuse_unwritable(path)
 
     @classmethod
     def create(

@@ -24,7 +24,7 @@ from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
 from atesd.own import places_in
 from atesd.packaged import find_recipe
-from atesd.runlog import dump_json, write_atomic
+from atesd.runlog import dump_json, refuse_unwritable, write_atomic
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def locked(folder: Path) -> Iterator[int]:
     """Hold the folder for one comparison; its runs inherit the lock, so that none is continued while it still runs."""
     if folder.exists() and not (folder / "compare.json").is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} already exists and holds no comparison: choose another folder with --out")
+    refuse_unwritable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:

@@ -9,7 +9,10 @@ import errno
 import os
 import re
 import sys
-from typing import NoReturn
+from io import TextIOWrapper
+from typing import NoReturn, TextIO
+
+from atesd.launch import launched
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -64,6 +67,26 @@ def fail(message: str, code: int) -> NoReturn:
         for line in message.split("\n"):
             print("error:", one_line(line), file=sys.stderr)
     sys.exit(code)
+
+
+def prepare_streams() -> None:
+    """Have what a stream's encoding lacks, as on an ASCII terminal, written as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,  # noqa: ARG001
+    lineno: int,  # noqa: ARG001
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    """Print our own warnings as one line each; leave out those by which libraries speak to developers."""
+    if category is UserWarning and launched()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _usage(error: Exception) -> str:

@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from atesd.cli.progress import bar, clock, make_console, silence_libraries
+from atesd.runlog import refuse_unwritable
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -125,3 +126,4 @@ def refuse_unused(needed: str | None, **options: object) -> None:
 def _refuse_filled(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty: choose another folder with --out")
+    refuse_unwritable(out)
