@@ -7,9 +7,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("recipes")
+
+
+# fmt: off
+SECTIONS = (
+    "seed", "model", "task", "reward", "prompt", "reveal", "exposure", "teacher", "target", "loss",
+    "selection", "gate", "routing", "rl", "cliff", "curriculum", "gradient", "codes", "env", "rollout",
+    "optim", "step", "probe", "eval", "save", "flow", "track", "threads", "arms",
+)
+# fmt: on
+"""What a recipe holds at its top: the fields of `tree.py`, which takes seconds to import."""
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -40,6 +51,19 @@ def find_recipe(given: str | Path) -> Path:
         f"recipe {one_line(str(given))} cannot be read (there is no such file, nor a packaged recipe of that name): "
         f"{meant}give the path of a TOML file, or one of {', '.join(known)}"
     )
+
+
+def refuse_unknown_sections(overrides: Iterable[str]) -> None:
+    """UserError for an override of a section that no recipe has, with the nearest name."""
+    for override in overrides:
+        name = override.partition("=")[0].partition(".")[0].strip()
+        if "=" not in override or not name or name in SECTIONS:
+            continue
+        from atesd.types import UserError, shown
+
+        near = difflib.get_close_matches(name[:100], SECTIONS, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(SECTIONS))}"
+        raise UserError(f"override {shown(override)}: unknown key {shown(name)}: {meant}")
 
 
 def title_of(recipe: Path) -> str:

@@ -43,12 +43,22 @@ def _seen(recipe: Path | None) -> Path | None:
     return recipe
 
 
+def _known(overrides: list[str] | None) -> list[str] | None:
+    """UserError for an override of what no recipe has, likewise; several processes tell each other later."""
+    from atesd.packaged import refuse_unknown_sections
+
+    if launched()[1] == 1:
+        refuse_unknown_sections(overrides or [])
+    return overrides
+
+
 _RECIPE_HELP = "Recipe: a TOML file, or the name of a packaged one."
 Recipe = Annotated[
     Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names, callback=_seen)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `step.num_steps=50`.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `step.num_steps=50`.", callback=_known),
 ]
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from atesd.cli.main import _recipe_names, main
 from atesd.cli.recipes import run_recipes
-from atesd.packaged import find_recipe, packaged_recipes, title_of
+from atesd.config import RunConfig
+from atesd.packaged import SECTIONS, find_recipe, packaged_recipes, refuse_unknown_sections, title_of
 from atesd.recipe import load_config
 from atesd.types import UserError
 
@@ -35,6 +36,18 @@ def test_a_name_means_the_packaged_recipe_unless_a_file_is_called_so(
     Path("pico").rmdir()
     Path("pico").write_text("seed = 11")
     assert load_config(Path("pico")).seed == 11
+
+
+def test_a_misspelt_section_is_told_before_anything_of_weight_is_imported(tmp_path: Path) -> None:
+    assert set(SECTIONS) == set(RunConfig.model_fields)
+    code = "import sys; from atesd.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, "train", "pico", "stp.num_steps=3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == "error: override 'stp.num_steps=3': unknown key 'stp': did you mean 'step'?\n"
+    with pytest.raises(UserError, match=r"override 'foo=': unknown key 'foo': known are arms, cliff, "):
+        refuse_unknown_sections(["step.num_steps=3", "seed=4", "foo="])
+    refuse_unknown_sections(["task.x=1", "nothing", "=3"])
 
 
 def test_what_is_neither_is_named_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
