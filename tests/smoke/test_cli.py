@@ -671,6 +671,12 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     found = capsys.readouterr()
     assert "kept text" in found.out
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
+    assert "model's context" not in found.out
+    path.write_text(json.dumps({"problem": "1+1=?", "solution": "1+1=2\n" * 5000 + "#2"}) + "\n")
+    assert run(monkeypatch, "check", str(path), "--grader", "exact", "--model", "pico") == 0
+    assert (
+        "warning: 1 problems have more tokens with their solutions than the model's context" in capsys.readouterr().out
+    )
 
 
 HELD = """

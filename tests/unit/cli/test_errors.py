@@ -44,6 +44,14 @@ def test_refused_and_misplaced_writes_name_another_place() -> None:
     assert "/x cannot be written (Not a directory)" in str(user_line(system_error(errno.ENOTDIR, "/x")))
 
 
+def test_a_cache_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/x")
+    assert user_line(error) is None
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/x")
+    why = "(No such file or directory): let TORCHINDUCTOR_CACHE_DIR name another place"
+    assert user_line(error) == f"/proc/x cannot be written {why}"
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR])
 def test_torchs_own_cache_is_not_what_out_moves(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
