@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if _is_manifest(found) else None
+    return found if is_manifest(found) else None
 
 
 def folder_flaw(folder: Path) -> str | None:
@@ -72,7 +72,8 @@ def folder_flaw(folder: Path) -> str | None:
     return flaw(folder, manifest["files"])
 
 
-def _is_manifest(found: Any) -> bool:
+def is_manifest(found: Any) -> bool:
+    """Tell whether something read is a manifest."""
     files = found.get("files") if isinstance(found, dict) else None
     return isinstance(files, dict) and all(
         isinstance(each, dict) and isinstance(each.get("size"), int) and isinstance(each.get("sha256"), str)
