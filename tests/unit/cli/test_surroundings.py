@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from atesd.cli.main import main
+from atesd.cli.progress import make_console, metrics_table
 from atesd.evaluate.kept import _opened
 from atesd.runlog import RunDir, refuse_unwritable
 from atesd.types import UserError
@@ -72,3 +73,38 @@ def test_a_terminal_without_a_character_shows_its_escape(tmp_path: Path) -> None
     done = atesd("recipes", str(tmp_path / "mine.toml"), env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "# s\\xfc\\xdf\nseed = 3\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+@pytest.mark.parametrize("place", ["/dev/full", "/dev/null"])
+def test_what_lasts_goes_on_where_its_output_cannot_be_written(place: str) -> None:
+    code = (
+        "from atesd.cli.progress import make_console\n"
+        "console = make_console(lasting=True)\n"
+        "for each in range(3): console.print(each)\n"
+        "open('/dev/stderr', 'w').write('the end')\n"
+    )
+    with Path(place).open("w") as full:
+        words, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(HERE / "src")}
+        done = subprocess.run(words, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    warning = "warning: the output cannot be written (No space left on device); what was begun goes on\n"
+    assert (done.returncode, done.stderr) == (0, f"{warning if place == '/dev/full' else ''}the end")
+
+
+@pytest.mark.parametrize(("columns", "width"), [("0", 80), ("30", 80), ("100", 100), ("wide", 80)])
+def test_a_file_has_room_for_numbers_whatever_columns_says(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console = make_console()
+    assert console.width == width
+    console.print(metrics_table({"avg@4": 0.123456}, "x" * 40, start={"avg@4": 0.5}))
+    assert "0.123" in capsys.readouterr().out
+
+
+def test_a_terminal_is_as_narrow_as_it_says_but_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as rich reads it
+    for columns, width in (("30", 30), ("0", 80)):
+        monkeypatch.setenv("COLUMNS", columns)
+        console = make_console()
+        assert (console.is_terminal, console.width) == (True, width)
