@@ -40,6 +40,9 @@ def find_recipe(given: str | Path) -> Path:
         return known[str(given)]
     from atesd.types import UserError, one_line
 
+    if path.exists() and path != Path():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"recipe {one_line(str(path))} cannot be read (it is {what}): give the path of a TOML file")
     if path.stem in known:
         raise UserError(
             f"recipe {one_line(str(path))} cannot be read (there is no such file), but {path.stem!r} is packaged: "
@@ -51,6 +54,19 @@ def find_recipe(given: str | Path) -> Path:
         f"recipe {one_line(str(given))} cannot be read (there is no such file, nor a packaged recipe of that name): "
         f"{meant}give the path of a TOML file, or one of {', '.join(known)}"
     )
+
+
+def recipe_text(path: Path) -> str:
+    """Return the text of a recipe's file. UserError where it cannot be read."""
+    from atesd.types import UserError, one_line
+
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark of three bytes in front
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"recipe {one_line(str(path))} cannot be read ({why}): give the path of a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {one_line(str(path))} cannot be read ({error}): save it as UTF-8") from error
 
 
 def refuse_unknown_sections(overrides: Iterable[str]) -> None:
@@ -69,7 +85,7 @@ def refuse_unknown_sections(overrides: Iterable[str]) -> None:
 def title_of(recipe: Path) -> str:
     """Return what a recipe's first comment says, its first sentence."""
     lines: list[str] = []
-    for line in recipe.read_text(encoding="utf-8").splitlines():
+    for line in recipe_text(recipe).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# "))

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from atesd.config import RunConfig
 from atesd.own import named_class
-from atesd.packaged import find_recipe
+from atesd.packaged import find_recipe, recipe_text
 from atesd.tree import ONE, SEVERAL
 from atesd.types import UserError, one_line, shown
 
@@ -44,10 +44,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     UserError with file, key and remedy for everything that is wrong with it.
     """
     path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read ({error}): give the path of a TOML file") from error
+    text = recipe_text(path)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -38,6 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
@@ -75,6 +76,10 @@ def refuse_unwritable(path: Path, option: str = "--out") -> None:
 
     Tried in the folder itself, or the nearest one above it that exists, where nothing is left.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} holds bytes that are no UTF-8: choose another place with {option}") from error
     tried = path.parents if path.is_file() else (path, *path.parents)
     place = next((above for above in tried if above.exists()), Path())
     try:
@@ -147,7 +152,7 @@ class RunDir:
         if path.exists() and any(path.iterdir()) and not _never_began(path):
             raise UserError(
                 f"run directory {path} already exists and is not empty: "
-                f"continue it with --resume {path}, or choose another with --out"
+                f"continue it with --resume {quote(str(path))}, or choose another with --out"
             )
         refuse_unwritable(path)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from atesd.cli.compare import make_plan
 from atesd.cli.main import _recipe_names, main
 from atesd.cli.recipes import run_recipes
 from atesd.config import RunConfig
@@ -48,6 +50,30 @@ def test_a_misspelt_section_is_told_before_anything_of_weight_is_imported(tmp_pa
     with pytest.raises(UserError, match=r"override 'foo=': unknown key 'foo': known are arms, cliff, "):
         refuse_unknown_sections(["step.num_steps=3", "seed=4", "foo="])
     refuse_unknown_sections(["task.x=1", "nothing", "=3"])
+
+
+def test_a_recipe_is_utf_8_with_a_mark_in_front_or_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, text = tmp_path / "mine one.toml", "# S\u00fc\u00df, a title.\r\nseed = 3\r\n"
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert load_config(path).seed == 3
+    assert title_of(path) == "S\u00fc\u00df, a title"
+    assert make_plan(path, [], ["full"], range(1)).text.startswith("# S")
+    run_recipes(str(path), tmp_path / "copy.toml")
+    assert tomllib.loads((tmp_path / "copy.toml").read_text(encoding="utf-8")) == {"seed": 3}
+    (tmp_path / "with space").mkdir()
+    capsys.readouterr()
+    run_recipes("pico", tmp_path / "with space")
+    assert capsys.readouterr().out.endswith(f"train it with `atesd train '{tmp_path}/with space/pico.toml'`\n")
+    path.write_text(text, encoding="latin-1")
+    for read in (load_config, title_of, lambda path: run_recipes(str(path), None)):
+        with pytest.raises(UserError, match=r"mine one\.toml cannot be read \('utf-8' codec .*\): save it as UTF-8$"):
+            read(path)
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("pipe", "a pipe or a device"), ("with space", "a folder")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(it is {what}\): give the path of a TOML file"):
+            find_recipe(tmp_path / name)
 
 
 def test_what_is_neither_is_named_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

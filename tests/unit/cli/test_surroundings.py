@@ -68,6 +68,17 @@ def test_a_place_is_tried_in_the_nearest_folder_above_and_nothing_is_left_there(
             tried(tmp_path / "file" / "a")
 
 
+def test_a_place_whose_name_no_file_could_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds bytes that are no UTF-8: choose another place with --out"):
+        RunDir.check_free(tmp_path / "\udcff")
+
+
+def test_a_run_that_is_there_is_named_as_a_shell_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "a run" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"continue it with --resume '{tmp_path}/a run', or"):
+        RunDir.check_free(tmp_path / "a run")
+
+
 def test_a_terminal_without_a_character_shows_its_escape(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("# süß\nseed = 3\n", encoding="utf-8")
     done = atesd("recipes", str(tmp_path / "mine.toml"), env={"PYTHONIOENCODING": "ascii"})
