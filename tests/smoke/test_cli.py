@@ -23,6 +23,7 @@ from atesd.cli import jobs
 from atesd.cli.main import main
 from atesd.facts import RunFacts
 from atesd.recipe import load_config
+from atesd.runlog import RunDir
 from atesd.train import checkpoint
 from atesd.train.model import resolve
 
@@ -493,6 +494,28 @@ def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
     assert said.count("nobody reads the output any more; what was begun goes on") == 1
     assert "Traceback" not in said
     assert json.loads((out / "result.json").read_text())["step"] == 2
+
+
+def test_a_run_whose_folder_is_moved_away_says_so_and_goes_on_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    log = RunDir.log
+
+    def move_behind(run: RunDir, step: int, metrics: Any) -> None:
+        log(run, step, metrics)
+        if step == 1:
+            out.rename(moved)
+
+    monkeypatch.setattr(RunDir, "log", move_behind)
+    words = [*SMALL, "save.every=2", "save.rollouts_every=9", "eval.every=9"]
+    assert run(monkeypatch, "train", PICO, *words, "--out", str(out)) == 2
+    said = f"error: {out} is gone, moved or removed under way: continue it where it lies now with --resume\n"
+    assert capsys.readouterr().err == said
+    assert not out.exists()
+    monkeypatch.undo()
+    assert run(monkeypatch, "train", "--resume", str(moved)) == 0
+    assert [row["step"] for row in rows(moved / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
