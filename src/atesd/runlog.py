@@ -67,6 +67,9 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a disk that is full, or a limit
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

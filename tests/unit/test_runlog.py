@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -354,3 +355,15 @@ def test_phases_add_up_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError):
         fail()
     assert phases.take() == {"time/step_s": 7.0}, "a phase that fails has taken its time"
+
+
+def test_a_disk_that_fills_under_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of writing name no file by themselves."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(tmp_path / "result.json", "text")
+    assert caught.value.filename == str(tmp_path / "result.json")

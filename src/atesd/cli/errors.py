@@ -38,6 +38,8 @@ def user_line(error: Exception) -> str | None:
     what = getattr(error, "filename", None) or "the output"
     if number in _FULL:
         return f"disk full while writing {what}: what was complete before is untouched; free some space{notes}"
+    if number == errno.EFBIG:
+        return f"{what} is larger than files may be here (File too large): raise the limit, ulimit -f{notes}"
     if number in _REFUSED:
         return f"no permission to write {what} ({os.strerror(number)}): {_elsewhere(what)}{notes}"
     if number in _MISPLACED or (number == errno.ENOENT and _is_cache(what)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
@@ -39,7 +40,11 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
     begin = monotonic()
     with bar(console, total) as show:
         shortcut = planted if shortcut is None else shortcut
-        train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
+        try:
+            train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # a part of a model, or nothing: it was empty
+            raise
     console.print(f"took {clock(monotonic() - begin)}; use it with model.path={out}")
 
 

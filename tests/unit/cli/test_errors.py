@@ -32,6 +32,14 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(number: int) -> None:
     assert line.endswith("continue with: atesd train --resume runs/a")
 
 
+@pytest.mark.parametrize("error", [
+    system_error(errno.EFBIG, "x.jsonl"), RuntimeError("I/O error: File too large (os error 27)"),
+])  # fmt: skip
+def test_a_limit_on_files_is_told(error: Exception) -> None:
+    what = getattr(error, "filename", None) or "the output"
+    assert user_line(error) == f"{what} is larger than files may be here (File too large): raise the limit, ulimit -f"
+
+
 @pytest.mark.parametrize("kind", [Exception, RuntimeError])
 def test_a_full_disk_is_recognised_in_errors_of_rust_libraries(kind: type[Exception]) -> None:
     line = user_line(kind("Error while serializing: I/O error: No space left on device (os error 28)"))
