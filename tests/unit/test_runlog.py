@@ -367,3 +367,64 @@ def test_a_disk_that_fills_under_a_file_names_it(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="No space left") as caught:
         write_atomic(tmp_path / "result.json", "text")
     assert caught.value.filename == str(tmp_path / "result.json")
+
+
+class Killed(BaseException):
+    """The process ends at once."""
+
+
+def killed_at(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end before the file of a place is replaced, its partial one left."""
+    calls = iter(range(100))
+    original = runlog.write_atomic
+
+    def write(path: Path, text: str) -> None:
+        if next(calls) == place:
+            path.with_name(f".{path.name}.123.partial").write_text(text)
+            raise Killed
+        original(path, text)
+
+    monkeypatch.setattr(runlog, "write_atomic", write)
+
+
+@pytest.mark.parametrize("place", range(5))  # manifest, env, about, config, manifest
+def test_a_start_that_is_killed_in_between_is_begun_anew_or_whole(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(place, monkeypatch)
+    with pytest.raises(Killed):
+        RunDir.create(tmp_path / "run", {"seed": 4}, {"exposure": "x"})
+    monkeypatch.undo()
+    if (tmp_path / "run" / "config.json").is_file():
+        assert RunDir.open(tmp_path / "run").flaw("config.json", "about.json", "env.json") is None
+    again = RunDir.create(tmp_path / "run", {"seed": 5}, {"exposure": "another"})
+    assert again.config() == {"seed": 5}
+    assert again.flaw("config.json", "about.json", "env.json") is None
+
+
+@pytest.mark.parametrize("place", range(4))  # manifest, env, config, manifest
+def test_a_change_that_is_killed_in_between_leaves_a_whole_run(
+    place: int, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.finish({"step": 1})
+    before = run.config()
+    killed_at(place, monkeypatch)
+    with pytest.raises(Killed):
+        run.amend({**before, "seed": 5}, [("seed", 3, 5)])
+    monkeypatch.undo()
+    sealed = ("config.json", "about.json", "env.json", "result.json")
+    assert run.flaw(*sealed) is None
+    run.amend({**before, "seed": 6}, [("seed", 3, 6)])
+    assert run.config() == {**before, "seed": 6}
+    assert run.flaw(*sealed) is None
+    assert "was" not in (run.path / "manifest.json").read_text()
+    (run.path / "config.json").write_text(dump_json(before))
+    assert run.flaw("config.json") is not None, "once the change is made, what was before is no longer the run's"
+
+
+def test_what_the_run_began_with_is_remembered_whole(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(2, monkeypatch)  # env.json is there, its last seal is not
+    with pytest.raises(Killed):
+        run.remember(parts={"a": "b"})
+    assert run.flaw("env.json") is None
+    assert run.env()["parts"] == {"a": "b"}
