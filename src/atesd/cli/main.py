@@ -44,7 +44,7 @@ def _seen(recipe: Path | None) -> Path | None:
 
 
 def _known(overrides: list[str] | None) -> list[str] | None:
-    """UserError for an override of what no recipe has, likewise; several processes tell each other later."""
+    """UserError for a misspelt section, likewise; several processes tell each other later."""
     from atesd.packaged import refuse_unknown_sections
 
     if launched()[1] == 1:
