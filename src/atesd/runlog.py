@@ -203,7 +203,13 @@ class RunDir:
         linked = [name for name in WRITTEN if (self.path / name).is_symlink()]
         if linked:
             raise UserError(f"{self.path / linked[0]} is a link and is not written through: put a folder in its place")
-        file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: .lock: {error.strerror}; let this user write there, or copy the folder to "
+                "where it can be written"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -251,6 +251,14 @@ def test_nothing_is_written_through_a_link(run: RunDir, tmp_path: Path, name: st
         RunDir.open(run.path).lock()
 
 
+def test_a_run_that_cannot_be_written_is_copied_to_be_continued(run: RunDir) -> None:
+    run.unlock()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written: \.lock: Is a directory; .* or copy the folder to where"):
+        RunDir.open(run.path).lock()
+
+
 def test_a_start_that_came_to_no_step_may_be_repeated(run: RunDir) -> None:
     run.unlock()
     again = RunDir.create(run.path, {"seed": 4})
