@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from atesd.config import RunConfig
 from atesd.own import named_class
-from atesd.packaged import find_recipe
+from atesd.packaged import find_recipe, recipe_text
 from atesd.tree import ONE, SEVERAL
 from atesd.types import UserError, one_line, shown
 
@@ -44,10 +44,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     UserError with file, key and remedy for everything that is wrong with it.
     """
     path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read ({error}): give the path of a TOML file") from error
+    text = recipe_text(path)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -123,44 +120,64 @@ def _explain(error: ValidationError) -> list[str]:
         if elsewhere:
             clauses.append(elsewhere)
         elif finding["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            clauses.append(_explain_kind(where, finding["loc"], finding.get("ctx", {}).get("tag")))
+            clauses.append(_explain_kind(where, finding))
         elif finding["type"] == "extra_forbidden":
             clauses.append(f"unknown key {shown(where)}{_suggest(finding['loc'])}")
         elif finding["type"] == "value_error":
             clauses.append(f"{where}: {finding['ctx']['error']}" if where else str(finding["ctx"]["error"]))
         else:
             given = "" if isinstance(finding["input"], Mapping) else f" (given: {shown(finding['input'])})"
-            clauses.append(f"{where}: {finding['msg']}{given}")
+            clauses.append(f"{where}: {finding['msg']}{_as_section(where, finding)}{given}")
     return clauses
 
 
-def _explain_kind(where: str, location: Sequence[str | int], kind: str | None) -> str:
-    """Say what kinds a section has, and which is nearest to the given one."""
-    kinds = [kind for model in _models_at(location) for kind in _kinds(model)]
+def _explain_kind(where: str, finding: Mapping[str, Any]) -> str:
+    """Say what kinds a section has, and which is nearest to the given one, or knows the given keys."""
+    models, kind = _models_at(finding["loc"]), finding.get("ctx", {}).get("tag")
+    kinds = [kind for model in models for kind in _kinds(model)]
     known = f"known are {', '.join(kinds)}, and package.module:Class or file.py:Class of your own"
     if kind is None:
-        return f'{where} lacks its kind: write {where} = {{kind = "{kinds[0]}"}}; {known}'
+        owners = {
+            key: [kind for model in models if key in model.model_fields for kind in _kinds(model)]
+            for key in finding["input"]
+        }
+        owned = "".join(f"; {key!r} belongs to {', '.join(map(repr, each))}" for key, each in owners.items() if each)
+        return f'{where} lacks its kind: write {where} = {{kind = "{kinds[0]}"}}; {known}{owned}'
     near = difflib.get_close_matches(kind[:_LONGEST_WORD], kinds, n=1, cutoff=0.5)
     meant = f": did you mean {near[0]!r}? " if near else ": "
     return f"{where}.kind = {shown(kind)} is unknown{meant}{known}"
 
 
+def _as_section(where: str, finding: Mapping[str, Any]) -> str:
+    """Say how a section with kinds is written where a value stands in its place; nothing where none does."""
+    kinds = [kind for model in _models_at(finding["loc"]) for kind in _kinds(model)]
+    if finding["type"] != "model_attributes_type" or not kinds or where != ".".join(map(str, finding["loc"])):
+        return ""
+    near = difflib.get_close_matches(str(finding["input"])[:_LONGEST_WORD], kinds, n=1)
+    return f': write {where} = {{kind = "{near[0] if near else kinds[0]}"}}; known are {", ".join(kinds)}'
+
+
 def _suggest(location: Sequence[str | int]) -> str:
     known = [name for model in _models_at(location[:-1]) for name in model.model_fields]
     elsewhere = _of_other_kinds(location)
-    near = difflib.get_close_matches(str(location[-1])[:_LONGEST_WORD], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(location[-1])[:_LONGEST_WORD], known, n=1)
     if near and not elsewhere:
         return f": did you mean {near[0]!r}?"
     return f": known here are {', '.join(sorted(known))}{elsewhere}" if known else ""
 
 
 def _of_other_kinds(location: Sequence[str | int]) -> str:
-    """Say which other kinds of a section know a key, and how to take one; nothing where none does."""
+    """Say which other kinds of a section know a key, or nearly, and how to take one; nothing where none does."""
     if len(location) < 3:
         return ""
-    *section, kind, key = location
+    *section, kind, given = location
     if ":" in str(kind):
         return ""  # of the user's own
+    names = {name for model in _models_at(section) for name in model.model_fields}
+    near = difflib.get_close_matches(str(given)[:_LONGEST_WORD], names, n=1)
+    if not near:
+        return ""
+    key = near[0]
     models = [model for model in _models_at(section) if key in model.model_fields]
     others = [other for model in models for other in _kinds(model)]
     if not others or kind in others:

@@ -38,16 +38,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
-from atesd.seals import MANIFEST, flaw, read_manifest, seal
+from atesd.seals import MANIFEST, flaw, read_manifest, seal, seal_text
 from atesd.types import UserError
 
 FORMAT = 2  # of the run directory
 ROWS = ("rollouts", "eval")
 FOLDERS = (*ROWS, "checkpoints")
 WRITTEN = (*FOLDERS, "best", "final", "metrics.jsonl", "groups.jsonl")
+_PARTIAL_FILE = re.compile(r"\.(.+)\.\d+\.partial")  # of `write_atomic`
 _STEP_FILE = re.compile(r"step_\d{6,}\.jsonl")
 
 
@@ -65,8 +68,28 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a disk that is full, or a limit
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_unwritable(path: Path, option: str = "--out") -> None:
+    """UserError where a file or folder cannot be made or replaced, before the work whose result it is to hold.
+
+    Tried in the folder itself, or the nearest one above it that exists, where nothing is left.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} holds bytes that are no UTF-8: choose another place with {option}") from error
+    tried = path.parents if path.is_file() else (path, *path.parents)
+    place = next((above for above in tried if above.exists()), Path())
+    try:
+        TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with {option}") from error
 
 
 def settle(path: Path) -> None:
@@ -133,8 +156,9 @@ class RunDir:
         if path.exists() and any(path.iterdir()) and not _never_began(path):
             raise UserError(
                 f"run directory {path} already exists and is not empty: "
-                f"continue it with --resume {path}, or choose another with --out"
+                f"continue it with --resume {quote(str(path))}, or choose another with --out"
             )
+        refuse_unwritable(path)
 
     @classmethod
     def create(
@@ -155,10 +179,14 @@ class RunDir:
         for folder in FOLDERS:
             shutil.rmtree(path / folder, ignore_errors=True)
             (path / folder).mkdir()
-        write_atomic(path / "env.json", dump_json(environment() | dict(env or {})))
-        write_atomic(path / "about.json", dump_json({"format": FORMAT, **(about or {})}))
-        write_atomic(path / "config.json", dump_json(config))
-        run.seal("env.json", "about.json", "config.json")
+        (path / "config.json").unlink(missing_ok=True)  # of an earlier start; the last to be written, it makes a run
+        run._replace(
+            {
+                "env.json": dump_json(environment() | dict(env or {})),
+                "about.json": dump_json({"format": FORMAT, **(about or {})}),
+                "config.json": dump_json(config),
+            }
+        )
         return run
 
     @classmethod
@@ -175,7 +203,13 @@ class RunDir:
         linked = [name for name in WRITTEN if (self.path / name).is_symlink()]
         if linked:
             raise UserError(f"{self.path / linked[0]} is a link and is not written through: put a folder in its place")
-        file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: .lock: {error.strerror}; let this user write there, or copy the folder to "
+                "where it can be written"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -196,6 +230,20 @@ class RunDir:
         manifest["files"] = kept | {name: seal(self.path / name) for name in names}
         write_atomic(self.path / MANIFEST, dump_json(manifest))
 
+    def _replace(self, texts: Mapping[str, str], without: str | None = None) -> None:
+        """Write files with their seals, in order, and forget the seal of another.
+
+        The manifest vouches for what was there, too, until all are written: a run that is killed meanwhile is whole.
+        """
+        manifest = read_manifest(self.path) or {"files": {}}
+        there = {name: {"was": seal(self.path / name)} for name in texts if (self.path / name).is_file()}
+        coming = {name: {**seal_text(text), **there.get(name, {})} for name, text in texts.items()}
+        kept = {name: each for name, each in manifest["files"].items() if name != without}
+        write_atomic(self.path / MANIFEST, dump_json({**manifest, "files": kept | coming}))
+        for name, text in texts.items():
+            write_atomic(self.path / name, text)
+        self.seal(*texts)
+
     def flaw(self, *names: str) -> str | None:
         """Say what is wrong with the named files that were sealed; None where nothing is."""
         manifest = read_manifest(self.path)
@@ -207,15 +255,12 @@ class RunDir:
         """Go on with a recipe that was changed under way; env.json remembers key, old and new value."""
         env = self._json("env.json") or {}
         env["amended"] = [*env.get("amended", []), *({"key": k, "from": was, "to": now} for k, was, now in changes)]
-        write_atomic(self.path / "env.json", dump_json(env))
-        write_atomic(self.path / "config.json", dump_json(config))
+        self._replace({"env.json": dump_json(env), "config.json": dump_json(config)}, without="result.json")
         (self.path / "result.json").unlink(missing_ok=True)
-        self.seal("config.json", "env.json")
 
     def remember(self, **facts: Any) -> None:
         """Add to the record of the environment."""
-        write_atomic(self.path / "env.json", dump_json((self._json("env.json") or {}) | facts))
-        self.seal("env.json")
+        self._replace({"env.json": dump_json((self._json("env.json") or {}) | facts)})
 
     def env(self) -> dict[str, Any]:
         """Return the record of the environment."""
@@ -369,11 +414,9 @@ class ReadRunDir(RunDir):
 
 def _never_began(path: Path) -> bool:
     """Tell whether a folder holds nothing but what `create` writes: a start that came to no step."""
-    names = {entry.name for entry in path.iterdir()}
+    names = {_PARTIAL_FILE.sub(r"\1", entry.name) for entry in path.iterdir()}
     made = {"config.json", "about.json", "env.json", MANIFEST, ".lock", "track", *FOLDERS}
-    return (
-        "config.json" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
-    )
+    return ".lock" in names and names <= made and not any(entry for f in FOLDERS for entry in (path / f).glob("*"))
 
 
 class Phases:

@@ -2,6 +2,8 @@
 
     FOLDER/manifest.json   {"files": {NAME: {"size": bytes, "sha256": hex}}, ...}
 
+While a file is replaced its seal has a further key, "was": the seal of what was there before, which is as good.
+
 A folder is sealed when all else in it is written, and before it gets its name. A seal tells accidental damage; it does
 not tell who wrote the files.
 """
@@ -32,6 +34,11 @@ def seal(path: Path, size: int | None = None) -> dict[str, Any]:
     return {"size": total - left, "sha256": digest.hexdigest()}
 
 
+def seal_text(text: str) -> dict[str, Any]:
+    """Return the seal of the file that will hold a text."""
+    return {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def seal_files(folder: Path) -> dict[str, Any]:
     """Return the seals of all files below a folder, but for its manifest, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
@@ -44,14 +51,20 @@ def flaw(folder: Path, seals: Mapping[str, Seal], *, prefix: bool = False) -> st
     With `prefix` a file may have grown since: only what was sealed of it must be there.
     """
     for name, expected in seals.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size < expected["size"] or (size != expected["size"] and not prefix):
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if seal(path, expected["size"])["sha256"] != expected["sha256"]:
-            return f"{name} is not what was written"
+        found = _flaw(folder / name, name, expected, prefix)
+        if found and _flaw(folder / name, name, expected.get("was", expected), prefix):
+            return found
+    return None
+
+
+def _flaw(path: Path, name: str, expected: Seal, prefix: bool) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size < expected["size"] or (size != expected["size"] and not prefix):
+        return f"{name} has {size} bytes instead of {expected['size']}"
+    if seal(path, expected["size"])["sha256"] != expected["sha256"]:
+        return f"{name} is not what was written"
     return None
 
 
@@ -61,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if _is_manifest(found) else None
+    return found if is_manifest(found) else None
 
 
 def folder_flaw(folder: Path) -> str | None:
@@ -72,9 +85,13 @@ def folder_flaw(folder: Path) -> str | None:
     return flaw(folder, manifest["files"])
 
 
-def _is_manifest(found: Any) -> bool:
+def is_manifest(found: Any) -> bool:
+    """Tell whether something read is a manifest."""
     files = found.get("files") if isinstance(found, dict) else None
     return isinstance(files, dict) and all(
-        isinstance(each, dict) and isinstance(each.get("size"), int) and isinstance(each.get("sha256"), str)
-        for each in files.values()
+        isinstance(each, dict) and _is_seal(each) and _is_seal(each.get("was", each)) for each in files.values()
     )
+
+
+def _is_seal(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("size"), int) and isinstance(found.get("sha256"), str)

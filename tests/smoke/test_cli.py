@@ -23,6 +23,7 @@ from atesd.cli import jobs
 from atesd.cli.main import main
 from atesd.facts import RunFacts
 from atesd.recipe import load_config
+from atesd.runlog import RunDir
 from atesd.train import checkpoint
 from atesd.train.model import resolve
 
@@ -495,6 +496,28 @@ def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
     assert json.loads((out / "result.json").read_text())["step"] == 2
 
 
+def test_a_run_whose_folder_is_moved_away_says_so_and_goes_on_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    log = RunDir.log
+
+    def move_behind(run: RunDir, step: int, metrics: Any) -> None:
+        log(run, step, metrics)
+        if step == 1:
+            out.rename(moved)
+
+    monkeypatch.setattr(RunDir, "log", move_behind)
+    words = [*SMALL, "save.every=2", "save.rollouts_every=9", "eval.every=9"]
+    assert run(monkeypatch, "train", PICO, *words, "--out", str(out)) == 2
+    said = f"error: {out} is gone, moved or removed under way: continue it where it lies now with --resume\n"
+    assert capsys.readouterr().err == said
+    assert not out.exists()
+    monkeypatch.undo()
+    assert run(monkeypatch, "train", "--resume", str(moved)) == 0
+    assert [row["step"] for row in rows(moved / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path) -> None:
     out = tmp_path / "a run"
     command = [sys.executable, "-m", "atesd.cli.main", "train", PICO, *SMALL, "step.num_steps=5000", "--out", str(out)]
@@ -671,6 +694,12 @@ def test_check_with_a_model_tells_what_its_tokenizer_keeps(
     found = capsys.readouterr()
     assert "kept text" in found.out
     assert f"{path}:1: field 'problem': spells '<|end|>', '<|assistant|>'" in found.out
+    assert "model's context" not in found.out
+    path.write_text(json.dumps({"problem": "1+1=?", "solution": "1+1=2\n" * 5000 + "#2"}) + "\n")
+    assert run(monkeypatch, "check", str(path), "--grader", "exact", "--model", "pico") == 0
+    assert (
+        "warning: 1 problems have more tokens with their solutions than the model's context" in capsys.readouterr().out
+    )
 
 
 HELD = """

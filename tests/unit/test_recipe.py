@@ -121,6 +121,11 @@ def test_broken_toml_is_not_taken_for_a_word(text: str) -> None:
      "'rescore'?"),
     ('gradient={kind="none", x=1}', "unknown key 'gradient.none.x': known here are kind"),
     ("model.lora.rank=4", "unknown key 'model.lora.rank': known here are alpha, r, targets"),
+    # A key that is nearly one of another kind, and of none of this kind's.
+    ('exposure={kind="influence", rati=1}', "unknown key 'exposure.influence.rati': known here are by, decay, grid, "
+     "hold, kind, play, reference, start, temperature; 'ratio' belongs to the kind 'fixed': replace the section, "),
+    ("exposure.rato=1", "unknown key 'exposure.fixed.rato': did you mean 'ratio'?"),
+    ("foo.x=1", "unknown key 'foo': known here are arms, cliff, codes, "),  # not flow
 ])  # fmt: skip
 def test_an_unknown_key_gets_the_nearest_one(override: str, expected: str) -> None:
     assert expected in error_of(override)
@@ -183,6 +188,20 @@ def test_an_unknown_kind_of_any_section_is_named(section: str) -> None:
 ])  # fmt: skip
 def test_a_section_without_its_kind_lists_the_known_ones(override: str, expected: str) -> None:
     assert error_of(override).startswith(f"some.toml: {expected}")
+
+
+def test_a_section_without_its_kind_says_which_kinds_know_its_keys() -> None:
+    assert error_of("env.limit=0").endswith(
+        "; 'limit' belongs to 'doors', 'textworld', 'textarena', 'gymnasium', 'trl'"
+    )
+
+
+def test_a_word_in_place_of_a_section_is_shown_as_one() -> None:
+    message = error_of("env=dors")
+    assert message.startswith("some.toml: env: Input should be a valid dictionary")
+    assert ': write env = {kind = "doors"}; known are single_turn, doors, textworld' in message
+    assert 'write exposure = {kind = "fixed"}; known are fixed, linear' in error_of("exposure=0.5")
+    assert "write" not in error_of("model.lora=8")
 
 
 @pytest.mark.parametrize(("override", "key"), [

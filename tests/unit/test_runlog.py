@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -250,6 +251,14 @@ def test_nothing_is_written_through_a_link(run: RunDir, tmp_path: Path, name: st
         RunDir.open(run.path).lock()
 
 
+def test_a_run_that_cannot_be_written_is_copied_to_be_continued(run: RunDir) -> None:
+    run.unlock()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written: \.lock: Is a directory; .* or copy the folder to where"):
+        RunDir.open(run.path).lock()
+
+
 def test_a_start_that_came_to_no_step_may_be_repeated(run: RunDir) -> None:
     run.unlock()
     again = RunDir.create(run.path, {"seed": 4})
@@ -354,3 +363,76 @@ def test_phases_add_up_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError):
         fail()
     assert phases.take() == {"time/step_s": 7.0}, "a phase that fails has taken its time"
+
+
+def test_a_disk_that_fills_under_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of writing name no file by themselves."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(tmp_path / "result.json", "text")
+    assert caught.value.filename == str(tmp_path / "result.json")
+
+
+class Killed(BaseException):
+    """The process ends at once."""
+
+
+def killed_at(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end before the file of a place is replaced, its partial one left."""
+    calls = iter(range(100))
+    original = runlog.write_atomic
+
+    def write(path: Path, text: str) -> None:
+        if next(calls) == place:
+            path.with_name(f".{path.name}.123.partial").write_text(text)
+            raise Killed
+        original(path, text)
+
+    monkeypatch.setattr(runlog, "write_atomic", write)
+
+
+@pytest.mark.parametrize("place", range(5))  # manifest, env, about, config, manifest
+def test_a_start_that_is_killed_in_between_is_begun_anew_or_whole(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(place, monkeypatch)
+    with pytest.raises(Killed):
+        RunDir.create(tmp_path / "run", {"seed": 4}, {"exposure": "x"})
+    monkeypatch.undo()
+    if (tmp_path / "run" / "config.json").is_file():
+        assert RunDir.open(tmp_path / "run").flaw("config.json", "about.json", "env.json") is None
+    again = RunDir.create(tmp_path / "run", {"seed": 5}, {"exposure": "another"})
+    assert again.config() == {"seed": 5}
+    assert again.flaw("config.json", "about.json", "env.json") is None
+
+
+@pytest.mark.parametrize("place", range(4))  # manifest, env, config, manifest
+def test_a_change_that_is_killed_in_between_leaves_a_whole_run(
+    place: int, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.finish({"step": 1})
+    before = run.config()
+    killed_at(place, monkeypatch)
+    with pytest.raises(Killed):
+        run.amend({**before, "seed": 5}, [("seed", 3, 5)])
+    monkeypatch.undo()
+    sealed = ("config.json", "about.json", "env.json", "result.json")
+    assert run.flaw(*sealed) is None
+    run.amend({**before, "seed": 6}, [("seed", 3, 6)])
+    assert run.config() == {**before, "seed": 6}
+    assert run.flaw(*sealed) is None
+    assert "was" not in (run.path / "manifest.json").read_text()
+    (run.path / "config.json").write_text(dump_json(before))
+    assert run.flaw("config.json") is not None, "once the change is made, what was before is no longer the run's"
+
+
+def test_what_the_run_began_with_is_remembered_whole(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(2, monkeypatch)  # env.json is there, its last seal is not
+    with pytest.raises(Killed):
+        run.remember(parts={"a": "b"})
+    assert run.flaw("env.json") is None
+    assert run.env()["parts"] == {"a": "b"}

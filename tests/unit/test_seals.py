@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from atesd.seals import flaw, folder_flaw, seal, seal_files
+from atesd.seals import flaw, folder_flaw, is_manifest, seal, seal_files, seal_text
 
 
 def test_a_seal_is_size_and_sha256_of_a_file_or_its_beginning(tmp_path: Path) -> None:
@@ -60,3 +60,16 @@ def test_a_manifest_that_cannot_be_read_is_a_flaw(tmp_path: Path, content: Any) 
     if content is not None:
         (folder / "manifest.json").write_text(content, errors="surrogateescape")
     assert folder_flaw(folder) == "manifest.json is missing or damaged"
+
+
+def test_while_a_file_is_replaced_what_was_there_is_as_good(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    seals = {"a": {**seal_text("n\u00e9w"), "was": seal(tmp_path / "a")}}
+    assert flaw(tmp_path, seals) is None
+    (tmp_path / "a").write_text("n\u00e9w", encoding="utf-8")
+    assert flaw(tmp_path, seals) is None
+    assert seal(tmp_path / "a") == seal_text("n\u00e9w")
+    (tmp_path / "a").write_text("other")
+    assert flaw(tmp_path, seals) == "a has 5 bytes instead of 4"
+    for was, is_one in ((3, False), ({"size": 3}, False), (seal_text("x"), True)):
+        assert is_manifest({"files": {"a": {**seal_text("y"), "was": was}}}) is is_one

@@ -22,7 +22,7 @@ from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
 from atesd.tasks.files import DatasetConfig, JsonlConfig
 from atesd.tasks.gym import GymConfig
 from atesd.tasks.kinds import DoorsConfig, PicoConfig
-from atesd.tasks.texts import control_look, fences, flaws, unread
+from atesd.tasks.texts import control_look, fences, flaws, overlong, unread
 from atesd.tasks.textworld import TextWorldConfig
 from atesd.types import Problem, UserError
 
@@ -128,8 +128,10 @@ def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem
         return 0
     silence_libraries()
     from atesd.rollout.render import Renderer
-    from atesd.train.model import resolve
+    from atesd.sections import ModelConfig
+    from atesd.train.model import context_length, resolve
     from atesd.train.tokens import load_tokenizer
+    from atesd.train.traced import skeleton
 
     renderer = Renderer(load_tokenizer(resolve(model)))
     refused = list(flaws(task, sets, renderer.flaw))
@@ -140,6 +142,12 @@ def show_texts(console: Console, task: Task, sets: Mapping[str, Sequence[Problem
 
     _show(console, f"control tokens of {model}, spelt in these texts and kept text", list(flaws(task, sets, kept)))
     _show(console, f"control tokens of {model} that cannot be kept text", refused)
+
+    def tokens(text: str) -> Sequence[int]:
+        return [] if renderer.flaw(text) else renderer.text_ids(text)
+
+    if beyond := overlong(sets, tokens, context_length(skeleton(ModelConfig(path=model)))):
+        console.print(f"warning: {beyond}")
     missing = unread([problem for problems in sets.values() for problem in problems], renderer.unknown)
     if missing:
         console.print(f"warning: {missing}")

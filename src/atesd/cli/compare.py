@@ -23,8 +23,8 @@ from atesd.cli.jobs import Job, Runner
 from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
 from atesd.own import places_in
-from atesd.packaged import find_recipe
-from atesd.runlog import dump_json, write_atomic
+from atesd.packaged import find_recipe, recipe_text
+from atesd.runlog import dump_json, refuse_unwritable, write_atomic
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -211,8 +211,7 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
         num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
         if armed.model.dtype == "auto" and armed.model.lora is not None:
             automatic[arm] = armed
-    text = recipe.read_text(encoding="utf-8")
-    return Plan(recipe, text, tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
+    return Plan(recipe, recipe_text(recipe), tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
 
 
 def refuse_own(arm: str, armed: RunConfig, config: RunConfig) -> None:
@@ -248,6 +247,7 @@ def locked(folder: Path) -> Iterator[int]:
     """Hold the folder for one comparison; its runs inherit the lock, so that none is continued while it still runs."""
     if folder.exists() and not (folder / "compare.json").is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} already exists and holds no comparison: choose another folder with --out")
+    refuse_unwritable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:

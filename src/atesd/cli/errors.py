@@ -9,11 +9,15 @@ import errno
 import os
 import re
 import sys
-from typing import NoReturn
+from io import TextIOWrapper
+from typing import NoReturn, TextIO
+
+from atesd.launch import launched
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISPLACED = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Libraries written in Rust (safetensors, tokenizers) raise their own errors around the system's.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 # shutil copies folders on behind an error, and raises the texts of all.
@@ -34,9 +38,11 @@ def user_line(error: Exception) -> str | None:
     what = getattr(error, "filename", None) or "the output"
     if number in _FULL:
         return f"disk full while writing {what}: what was complete before is untouched; free some space{notes}"
+    if number == errno.EFBIG:
+        return f"{what} is larger than files may be here (File too large): raise the limit, ulimit -f{notes}"
     if number in _REFUSED:
         return f"no permission to write {what} ({os.strerror(number)}): {_elsewhere(what)}{notes}"
-    if number in _MISPLACED:
+    if number in _MISPLACED or (number == errno.ENOENT and _is_cache(what)):
         return f"{what} cannot be written ({os.strerror(number)}): {_elsewhere(what)}{notes}"
     place = raised_in(error)
     if place is not None:
@@ -46,11 +52,14 @@ def user_line(error: Exception) -> str | None:
 
 
 def _elsewhere(path: str | bytes) -> str:
-    """Say how something is written to another place: torch keeps what it compiles in a cache of its own."""
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if cache and os.fsdecode(path).startswith(cache):
-        return "let TORCHINDUCTOR_CACHE_DIR name another place"
-    return "choose another place with --out"
+    """Say how something is written to another place."""
+    return f"let {_CACHE} name another place" if _is_cache(path) else "choose another place with --out"
+
+
+def _is_cache(path: str | bytes) -> bool:
+    """Tell whether a path belongs to torch, which has a place for what it compiles, made whenever it is imported."""
+    cache = os.environ.get(_CACHE, "")
+    return cache != "" and os.fsdecode(path).startswith(cache)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -64,6 +73,26 @@ def fail(message: str, code: int) -> NoReturn:
         for line in message.split("\n"):
             print("error:", one_line(line), file=sys.stderr)
     sys.exit(code)
+
+
+def prepare_streams() -> None:
+    """Have what a stream's encoding lacks, as on an ASCII terminal, written as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,  # noqa: ARG001
+    lineno: int,  # noqa: ARG001
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    """Print our own warnings as one line each; leave out those by which libraries speak to developers."""
+    if category is UserWarning and launched()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _usage(error: Exception) -> str:

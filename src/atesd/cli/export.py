@@ -11,7 +11,7 @@ from atesd.cli.code import announced_methods, refused_methods
 from atesd.cli.evaluate import is_run, model_of, recipe_of
 from atesd.cli.progress import make_console, silence_libraries
 from atesd.cli.train import start_of
-from atesd.runlog import RunDir
+from atesd.runlog import RunDir, refuse_unwritable
 from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
 
@@ -42,6 +42,8 @@ def run_export(
         raise UserError("--dtype is that of merged weights: add --merge, or leave it out")
     if out is not None and (out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))):
         raise UserError(f"{out} already exists and is not empty: choose another folder with --out")
+    if out is not None:
+        refuse_unwritable(out)
     from atesd.train.export import push, refuse_nothing_to_merge, refuse_unreachable_hub
 
     console = make_console()

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal
 
 import typer
 
-from atesd.cli.errors import fail, user_line
+from atesd.cli.errors import fail, prepare_streams, print_warning, user_line
 from atesd.launch import launched
 
 app = typer.Typer(
@@ -43,12 +43,22 @@ def _seen(recipe: Path | None) -> Path | None:
     return recipe
 
 
+def _known(overrides: list[str] | None) -> list[str] | None:
+    """UserError for a misspelt section, likewise; several processes tell each other later."""
+    from atesd.packaged import refuse_unknown_sections
+
+    if launched()[1] == 1:
+        refuse_unknown_sections(overrides or [])
+    return overrides
+
+
 _RECIPE_HELP = "Recipe: a TOML file, or the name of a packaged one."
 Recipe = Annotated[
     Path, typer.Argument(help=_RECIPE_HELP, show_default=False, autocompletion=_recipe_names, callback=_seen)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `step.num_steps=50`.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Dotted overrides, such as `step.num_steps=50`.", callback=_known),
 ]
 
 
@@ -438,7 +448,8 @@ def fetch(
 
 def main() -> None:
     """Run the command; exit with the code of `errors.py` unless it is 0."""
-    warnings.showwarning = _print_warning
+    prepare_streams()
+    warnings.showwarning = print_warning
     try:
         code = app(prog_name="atesd", standalone_mode=False)
     except Exception as error:
@@ -457,19 +468,6 @@ def _is_told_elsewhere(error: Exception) -> bool:
     from atesd.types import Elsewhere
 
     return isinstance(error, Elsewhere) or (launched()[0] > 0 and hasattr(error, "format_message"))
-
-
-def _print_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,  # noqa: ARG001
-    lineno: int,  # noqa: ARG001
-    file: TextIO | None = None,  # noqa: ARG001
-    line: str | None = None,  # noqa: ARG001
-) -> None:
-    """Print our own warnings as one line each; leave out those by which libraries speak to developers."""
-    if category is UserWarning and launched()[0] == 0:
-        print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

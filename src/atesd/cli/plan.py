@@ -103,11 +103,13 @@ def time_line(plan: Plan, config: RunConfig) -> str:
     )
 
 
-def assumptions(config: RunConfig, device: Device, lengths: Lengths, plan: Plan) -> str:
-    """Say what the numbers rest on."""
+def assumptions(config: RunConfig, device: Device, asked: Lengths, plan: Plan) -> str:
+    """Say what the numbers rest on; `asked` are lengths that the model's context may not hold."""
+    lengths = plan.lengths
+    cut = "" if lengths == asked else f" (cut from {asked.prompt} and {asked.solution}: the model reads no more)"
     return (
         f"{plan.parameters / 1e6:,.1f} million weights, {plan.trained / 1e6:,.1f} train; assumed: prompts of "
-        f"{lengths.prompt} tokens, solutions of {lengths.solution}, completions of full length "
+        f"{lengths.prompt} tokens, solutions of {lengths.solution}{cut}, completions of full length "
         f"({config.rollout.max_new_tokens}), {plan.rows} rows a micro-batch; {device.flops / 1e12:,.3g} x 10^12 "
         f"operations and {device.bandwidth / 1e9:,.0f} x 10^9 bytes a second, of which {device.share:.0%} are reached"
         + "".join(f"; {each}" for each in _unreckoned(config, device))

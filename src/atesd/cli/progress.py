@@ -18,6 +18,8 @@ from rich.table import Table
 
 _PLAIN_EVERY_S = 10.0
 _BAR_WIDTH = 40
+_WIDTH = 80
+"""Columns of a terminal that says it has none, and the fewest of a file, where numbers would be cut."""
 # Columns of the display: name, metric, format.
 _SHOWN = (
     ("loss", "loss/total", "{:.4f}"),
@@ -34,14 +36,23 @@ _ORDER = ("avg@", "maj@", "pass@", "level/", "trait/")
 
 
 class LastingConsole(Console):
-    """A console that falls silent where nobody reads it any more, instead of ending the program."""
+    """A console that falls silent where nobody reads it, or nothing can be written, instead of ending the program."""
 
     def on_broken_pipe(self) -> None:
         """Say so once, and print nothing more."""
+        self._fall_silent("nobody reads the output any more")
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            self._fall_silent(f"the output cannot be written ({error.strerror})")
+
+    def _fall_silent(self, why: str) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else what is left is flushed at the end
         with suppress(OSError):
-            print("warning: nobody reads the output any more; what was begun goes on", file=sys.stderr)
+            print(f"warning: {why}; what was begun goes on", file=sys.stderr)
 
 
 def make_console(*, quiet: bool = False, lasting: bool = False) -> Console:
@@ -50,7 +61,10 @@ def make_console(*, quiet: bool = False, lasting: bool = False) -> Console:
     `lasting`: what prints is worth more than its output, and goes on without a reader.
     """
     kind = LastingConsole if lasting else Console
-    return kind(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
+    console = kind(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
+    if console.width < (1 if console.is_terminal else _WIDTH):  # COLUMNS=0, as some shells say: nothing would be shown
+        console.width = _WIDTH
+    return console
 
 
 def clock(seconds: float) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from rich.table import Table
 
 from atesd.cli.places import check_out
 from atesd.cli.progress import make_console
-from atesd.packaged import find_recipe, packaged_recipes, title_of
+from atesd.packaged import find_recipe, packaged_recipes, recipe_text, title_of
 from atesd.types import UserError
 
 
@@ -19,7 +20,7 @@ def run_recipes(name: str | None, out: Path | None) -> None:
             raise UserError("--out copies one recipe: name it, as in `atesd recipes pico --out mine.toml`")
         show_all()
         return
-    text = find_recipe(name).read_text(encoding="utf-8")
+    text = recipe_text(find_recipe(name))
     if out is None:
         print(text, end="")
         return
@@ -29,7 +30,7 @@ def run_recipes(name: str | None, out: Path | None) -> None:
         raise UserError(f"{place} already exists and is left as it is: choose another place with --out")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
-    print(f"{place}: train it with `atesd train {place}`")
+    print(f"{place}: train it with `atesd train {quote(str(place))}`")
 
 
 def show_all() -> None:

@@ -72,6 +72,10 @@ def _run_train(
     except NonFiniteError as error:
         fail(f"after step {trainer.step}: {error}; metrics and rollouts until there are in {path}", 1)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            raise UserError(
+                f"{path} is gone, moved or removed under way: continue it where it lies now with --resume"
+            ) from error
         if "--resume" not in str(error):
             error.add_note(carry_on)
         raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from atesd.cli.progress import bar, clock, make_console, silence_libraries
+from atesd.runlog import refuse_unwritable
 from atesd.types import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ def run_warmup(out: Path | None, steps: int | None, seed: int, shortcut: float |
     begin = monotonic()
     with bar(console, total) as show:
         shortcut = planted if shortcut is None else shortcut
-        train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
+        try:
+            train_it(out, steps=total, seed=seed, shortcut=shortcut, progress=show)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # a part of a model, or nothing: it was empty
+            raise
     console.print(f"took {clock(monotonic() - begin)}; use it with model.path={out}")
 
 
@@ -125,3 +131,4 @@ def refuse_unused(needed: str | None, **options: object) -> None:
 def _refuse_filled(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty: choose another folder with --out")
+    refuse_unwritable(out)

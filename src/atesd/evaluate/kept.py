@@ -20,7 +20,7 @@ from typing import Any
 from atesd.evaluate.runner import Evaluation, Row, Traits, Write, sample, summarise
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
-from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
+from atesd.runlog import RunDir, dump_json, read_jsonl, refuse_unwritable, write_atomic
 from atesd.seeds import derive_seed
 from atesd.types import Problem, UserError, shown
 
@@ -94,6 +94,7 @@ def _opened(folder: Path, settings: Mapping[str, Any]) -> RunDir:
     path = folder / "settings.json"
     if folder.exists() and not path.is_file() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"{folder} holds other files and is left as it is: choose another folder with --results")
+    refuse_unwritable(folder, "--results")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     run = RunDir(folder)
     run.lock()

@@ -143,9 +143,10 @@ def segmentation_warning(solutions: Sequence[str], unit: Unit = "auto") -> str |
         for other in ("paragraph", "line", "sentence", "token")
     }
     better: str = next((name for name, count in counts.items() if count >= 4), "token")
+    remedy = f"choose unit {better!r} (median {counts[better]:g} segments)" if better != unit else "give longer ones"
     return (
         f"{single} of {len(filled)} solutions make one segment with unit {unit!r}, so any ratio below 1 hides them "
-        f"wholly; choose unit {better!r} (median {counts[better]:g} segments)"
+        f"wholly; {remedy}"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.runlog import FORMAT, RunDir, numbered_jsonl
-from atesd.seals import MANIFEST, flaw, read_manifest
+from atesd.seals import MANIFEST, flaw, is_manifest, read_manifest
 from atesd.types import UserError
 
 LARGEST = 1e100  # beyond it, figures would overflow
@@ -131,16 +131,35 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def seal_notes(folder: RunDir, *, is_complete: bool, version: int) -> list[str]:
-    """Say which sealed files are not what the run wrote. Logs of a run that goes on are not looked at."""
+    """Say which sealed files are not what the run wrote.
+
+    Logs of a run that is not complete must begin as its newest checkpoint, which remembers them, says.
+    """
     try:
         manifest = read_manifest(folder.path)
         if manifest is None:
             return [] if version < FORMAT else [f"{MANIFEST} is missing or damaged: files cannot be vouched for"]
         seals = {name: each for name, each in manifest["files"].items() if is_complete or name in ONCE}
         found = {name: flaw(folder.path, {name: each}) for name, each in seals.items()}
+        if not is_complete:
+            logs = written_seals(folder.checkpoints)
+            found |= {name: flaw(folder.path, {name: each}, prefix=True) for name, each in logs.items()}
     except (OSError, ValueError, RecursionError) as error:
         return [f"{MANIFEST} is damaged ({error}): files cannot be vouched for"]
     return [_seal_note(name, why) for name, why in found.items() if why]
+
+
+def written_seals(checkpoints: Path) -> dict[str, Any]:
+    """Return the seals of logs in the newest checkpoint whose state can be read; {} where there is none."""
+    steps = {int(name): folder for folder in checkpoints.glob("step_*") if (name := folder.name[5:]).isdecimal()}
+    for step in sorted(steps, reverse=True):
+        try:
+            seals = json.loads((steps[step] / "state.json").read_text(encoding="utf-8"))["written"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # it may be removed just now; a resumed run says what is wrong with it
+        if is_manifest({"files": seals}):
+            return dict(seals)
+    return {}
 
 
 def writable(text: str) -> str:

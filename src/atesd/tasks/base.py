@@ -132,12 +132,18 @@ def check_gold(problems: Sequence[Problem], reward: RewardFunction) -> CheckRepo
     report = CheckReport(total=len(problems))
     graded = [problem for problem in problems if problem.answer is not None]
     report.gradable = len(graded)
-    gold = [_closing(problem, problem.answer or "") for problem in graded]
     corrupted = [_closing(problem, corrupt(problem.answer or ""), replace=True) for problem in graded]
-    report.gold_wrong = [p.id for p, score in zip(graded, _scores(reward, graded, gold), strict=True) if score != 1.0]
+    report.gold_wrong = refused_gold(graded, reward)
     scores = _scores(reward, graded, corrupted)
     report.corrupted_right = [p.id for p, score in zip(graded, scores, strict=True) if score != 0.0]
     return report
+
+
+def refused_gold(problems: Sequence[Problem], reward: RewardFunction) -> list[str]:
+    """Return the ids of the problems with an answer whose own solution does not score 1, as `check_gold` grades it."""
+    graded = [problem for problem in problems if problem.answer is not None]
+    scores = _scores(reward, graded, [_closing(problem, problem.answer or "") for problem in graded])
+    return [problem.id for problem, score in zip(graded, scores, strict=True) if score != 1.0]
 
 
 def corrupt(answer: str) -> str:

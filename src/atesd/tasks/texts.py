@@ -100,6 +100,30 @@ def unread(problems: Sequence[Problem], unknown: Callable[[str], Sequence[str]])
     )
 
 
+def overlong(
+    sets: Mapping[str, Sequence[Problem]], tokens: Callable[[str], Sequence[int]], context: int | None
+) -> str | None:
+    """Say which problems a model's context cannot hold, whatever stands around them; None where it holds all.
+
+    Of what is trained on and probed the solution counts, too, which the teacher reads.
+    """
+    if context is None:
+        return None
+    found: dict[str, int] = {}
+    for name, problems in sets.items():
+        for each in problems:
+            length = len(tokens(each.problem)) + (0 if name == "evaluation" else len(tokens(each.solution)))
+            found |= {each.id: length} if length > context else {}
+    if not found:
+        return None
+    named = ", ".join(f"{name}: {length}" for name, length in list(found.items())[:_MOST_NAMED])
+    return (
+        f"{len(found)} problems have more tokens with their solutions than the model's context of {context} ({named}"
+        f"{', ...' if len(found) > _MOST_NAMED else ''}), prompt and completion not counted: training refuses them, or "
+        'leaves them out with step.overlong = "drop"'
+    )
+
+
 def place_of(task: object, name: str, problem: Problem, field: Field) -> str:
     """Return where a text stands, in a file or at least in which set and problem."""
     if isinstance(task, Placed):

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from atesd.config import RunConfig
 from atesd.evaluate.runner import refuse_none
 from atesd.exposure.prompt import donors, evaluation_messages
+from atesd.rewards.exact import exact_reward
+from atesd.rewards.kinds import ExactConfig
 from atesd.rollout.render import Renderer
-from atesd.tasks.base import Task, check_disjoint, check_problems
+from atesd.tasks.base import Task, check_disjoint, check_problems, refused_gold
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
 from atesd.types import Problem, UserError
@@ -115,8 +117,24 @@ def answerable(
     return kept
 
 
-def warn_of_problems(config: RunConfig, problems: Sequence[Problem], renderer: Renderer) -> None:
+def warn_of_problems(config: RunConfig, problems: Sequence[Problem], renderer: Renderer, task: Task) -> None:
     """Warn of what a run can be made with, and is mostly not meant."""
+    if config.step.problems > len(problems):
+        warnings.warn(
+            f"step.problems = {config.step.problems}, and there are {len(problems)} training problems: every step "
+            "samples some of them several times over",
+            stacklevel=2,
+        )
+    graders = config.reward if isinstance(config.reward, tuple) else (config.reward or task.default_reward,)
+    refused = refused_gold(problems, exact_reward) if any(isinstance(each, ExactConfig) for each in graders) else []
+    if refused:
+        named = ", ".join(refused[:5]) + (", ..." if len(refused) > 5 else "")
+        warnings.warn(
+            f"{len(refused)} of {len(problems)} training problems ({named}) have an answer that is not written as "
+            'their own solutions state it, and reward.kind = "exact" compares texts: it grades these solutions 0; '
+            'write the answers alike, or set reward = {kind = "math"}',
+            stacklevel=2,
+        )
     if config.env.limit > 1 and renderer.rewrites_history():
         warnings.warn(
             "the chat template drops the thinking of earlier replies from a conversation; here every reply stays as it "

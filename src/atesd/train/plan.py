@@ -29,6 +29,7 @@ from atesd.losses.tiles import WIDENED
 from atesd.recipe import with_overrides
 from atesd.rollout.guess import LARGEST_LOGITS
 from atesd.train.heads import decoder, output_layer
+from atesd.train.model import context_length
 from atesd.train.traced import activations, skeleton
 
 GIB = 2**30
@@ -76,6 +77,14 @@ class Lengths:
     prompt: int = 200
     solution: int = 1000
 
+    def within(self, context: int | None, completion: int) -> Lengths:
+        """Return what of them a model can read before a completion: both in proportion, where that is less."""
+        both = self.prompt + self.solution
+        if context is None or both + completion <= context:
+            return self
+        prompt = max(1, self.prompt * max(0, context - completion) // both)
+        return Lengths(prompt, max(0, context - completion - prompt))
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -89,6 +98,8 @@ class Plan:
     trained: int
     rows: int
     """Rows of a micro-batch."""
+    lengths: Lengths
+    """What was reckoned with."""
 
     def total(self, phase: str) -> float:
         """Return all bytes of a phase."""
@@ -114,6 +125,7 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
     """Compute what a run will need. UserError where the model's config cannot be had or followed."""
     model = skeleton(config.model)
     shape = _Shape(model, config)
+    lengths = lengths.within(context_length(model), config.rollout.max_new_tokens)
     student, teacher = _rows(config, lengths)
     views = len(config.target.views) if config.routing.distils else 0
     sequences = config.step.problems * config.rollout.group_size
@@ -132,7 +144,7 @@ def make_plan(config: RunConfig, device: Device, lengths: Lengths) -> Plan:
     evaluated = config.eval.k * (config.eval.problems or (size if isinstance(size, int) and size else 10**6))
     phases["evaluation"] = _sampling(config, shape, lengths.prompt, evaluated, completion)
     seconds = _seconds(config, shape, device, student, teacher, sequences, views)
-    return Plan(always, phases, seconds, shape.parameters, shape.trained, rows)
+    return Plan(always, phases, seconds, shape.parameters, shape.trained, rows, lengths)
 
 
 class _Shape:
@@ -289,7 +301,7 @@ def lower_until_it_fits(config: RunConfig, device: Device, lengths: Lengths, lim
     chosen: dict[str, str] = {}
     plan = make_plan(config, device, lengths)
     while plan.peak > limit:
-        change = _next(config, plan, lengths)
+        change = _next(config, plan)
         if change is None:
             return Remedy(_written(chosen), plan, fits=False)
         chosen |= change
@@ -302,12 +314,12 @@ def _written(chosen: dict[str, str]) -> tuple[str, ...]:
     return tuple(f"{key}={value}" for key, value in chosen.items())
 
 
-def _next(config: RunConfig, plan: Plan, lengths: Lengths) -> dict[str, str] | None:
-    model, (student, _) = config.model, _rows(config, lengths)
+def _next(config: RunConfig, plan: Plan) -> dict[str, str] | None:
+    model, (student, _) = config.model, _rows(config, plan.lengths)
     if plan.worst != "update":
         batch, row = config.rollout.batch_tokens, student + 1
         if plan.worst == "evaluation":
-            row = lengths.prompt + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
+            row = plan.lengths.prompt + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
         rows = batch // row
         if rows > 1:
             return {"rollout.batch_tokens": str(rows // 2 * row)}

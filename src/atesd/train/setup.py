@@ -172,7 +172,7 @@ def assemble(config: RunConfig) -> Parts:
         levels={problem.id: problem.level for problem in problems},
         has_probe=bool(sets["probe"]),
     )
-    warn_of_problems(config, problems, renderer)
+    warn_of_problems(config, problems, renderer, task)
     if driver.room is not None:
         driver = replace(driver, reserved=hints.surplus([*problems, *sets["probe"]]))
 

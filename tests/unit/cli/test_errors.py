@@ -32,6 +32,14 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(number: int) -> None:
     assert line.endswith("continue with: atesd train --resume runs/a")
 
 
+@pytest.mark.parametrize("error", [
+    system_error(errno.EFBIG, "x.jsonl"), RuntimeError("I/O error: File too large (os error 27)"),
+])  # fmt: skip
+def test_a_limit_on_files_is_told(error: Exception) -> None:
+    what = getattr(error, "filename", None) or "the output"
+    assert user_line(error) == f"{what} is larger than files may be here (File too large): raise the limit, ulimit -f"
+
+
 @pytest.mark.parametrize("kind", [Exception, RuntimeError])
 def test_a_full_disk_is_recognised_in_errors_of_rust_libraries(kind: type[Exception]) -> None:
     line = user_line(kind("Error while serializing: I/O error: No space left on device (os error 28)"))
@@ -42,6 +50,14 @@ def test_a_full_disk_is_recognised_in_errors_of_rust_libraries(kind: type[Except
 def test_refused_and_misplaced_writes_name_another_place() -> None:
     assert "no permission to write /x (Permission denied)" in str(user_line(system_error(errno.EACCES, "/x")))
     assert "/x cannot be written (Not a directory)" in str(user_line(system_error(errno.ENOTDIR, "/x")))
+
+
+def test_a_cache_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/x")
+    assert user_line(error) is None
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/x")
+    why = "(No such file or directory): let TORCHINDUCTOR_CACHE_DIR name another place"
+    assert user_line(error) == f"/proc/x cannot be written {why}"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from atesd.cli.compare import make_plan
 from atesd.cli.main import _recipe_names, main
 from atesd.cli.recipes import run_recipes
-from atesd.packaged import find_recipe, packaged_recipes, title_of
+from atesd.config import RunConfig
+from atesd.packaged import SECTIONS, find_recipe, packaged_recipes, refuse_unknown_sections, title_of
 from atesd.recipe import load_config
 from atesd.types import UserError
 
@@ -35,6 +38,42 @@ def test_a_name_means_the_packaged_recipe_unless_a_file_is_called_so(
     Path("pico").rmdir()
     Path("pico").write_text("seed = 11")
     assert load_config(Path("pico")).seed == 11
+
+
+def test_a_misspelt_section_is_told_before_anything_of_weight_is_imported(tmp_path: Path) -> None:
+    assert set(SECTIONS) == set(RunConfig.model_fields)
+    code = "import sys; from atesd.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, "train", "pico", "stp.num_steps=3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == "error: override 'stp.num_steps=3': unknown key 'stp': did you mean 'step'?\n"
+    with pytest.raises(UserError, match=r"override 'sed=': unknown key 'sed': did you mean 'seed'\?"):
+        refuse_unknown_sections(["step.num_steps=3", "seed=4", "sed="])
+    refuse_unknown_sections(["task.x=1", "nothing", "=3", "columns.problem=question"])
+
+
+def test_a_recipe_is_utf_8_with_a_mark_in_front_or_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, text = tmp_path / "mine one.toml", "# S\u00fc\u00df, a title.\r\nseed = 3\r\n"
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert load_config(path).seed == 3
+    assert title_of(path) == "S\u00fc\u00df, a title"
+    assert make_plan(path, [], ["full"], range(1)).text.startswith("# S")
+    run_recipes(str(path), tmp_path / "copy.toml")
+    assert tomllib.loads((tmp_path / "copy.toml").read_text(encoding="utf-8")) == {"seed": 3}
+    (tmp_path / "with space").mkdir()
+    capsys.readouterr()
+    run_recipes("pico", tmp_path / "with space")
+    assert capsys.readouterr().out.endswith(f"train it with `atesd train '{tmp_path}/with space/pico.toml'`\n")
+    path.write_text(text, encoding="latin-1")
+    for read in (load_config, title_of, lambda path: run_recipes(str(path), None)):
+        with pytest.raises(UserError, match=r"mine one\.toml cannot be read \('utf-8' codec .*\): save it as UTF-8$"):
+            read(path)
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("pipe", "a pipe or a device"), ("with space", "a folder")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(it is {what}\): give the path of a TOML file"):
+            find_recipe(tmp_path / name)
 
 
 def test_what_is_neither_is_named_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

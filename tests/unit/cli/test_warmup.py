@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,15 @@ def test_any_models_training_knows_where_its_problems_stand(tmp_path: Path, monk
     monkeypatch.setattr(supervised, "warm_up", stand_in)
     run_model_warmup("pico", str(data), recipes / "pico.toml", [], tmp_path / "out", {})
     assert seen == [(3, f"{data}:1: field 'answer'")]
+
+
+def test_a_warm_start_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fills_the_disk(out: Path, **_: object) -> None:
+        out.mkdir()
+        (out / "config.json").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("atesd.train.warmup.train_warm_start", fills_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run_warmup(tmp_path / "warm", 1, 0, None)
+    assert list(tmp_path.iterdir()) == []

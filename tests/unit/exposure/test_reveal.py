@@ -205,6 +205,7 @@ def test_warning_names_the_coarsest_unit_that_cuts_finely_enough() -> None:
     words = segmentation_warning(["x = 1 + 2 so 3"], "auto")
     assert words is not None
     assert "choose unit 'token'" in words
+    assert (segmentation_warning(["2"], "token") or "").endswith("hides them wholly; give longer ones")
 
 
 def test_warning_needs_more_than_half_and_ignores_empty_solutions() -> None:

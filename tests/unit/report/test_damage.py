@@ -360,3 +360,24 @@ def test_shares_leave_out_steps_whose_counts_make_no_sense(tmp_path: Path) -> No
 )
 def test_what_counts_as_a_number(value: Any, number: bool, amount: bool, step: bool) -> None:
     assert (is_number(value), is_amount(value), is_step(value)) == (number, amount, step)
+
+
+def test_an_edited_log_of_a_run_that_is_not_complete_is_noted(tmp_path: Path) -> None:
+    """Its newest checkpoint remembers how the logs began."""
+    run = write_run(tmp_path / "run", steps=4, problems=4, finished=False)
+    for step, written in ((2, {"metrics.jsonl": {"size": 3, "sha256": "0"}}), (4, run.written()), (6, None), (8, [])):
+        (run.checkpoints / f"step_{step:06d}").mkdir()
+        (run.checkpoints / f"step_{step:06d}" / "state.json").write_text(json.dumps({"written": written}))
+    (run.checkpoints / "step_000010").mkdir()
+    (run.checkpoints / "step_000012.partial").mkdir()
+    run.log(5, {"loss/total": 1.0})
+    assert load_run(run.path, "learned", 1).notes == (), "what came later is not known to any checkpoint"
+    text = run.metrics_path.read_text()
+    run.metrics_path.write_text(text.replace('"step": 3', '"step": 9', 1))
+    (run.path / "eval" / "step_000002.jsonl").unlink()
+    assert load_run(run.path, "learned", 1).notes == (
+        "metrics.jsonl is not what this run wrote",
+        "eval/step_000002.jsonl is missing",
+    )
+    shutil.rmtree(run.checkpoints)
+    assert load_run(run.path, "learned", 1).notes == ()

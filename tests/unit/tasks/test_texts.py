@@ -12,7 +12,7 @@ from atesd.exposure.prompt import OPSD_TEACHER, PromptConfig
 from atesd.facts import RunFacts
 from atesd.tasks.files import Columns, JsonlConfig
 from atesd.tasks.kinds import PicoConfig
-from atesd.tasks.texts import control_look, fence_flaw, fences, flaws, refuse_texts, unread
+from atesd.tasks.texts import control_look, fence_flaw, fences, flaws, overlong, refuse_texts, unread
 from atesd.types import Problem, UserError
 
 BEGIN, CLOSE = "=== Reference Solution Begin ===", "=== Reference Solution End ==="
@@ -140,3 +140,19 @@ def test_of_many_problems_some_from_all_over_are_looked_at() -> None:
 
     assert "which 4 of 84 problems hold" in str(unread(problems, unknown))  # every third: 240, 243, 246, 249
     assert len(seen) == 2 * 84
+
+
+def test_problems_beyond_a_models_context_are_named_with_their_lengths() -> None:
+    sets = {
+        "train": [Problem("fits", "12", "345"), Problem("long", "12", "3456")],
+        "probe": [Problem("longer", "123", "3456")],
+        "evaluation": [Problem("asked", "12345", "67890"), Problem("too", "123456", "7")],
+    }
+    said = overlong(sets, list, 5)
+    assert said is not None
+    assert said.startswith(
+        "3 problems have more tokens with their solutions than the model's context of 5 (long: 6, longer: 7, too: 6), "
+    )
+    assert overlong(sets, list, 7) is overlong(sets, list, None) is None
+    many = {"train": [Problem(str(number), "123", "456") for number in range(11)]}
+    assert "8: 6, 9: 6, ...), prompt and" in (overlong(many, list, 5) or "")

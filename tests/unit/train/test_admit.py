@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from atesd.recipe import build_config
+from atesd.rewards.kinds import ExactConfig
 from atesd.rollout.render import Renderer
-from atesd.train.admit import answerable, sets_of
+from atesd.train.admit import answerable, sets_of, warn_of_problems
 from atesd.types import Problem, UserError
 
 from support.rollouts import byte_tokenizer
@@ -90,3 +92,29 @@ def test_a_run_without_anything_to_evaluate_on_is_refused_before_it_begins() -> 
     rows.evaluation = list
     with pytest.raises(UserError, match=r"task 'own' has no evaluation problem: raise task\.eval_size"):
         sets_of(build_config({}), rows)
+
+
+def warned(problems: list[Problem], **tree: Any) -> list[str]:
+    """Return what a run of these problems is warned of."""
+    config = build_config({"step": {"problems": 2}, **tree})
+    task: Any = SimpleNamespace(default_reward=ExactConfig())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_problems(config, problems, Renderer(byte_tokenizer()), task)
+    return [str(each.message) for each in caught]
+
+
+def test_a_step_of_more_problems_than_there_are_is_told() -> None:
+    first, second = Problem("1", "first", "so\nit\nis 2", "2"), Problem("2", "second", "so\nit\nis 2", "2")
+    assert warned([first, second]) == []
+    (said,) = warned([first])
+    assert said.startswith("step.problems = 2, and there are 1 training problems: every step samples some of them")
+
+
+def test_an_answer_that_exact_grading_refuses_in_its_own_solution_is_told() -> None:
+    right, wrong = Problem("r", "first", "2\n= 2\n#2", "2."), Problem("w", "third", "3 * 7\n= 21\n#21", "21.0")
+    assert warned([right, wrong], reward={"kind": "math"}) == []
+    for reward in ({}, {"reward": {"kind": "exact"}}, {"reward": [{"kind": "math"}, {"kind": "exact"}]}):
+        (said,) = warned([right, wrong], **reward)
+        assert said.startswith("1 of 2 training problems (w) have an answer that is not written as their own solutions")
+        assert said.endswith('set reward = {kind = "math"}')

@@ -100,7 +100,7 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path, monke
 def test_train_warns_in_one_line_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    has(monkeypatch, 0.2 * GIB)
+    has(monkeypatch, 0.1 * GIB)
 
     def stop(config: Any) -> None:
         raise KeyboardInterrupt
@@ -114,5 +114,5 @@ def test_train_warns_in_one_line_before_it_loads_anything(
     printed = capsys.readouterr().err
     assert printed.startswith("warning: this run will probably not fit into memory: ")
     assert printed.count("\n") == 1
-    assert " 0.2 are there" in printed
+    assert " 0.1 are there" in printed
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, Qwen3Config
 
+from atesd.cli.plan import assumptions
 from atesd.config import RunConfig
 from atesd.recipe import build_config, load_config, with_overrides
 from atesd.train.batch import micro_batches
@@ -331,7 +332,8 @@ def test_a_teachers_pass_is_bounded_by_the_budget_or_one_row(tmp_path: Path) -> 
 
     def taught(budget: int, solution: int) -> float:
         sections = {"step": {"problems": 4, "token_budget": budget}, "rollout": {"max_new_tokens": 30}}
-        plan = make_plan(recipe(write_config(tmp_path), **sections), ROOM, Lengths(10, solution))
+        long = write_config(tmp_path, max_position_embeddings=200_000)
+        plan = make_plan(recipe(long, **sections), ROOM, Lengths(10, solution))
         return plan.phases["update"]["teacher's pass"]
 
     scored = 2 * 30 * 8 * 4  # a row's hidden states of both roles
@@ -355,3 +357,17 @@ def test_what_is_lowered_first_and_to_what(tmp_path: Path) -> None:
     evaluated = {"problems": 64, "k": 64, "max_new_tokens": 50}
     small = {"max_new_tokens": 10, "batch_tokens": 6000}
     assert first(step={"problems": 1}, rollout=small, eval=evaluated) == f"rollout.batch_tokens={50 * 60}"
+
+
+def test_no_longer_texts_are_planned_than_the_model_reads(tmp_path: Path) -> None:
+    asked = Lengths(200, 1000)
+    assert asked.within(None, 100) is asked.within(1300, 100) is asked
+    assert asked.within(1299, 100) == Lengths(199, 1000)  # 1199 are left: 200 * 1199 / 1200, and the rest
+    assert asked.within(148, 100) == Lengths(8, 40)
+    assert asked.within(50, 100) == Lengths(1, 0)
+    config = recipe(write_config(tmp_path, max_position_embeddings=28), rollout={"max_new_tokens": 8})
+    plan = make_plan(config, ROOM, Lengths(20, 20))
+    assert plan == make_plan(config, ROOM, Lengths(10, 10))
+    said = assumptions(config, ROOM, Lengths(20, 20), plan)
+    assert "prompts of 10 tokens, solutions of 10 (cut from 20 and 20: the model reads no more), completions" in said
+    assert "solutions of 10, completions" in assumptions(config, ROOM, Lengths(10, 10), plan)
