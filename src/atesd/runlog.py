@@ -207,8 +207,8 @@ class RunDir:
             file = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written: .lock: {error.strerror}; let this user write there, or copy the folder to "
-                "where it can be written"
+                f"{self.path} cannot be written: .lock: {error.strerror}; let this user write there, or copy the "
+                "folder to where it can be written"
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
