@@ -27,11 +27,12 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from atesd.evaluate.metrics import Difference, paired_difference
+from atesd.files import dump_json, read_jsonl, write_atomic
 from atesd.report.compare import accuracy, accuracy_matrix, are_shared, difference, finals, seconds, starts
 from atesd.report.load import load_comparison
 from atesd.report.quality import qualities, reading, said
 from atesd.report.study import Arm, Study
-from atesd.runlog import RunDir, dump_json, read_jsonl, write_atomic
+from atesd.runlog import RunDir
 
 from figure import write_figure
 

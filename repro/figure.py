@@ -12,13 +12,13 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from atesd.files import write_atomic
 from atesd.report.checked import writable
 from atesd.report.compare import accuracy, finals
 from atesd.report.load import load_comparison
 from atesd.report.special import accuracy_curve
 from atesd.report.study import Study
 from atesd.report.traces import COLOURS, SYMBOLS, band_opacity
-from atesd.runlog import write_atomic
 from atesd.types import UserError
 
 TOP, LEFT, PLOT, HEIGHT = 44, 64, 480, 250  # of the left panel, in user units

@@ -20,10 +20,10 @@ import torch
 
 from atesd.config import RunConfig
 from atesd.evaluate.metrics import bootstrap_interval
+from atesd.files import dump_json, write_atomic
 from atesd.losses.divergence import Use
 from atesd.losses.target import Plain
 from atesd.recipe import load_config
-from atesd.runlog import dump_json, write_atomic
 from atesd.seeds import derive_seed
 from atesd.train.batch import Passage
 from atesd.train.model import decide_dtype, disable_progress_bars

@@ -26,10 +26,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from atesd.files import dump_json
 from atesd.metrics import is_timing
 from atesd.recipe import build_config
 from atesd.report.html import write_report
-from atesd.runlog import RunDir, dump_json
+from atesd.runlog import RunDir
 from atesd.seals import folder_flaw
 from atesd.train.loop import Interrupted, Trainer
 from atesd.train.model import disable_progress_bars

@@ -40,7 +40,18 @@ BELOW_CONFIG = METHODS | {
     "own",
     "sections",
 }
-BELOW_TRAIN = BELOW_CONFIG | {"tree", "config", "packaged", "recipe", "runlog", "seals", "metrics", "launch", "signals"}
+BELOW_TRAIN = BELOW_CONFIG | {
+    "tree",
+    "config",
+    "packaged",
+    "recipe",
+    "runlog",
+    "files",
+    "seals",
+    "metrics",
+    "launch",
+    "signals",
+}
 ARROWS: dict[str, set[str]] = {
     "types": set(),
     "metrics": set(),
@@ -63,11 +74,13 @@ ARROWS: dict[str, set[str]] = {
     "curriculum": {"types", "facts", "seeds"},
     "rewards": {"types", "facts"},
     "seals": set(),
-    "runlog": {"types", "seals"},
+    "files": {"types"},
+    "provenance": set(),
+    "runlog": {"types", "seals", "files", "provenance"},
     "tasks": {"types", "facts", "seeds", "rewards"},
     "envs": {"types", "facts"},
     "rollout": {"types", "seeds", "envs", "codes", "transfer"},
-    "evaluate": {"types", "seeds", "rewards", "rollout", "runlog"},
+    "evaluate": {"types", "seeds", "rewards", "rollout", "runlog", "files"},
     "own": {"types"},
     "kinds": METHODS | {"own"},
     "sections": {"types"},
@@ -78,7 +91,7 @@ ARROWS: dict[str, set[str]] = {
     "train": BELOW_TRAIN,
     "flow": BELOW_TRAIN | {"train"},
     "trainers": BELOW_TRAIN | {"train", "flow"},
-    "report": {"types", "seals", "runlog", "evaluate.metrics"},
+    "report": {"types", "seals", "runlog", "files", "evaluate.metrics"},
     "cli": BELOW_TRAIN | {"train", "trainers", "report"},
     "__init__": set(),
 }

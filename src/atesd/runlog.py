@@ -28,21 +28,18 @@ import fcntl
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from shlex import quote
-from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
+from atesd.files import dump_json, read_jsonl, refuse_unwritable, settle, write_atomic
+from atesd.provenance import environment
 from atesd.seals import MANIFEST, flaw, read_manifest, seal, seal_text
 from atesd.types import UserError
 
@@ -52,83 +49,6 @@ FOLDERS = (*ROWS, "checkpoints")
 WRITTEN = (*FOLDERS, "best", "final", "metrics.jsonl", "groups.jsonl")
 _PARTIAL_FILE = re.compile(r"\.(.+)\.\d+\.partial")  # of `write_atomic`
 _STEP_FILE = re.compile(r"step_\d{6,}\.jsonl")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part.
-
-    UserError where something lies there that is no ordinary file: a link, a device, a pipe, a folder.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path} is no ordinary file and is left as it is: remove it, or choose another place")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # of a disk that is full, or a limit
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def refuse_unwritable(path: Path, option: str = "--out") -> None:
-    """UserError where a file or folder cannot be made or replaced, before the work whose result it is to hold.
-
-    Tried in the folder itself, or the nearest one above it that exists, where nothing is left.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path} holds bytes that are no UTF-8: choose another place with {option}") from error
-    tried = path.parents if path.is_file() else (path, *path.parents)
-    place = next((above for above in tried if above.exists()), Path())
-    try:
-        TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with {option}") from error
-
-
-def settle(path: Path) -> None:
-    """Have a file on disk, whatever happens to the machine."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def dump_json(value: object, *, indent: int | None = 2) -> str:
-    """Serialise readably, or in one line, refusing NaN and infinities, which JSON lacks."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the objects of a JSON Lines file written by this module; a torn last line (a crash) is left out.
-
-    UserError with file and line where one is no object.
-    """
-    return (row for _, row in numbered_jsonl(path))
-
-
-def numbered_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read as `read_jsonl` does; each object comes with the number of its line."""
-    if not path.exists():
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
-    *lines, _ = text.split("\n")  # a text may hold separators that splitlines would cut at
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is damaged ({error}): restore it from a copy") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} is damaged (no object): restore it from a copy")
-            yield number, row
 
 
 def step_name(step: int) -> str:
@@ -439,49 +359,3 @@ class Phases:
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return taken
-
-
-def environment() -> dict[str, Any]:
-    """Record what a number depends on: versions, platform, commit."""
-    packages = (
-        "atesd",
-        "torch",
-        "transformers",
-        "accelerate",
-        "peft",
-        "datasets",
-        "numpy",
-        "safetensors",
-        "math-verify",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "packages": versions,
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
-    }
-
-
-def _git(*arguments: str) -> str:
-    """Ask git about the package's own checkout; empty where it does not lie in one, whatever folder is around it."""
-    here = Path(__file__)
-    answers = []
-    for command in (["ls-files", "--error-unmatch", here.name], list(arguments)):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=5, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        if done.returncode:
-            return ""
-        answers.append(done.stdout.strip())
-    return answers[-1]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from atesd.codes.model import FILE, codes_of, load_codes
+from atesd.files import read_jsonl
 from atesd.metrics import METRICS, is_timing
 from atesd.recipe import build_config
-from atesd.runlog import RunDir, read_jsonl
+from atesd.runlog import RunDir
 from atesd.train.export import copy_model, merge_model
 from atesd.train.inspect import evaluate_model
 from atesd.train.loop import Interrupted, Trainer

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from atesd.cli.main import main
-from atesd.runlog import RunDir, read_jsonl
+from atesd.files import read_jsonl
+from atesd.runlog import RunDir
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")

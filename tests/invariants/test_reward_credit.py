@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atesd.files import read_jsonl
 from atesd.recipe import build_config
 from atesd.routing.route import Route
-from atesd.runlog import RunDir, read_jsonl
+from atesd.runlog import RunDir
 from atesd.train.loop import Trainer
 from atesd.train.setup import Parts, assemble
 from atesd.types import Group, Measurement

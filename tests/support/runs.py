@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from atesd.runlog import FORMAT, RunDir, dump_json, write_atomic
+from atesd.files import dump_json, write_atomic
+from atesd.runlog import FORMAT, RunDir
 
 LEVELS = ("5 steps", "7 steps", "9 steps")
 START = 0.36

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from atesd import runlog
+from atesd.files import dump_json, read_jsonl, write_atomic
 from atesd.metrics import METRICS, is_timing
-from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json, environment, read_jsonl, write_atomic
+from atesd.provenance import environment
+from atesd.runlog import Phases, ReadRunDir, RunDir
 from atesd.seals import seal
 from atesd.types import UserError
 

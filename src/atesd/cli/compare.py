@@ -22,9 +22,9 @@ from rich.table import Table
 from atesd.cli.jobs import Job, Runner
 from atesd.cli.nursery import Nursery
 from atesd.cli.progress import clock, make_console, number
+from atesd.files import dump_json, refuse_unwritable, write_atomic
 from atesd.own import places_in
 from atesd.packaged import find_recipe, recipe_text
-from atesd.runlog import dump_json, refuse_unwritable, write_atomic
 from atesd.types import UserError
 
 if TYPE_CHECKING:

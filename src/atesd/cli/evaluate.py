@@ -24,7 +24,8 @@ from atesd.cli.benchmark import (
 from atesd.cli.code import announce_code, announced_methods, refuse_code, refused_methods
 from atesd.cli.places import check_out
 from atesd.cli.progress import make_console, metrics_table, silence_libraries
-from atesd.runlog import RunDir, write_atomic
+from atesd.files import write_atomic
+from atesd.runlog import RunDir
 from atesd.seals import MANIFEST, folder_flaw
 from atesd.tasks.base import content_of
 from atesd.tasks.benchmarks import BENCHMARKS

@@ -11,7 +11,8 @@ from atesd.cli.code import announced_methods, refused_methods
 from atesd.cli.evaluate import is_run, model_of, recipe_of
 from atesd.cli.progress import make_console, silence_libraries
 from atesd.cli.train import start_of
-from atesd.runlog import RunDir, refuse_unwritable
+from atesd.files import refuse_unwritable
+from atesd.runlog import RunDir
 from atesd.tasks.flows import refuse_points
 from atesd.types import UserError
 

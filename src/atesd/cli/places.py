@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from atesd.runlog import refuse_unwritable
+from atesd.files import refuse_unwritable
 from atesd.types import UserError
 
 

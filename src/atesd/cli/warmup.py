@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from atesd.cli.progress import bar, clock, make_console, silence_libraries
-from atesd.runlog import refuse_unwritable
+from atesd.files import refuse_unwritable
 from atesd.types import UserError
 
 if TYPE_CHECKING:

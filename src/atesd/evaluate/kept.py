@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from atesd.evaluate.runner import Evaluation, Row, Traits, Write, sample, summarise
+from atesd.files import dump_json, read_jsonl, refuse_unwritable, write_atomic
 from atesd.rollout.driver import Driver
 from atesd.rollout.sampler import SamplingConfig
-from atesd.runlog import RunDir, dump_json, read_jsonl, refuse_unwritable, write_atomic
+from atesd.runlog import RunDir
 from atesd.seeds import derive_seed
 from atesd.types import Problem, UserError, shown
 

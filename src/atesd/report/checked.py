@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atesd.runlog import FORMAT, RunDir, numbered_jsonl
+from atesd.files import numbered_jsonl
+from atesd.runlog import FORMAT, RunDir
 from atesd.seals import MANIFEST, flaw, is_manifest, read_manifest
 from atesd.types import UserError
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from atesd.files import write_atomic
 from atesd.report.checked import writable
 from atesd.report.compare import find
 from atesd.report.load import load_study
 from atesd.report.plots import Shown
 from atesd.report.sections import Section, page_header, sections
 from atesd.report.study import Study
-from atesd.runlog import write_atomic
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:

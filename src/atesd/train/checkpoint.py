@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atesd.codes.model import codes_of, load_codes, save_codes, taken_off
-from atesd.runlog import dump_json, settle, step_name
+from atesd.files import dump_json, settle
+from atesd.runlog import step_name
 from atesd.seals import MANIFEST, read_manifest, seal_files
 from atesd.train.optim import MASTER
 from atesd.train.shard import Whole, local, piece, shared_as

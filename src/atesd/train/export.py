@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from atesd.config import RunConfig
-from atesd.runlog import write_atomic
+from atesd.files import write_atomic
 from atesd.seals import MANIFEST
 from atesd.train.checkpoint import write_weights
 from atesd.train.model import load

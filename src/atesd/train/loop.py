@@ -10,8 +10,9 @@ from typing import Any
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import evaluate
+from atesd.files import dump_json
 from atesd.routing.route import Route
-from atesd.runlog import Phases, ReadRunDir, RunDir, dump_json
+from atesd.runlog import Phases, ReadRunDir, RunDir
 from atesd.sections import TrackConfig
 from atesd.seeds import derive_seed
 from atesd.train.ahead import Ahead, lag_of, ratio_metrics

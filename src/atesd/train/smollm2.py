@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from atesd.runlog import dump_json
+from atesd.files import dump_json
 from atesd.seals import MANIFEST, folder_flaw, seal, seal_files
 from atesd.types import UserError
 

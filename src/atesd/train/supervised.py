@@ -21,7 +21,7 @@ from pydantic import Field
 
 from atesd.codes.model import with_codes
 from atesd.config import RunConfig
-from atesd.runlog import dump_json
+from atesd.files import dump_json
 from atesd.sections import OptimConfig
 from atesd.seeds import derive_seed
 from atesd.tasks.base import Task, content_of

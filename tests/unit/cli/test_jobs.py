@@ -13,7 +13,8 @@ import pytest
 from atesd.cli import jobs
 from atesd.cli.jobs import Job, Runner, Tail, clear_stillborn, last_error
 from atesd.cli.progress import make_console
-from atesd.runlog import RunDir, write_atomic
+from atesd.files import write_atomic
+from atesd.runlog import RunDir
 
 
 def line(step: int, **metrics: float) -> str:

@@ -13,7 +13,8 @@ import pytest
 from atesd.cli.main import main
 from atesd.cli.progress import make_console, metrics_table
 from atesd.evaluate.kept import _opened
-from atesd.runlog import RunDir, refuse_unwritable
+from atesd.files import refuse_unwritable
+from atesd.runlog import RunDir
 from atesd.types import UserError
 
 HERE = Path(__file__).parents[3]

@@ -11,13 +11,14 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from atesd.files import dump_json, write_atomic
 from atesd.report.compare import summarise
 from atesd.report.html import render
 from atesd.report.load import load_study
 from atesd.report.panels import PANELS
 from atesd.report.quality import qualities, quality_tables, reading, said
 from atesd.report.samples import sample_figures, samples_of
-from atesd.runlog import RunDir, dump_json, write_atomic
+from atesd.runlog import RunDir
 
 import evidence
 from support.runs import write_compare as write_texts
