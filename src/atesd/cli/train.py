@@ -24,12 +24,11 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
 
     Of several processes one speaks.
     """
-    from atesd.train.world import World, leave
+    from atesd.train.world import World
 
     world = World.join()
     with world.sound():
         _run_train(recipe, overrides, out, resume, is_main=world.is_main)
-    leave()
 
 
 def _run_train(

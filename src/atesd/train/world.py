@@ -11,6 +11,7 @@ besides gradients goes over CPU memory.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,7 +253,9 @@ def _join() -> World:
         raise UserError(
             f"{size} processes were launched, but accelerate joins none of them here: start one (atesd train)"
         )
-    return World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    world = World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    atexit.register(_leave, world)
+    return world
 
 
 def _of_the_network(error: Exception) -> bool:
@@ -268,9 +271,12 @@ def _on_cpu(held: dict[int, Any]) -> dict[int, Any]:
     }
 
 
-def leave() -> None:
-    """Part from the other processes when all work is done."""
-    if dist.is_initialized():
+def _leave(world: World) -> None:
+    """Part from the other processes: a thread that still serves the last exchange aborts an interpreter that ends.
+
+    Where one broke off in the middle its thread may wait for hours, and nothing is parted from.
+    """
+    if dist.is_initialized() and not world._inside:
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_an_error_is_told_once_through_nested_blocks_and_what_all_expect_is_not(
         return ""
 
     assert together(tmp_path, 2, ends) == ["UserError: once", "Elsewhere: process 0 failed: once"]
+
+
+@forks
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_process_that_ends_parts_from_the_others_unless_an_exchange_broke_off(tmp_path: Path, breaks: bool) -> None:
+    """Else a thread of the last exchange may abort it; one that waits for what never comes would be waited for."""
+
+    def ends(rank: int) -> list[bool]:
+        ends: list[tuple[Any, ...]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.atexit, "register", lambda *call: ends.append(call))
+            world = World.join()
+            world.barrier()
+            if breaks:
+                with suppress(KeyboardInterrupt), world.joined():
+                    raise KeyboardInterrupt
+        before = dist.is_initialized()
+        [(leave, *arguments)] = [call for call in ends if call[0] is module._leave]
+        leave(*arguments)
+        return [before, dist.is_initialized()]
+
+    assert together(tmp_path, 2, ends) == [[True, breaks]] * 2
 
 
 @forks
