@@ -82,7 +82,12 @@ def sections(study: Study, findings: Findings) -> list[Section]:
         _results(study, findings, notes),
         _setup(study),
         _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
-        _figures(study, "levels", "Accuracy by level", "the task names fewer than two levels"),
+        _figures(
+            study,
+            "levels",
+            "Accuracy by level",
+            "the task names fewer than two levels, or seeds have different numbers of problems at one",
+        ),
         _figures(study, "exposure", "Exposure over training", "no step with a teacher was logged"),
         _figures(
             study,
