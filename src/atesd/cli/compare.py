@@ -276,7 +276,7 @@ def finish(folder: Path, console: Console) -> None:
     console.print(leaders_line(summary["leaders"]))
     for name, found in summary.get("quality", {}).items():
         console.print(quality_table(name, found, arms))
-    if warning := caution(len(summary["seeds"])):
+    if warning := caution(each["seeds"] for part in ("arms", "paired") for each in summary[part].values()):
         console.print(warning)
     report = write_report([folder], folder / "report.html")
     console.print(f"{clock(summary['seconds'])}; summary: {folder}/summary.json\nreport: {report}")

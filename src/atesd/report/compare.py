@@ -6,7 +6,7 @@ Intervals and pairing are `evaluate/metrics.py`'s: seeds and problems are resamp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,9 @@ def accuracy(evaluations: Sequence[Evaluation], *, resamples: int = RESAMPLES) -
     return found | {"t_low": max(0.0, over_seeds.low), "t_high": min(1.0, over_seeds.high)}
 
 
-def caution(seeds: int) -> str:
-    """Say what intervals over so few seeds are worth; nothing where there are enough."""
+def caution(counts: Iterable[int]) -> str:
+    """Say what intervals are worth, given over how many seeds each was taken; nothing where all have enough."""
+    seeds = min(counts, default=FEW_SEEDS)
     if seeds >= FEW_SEEDS:
         return ""
     if seeds == 1:

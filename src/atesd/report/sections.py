@@ -212,7 +212,9 @@ def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
             "differ from each other. The numbers below the tables do. Intervals hold 95 % of what resampling seeds and "
             "groups of samples gives; the dashed line marks the start.</p>"
         )
-    words += f"<p>{caution(len(study.seeds))}</p>" if caution(len(study.seeds)) else ""
+    known = [int(entry["seeds"]) for entry in findings.arms.values() if entry is not None]
+    warning = caution([*known, *(pair.seeds for pair in findings.paired.values())])
+    words += f"<p>{warning}</p>" if warning else ""
     pairs = paired_table(study, findings)
     return Section(
         "results",
