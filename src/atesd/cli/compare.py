@@ -339,7 +339,7 @@ def leaders_line(leaders: Sequence[str]) -> str:
     """Say which arm came out highest, or which ones are not told apart from the highest."""
     if len(leaders) < 2:
         return f"highest accuracy: {''.join(leaders) or 'no run is complete'}"
-    return f"not told apart from the highest: {', '.join(leaders)} (paired 95 % intervals hold 0)"
+    return f"not told apart from the highest: {', '.join(leaders)} (no pair has all its 95 % intervals above 0)"
 
 
 def interval(entry: Mapping[str, float | None], sign: str = "", over: str = "") -> str:
