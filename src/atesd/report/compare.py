@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from atesd.evaluate.metrics import FEW_SEEDS, Difference, arm_interval, avg_at_k, few_seeds_interval, paired_difference
+from atesd.evaluate.metrics import (
+    FEW_SEEDS,
+    Difference,
+    arm_interval,
+    avg_at_k,
+    bootstrap_interval,
+    few_seeds_interval,
+    paired_difference,
+)
 from atesd.report.load import load_comparison
 from atesd.report.study import Arm, Evaluation, Floats, Study
 from atesd.types import UserError
@@ -101,14 +109,17 @@ def starts(study: Study) -> list[Evaluation]:
 
 
 def _together(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
-    """Return the accuracy of starts that are no seeds of one thing, so without an interval over seeds.
+    """Return the accuracy of starts that are no seeds of one thing: its interval resamples problems alone.
 
     None where they have different numbers of problems, and no start stands for all.
     """
-    if len({len(evaluation.problem_ids) for evaluation in evaluations}) > 1:
+    if len({len(evaluation.problem_ids) for evaluation in evaluations}) != 1:
         return None
-    found = accuracy(evaluations)
-    return found and {key: value for key, value in found.items() if not key.startswith("t_")}
+    matrix_SP = accuracy_matrix(evaluations)
+    if not matrix_SP.size:
+        return None
+    low, high = bootstrap_interval(matrix_SP.mean(axis=0), resamples=RESAMPLES)
+    return {"average_at_k": avg_at_k(matrix_SP), "low": low, "high": high, "seeds": len(matrix_SP)}
 
 
 def finals(arm: Arm) -> list[Evaluation]:
