@@ -75,11 +75,6 @@ def _largest_logit(strength: float, b: float, c: float) -> float:
     return nearest if excess(nearest) <= 0.0 else float(brentq(excess, nearest, high, xtol=1e-12, rtol=1e-14))
 
 
-def fixed_point(p: float, b: float, strength: float) -> float:
-    """Return the probability that the student converges to: logit q = lambda logit p - (lambda - 1) logit b."""
-    return 1.0 / (1.0 + exp((strength - 1.0) * logit(b) - strength * logit(p)))
-
-
 def _check_domain(*, p: float, b: float, c: float) -> None:
     for name, value in (("p", p), ("b", b)):
         if not 0.0 < value < 1.0:

@@ -89,7 +89,7 @@ class ByPerplexity(Shuffled):
         super().__init__(len(self._ids), seed=0)
 
     def wants(self, step: int) -> Sequence[Measurement]:
-        """Ask for all references before the first step, and before a step that begins an epoch."""
+        """Ask for all references before the first step, and before a step that reaches the end of an epoch."""
         begins = self._position + self._batch >= self._num_problems and self._config.rescore == "epoch"
         return [REFERENCES] if step == 0 or begins else []
 

@@ -55,7 +55,7 @@ METRICS: dict[str, str] = {
     "influence and paired: 1 in a step whose credit was",
     "exposure/updates": "controller updates so far",
     "exposure/loss": "controller loss at its latest update",
-    "exposure/credit/{}": "averaged influence credit of a candidate ratio; with the reward as reference its credit "
+    "exposure/credit/{}": "averaged influence credit of a candidate ratio where candidates are mixed, else its credit "
     "over its error",
     "exposure/{}/credit/{}": "the same of the problems of one level",
     "exposure/arm/{}": "mean probability that the router gives a candidate ratio, behind its latest step "

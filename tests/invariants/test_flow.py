@@ -164,6 +164,16 @@ def test_levels_of_a_gradient_add_up_and_references_fold() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_credit_of_a_single_probe_point_has_no_error_and_is_none(tmp_path: Path) -> None:
+    """What one fold says cannot be weighed: the log counts a discarded credit, and has no credits of 0."""
+    exposure = {"kind": "influence", "hold": 1, "play": "best", "grid": [0.0, 1.0]}
+    task = {"kind": "ring", "train_size": 32, "probe_size": 1, "eval_size": 16}
+    start_run(build_config(tree(exposure=exposure, task=task, step={"num_steps": 1, "problems": 4})), tmp_path).train()
+    row = RunDir.open(tmp_path).metrics()[1]
+    assert row["exposure/discarded"] == 1.0
+    assert not [key for key in row if key.startswith("exposure/credit/")]
+
+
 CONTROLLERS = [
     {"kind": "fixed", "ratio": 0.4},
     {"kind": "linear"},

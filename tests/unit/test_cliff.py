@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from atesd.cliff import CliffConfig, CliffMeter, contract_class, fixed_point, largest_p, threshold
+from atesd.cliff import CliffConfig, CliffMeter, contract_class, largest_p, threshold
 from atesd.types import ContractPoint, Measurement, Observation, Reading, UserError
 
 TABLE = [
@@ -27,6 +27,11 @@ INVERSE = [
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 RISING = (0.99, 0.995, 0.994, 0.999, 0.9995)
 probabilities = st.floats(0.01, 0.999)
+
+
+def fixed_point(p: float, b: float, strength: float) -> float:
+    """Return what the student converges to: logit q = lambda logit p - (lambda - 1) logit b."""
+    return 1 / (1 + exp((strength - 1) * log(b / (1 - b)) - strength * log(p / (1 - p))))
 
 
 @pytest.mark.parametrize(("p", "b", "c", "expected"), TABLE)

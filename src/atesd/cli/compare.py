@@ -276,7 +276,7 @@ def finish(folder: Path, console: Console) -> None:
     console.print(leaders_line(summary["leaders"]))
     for name, found in summary.get("quality", {}).items():
         console.print(quality_table(name, found, arms))
-    if warning := caution(len(summary["seeds"])):
+    if warning := caution(each["seeds"] for part in ("arms", "paired") for each in summary[part].values()):
         console.print(warning)
     report = write_report([folder], folder / "report.html")
     console.print(f"{clock(summary['seconds'])}; summary: {folder}/summary.json\nreport: {report}")
@@ -339,7 +339,7 @@ def leaders_line(leaders: Sequence[str]) -> str:
     """Say which arm came out highest, or which ones are not told apart from the highest."""
     if len(leaders) < 2:
         return f"highest accuracy: {''.join(leaders) or 'no run is complete'}"
-    return f"not told apart from the highest: {', '.join(leaders)} (paired 95 % intervals hold 0)"
+    return f"not told apart from the highest: {', '.join(leaders)} (no pair has all its 95 % intervals above 0)"
 
 
 def interval(entry: Mapping[str, float | None], sign: str = "", over: str = "") -> str:

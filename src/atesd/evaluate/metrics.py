@@ -128,7 +128,7 @@ def t_interval(values_S: Array) -> Interval:
     """Return Student's 95 % interval of the mean over seeds, mean +- t(.975, S - 1) std / sqrt(S), std with ddof 1.
 
     With S seeds a percentile bootstrap over seeds is too narrow, by sqrt((S - 1) / S) and by the normal's quantile in
-    place of t's: where seeds differ and little else does, its 95 % cover .5 for S = 2, about .75 for 3 and .83 for 4.
+    place of t's: where seeds differ and little else does, its 95 % cover .5 for S = 2, .75 for 3 and about .8 for 4.
     This one covers 95 % for normal seed means and any S from 2 on, at the price of width: t is 12.7 for two seeds, 2.8
     for five.
 

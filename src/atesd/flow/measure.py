@@ -56,7 +56,7 @@ class FlowDirections:
         folds = min(FOLDS, len(references))
         scale = folds / len(references)
         parts = [references[fold::folds] for fold in range(folds)]
-        return [[scale * len(part) * each for each in self.of_references(part, weights)] for part in parts if part]
+        return [[scale * len(part) * each for each in self.of_references(part, weights)] for part in parts]
 
     def of_distillation(
         self, candidates: Sequence[FlowBatch], weights: Sequence[nn.Parameter], *, by_level: bool = False

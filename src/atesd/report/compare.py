@@ -6,14 +6,22 @@ Intervals and pairing are `evaluate/metrics.py`'s: seeds and problems are resamp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from atesd.evaluate.metrics import FEW_SEEDS, Difference, arm_interval, avg_at_k, few_seeds_interval, paired_difference
+from atesd.evaluate.metrics import (
+    FEW_SEEDS,
+    Difference,
+    arm_interval,
+    avg_at_k,
+    bootstrap_interval,
+    few_seeds_interval,
+    paired_difference,
+)
 from atesd.report.load import load_comparison
 from atesd.report.study import Arm, Evaluation, Floats, Study
 from atesd.types import UserError
@@ -101,14 +109,17 @@ def starts(study: Study) -> list[Evaluation]:
 
 
 def _together(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
-    """Return the accuracy of starts that are no seeds of one thing, so without an interval over seeds.
+    """Return the accuracy of starts that are no seeds of one thing: its interval resamples problems alone.
 
     None where they have different numbers of problems, and no start stands for all.
     """
-    if len({len(evaluation.problem_ids) for evaluation in evaluations}) > 1:
+    if len({len(evaluation.problem_ids) for evaluation in evaluations}) != 1:
         return None
-    found = accuracy(evaluations)
-    return found and {key: value for key, value in found.items() if not key.startswith("t_")}
+    matrix_SP = accuracy_matrix(evaluations)
+    if not matrix_SP.size:
+        return None
+    low, high = bootstrap_interval(matrix_SP.mean(axis=0), resamples=RESAMPLES)
+    return {"average_at_k": avg_at_k(matrix_SP), "low": low, "high": high, "seeds": len(matrix_SP)}
 
 
 def finals(arm: Arm) -> list[Evaluation]:
@@ -134,8 +145,9 @@ def accuracy(evaluations: Sequence[Evaluation], *, resamples: int = RESAMPLES) -
     return found | {"t_low": max(0.0, over_seeds.low), "t_high": min(1.0, over_seeds.high)}
 
 
-def caution(seeds: int) -> str:
-    """Say what intervals over so few seeds are worth; nothing where there are enough."""
+def caution(counts: Iterable[int]) -> str:
+    """Say what intervals are worth, given over how many seeds each was taken; nothing where all have enough."""
+    seeds = min(counts, default=FEW_SEEDS)
     if seeds >= FEW_SEEDS:
         return ""
     if seeds == 1:

@@ -95,9 +95,9 @@ PANELS = (
     Panel(
         "credits",
         "exposure",
-        "Influence credit of candidate ratios over training steps",
-        "To first order, how well a step of distillation at each candidate ratio would serve the probe; "
-        "moving averages of cosines.",
+        "Credit of candidate ratios over training steps",
+        "To first order, how well a step of distillation at each candidate ratio would serve the probe or graded "
+        "rollouts: a moving average where candidates are mixed, else all windows' credit over its standard error.",
         run_lines(Quantity("exposure/credit/{}", "ratio {}"), "credit", zeroline=True, zerolinecolor="@axis"),
     ),
     Panel(

@@ -82,7 +82,12 @@ def sections(study: Study, findings: Findings) -> list[Section]:
         _results(study, findings, notes),
         _setup(study),
         _figures(study, "accuracy", "Accuracy over training", "no evaluation was written"),
-        _figures(study, "levels", "Accuracy by level", "the task names fewer than two levels"),
+        _figures(
+            study,
+            "levels",
+            "Accuracy by level",
+            "the task names fewer than two levels, or seeds have different numbers of problems at one",
+        ),
         _figures(study, "exposure", "Exposure over training", "no step with a teacher was logged"),
         _figures(
             study,
@@ -207,7 +212,9 @@ def _results(study: Study, findings: Findings, notes: Sequence[str]) -> Section:
             "differ from each other. The numbers below the tables do. Intervals hold 95 % of what resampling seeds and "
             "groups of samples gives; the dashed line marks the start.</p>"
         )
-    words += f"<p>{caution(len(study.seeds))}</p>" if caution(len(study.seeds)) else ""
+    known = [int(entry["seeds"]) for entry in findings.arms.values() if entry is not None]
+    warning = caution([*known, *(pair.seeds for pair in findings.paired.values())])
+    words += f"<p>{warning}</p>" if warning else ""
     pairs = paired_table(study, findings)
     return Section(
         "results",

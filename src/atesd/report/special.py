@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from atesd.report.checked import is_number
-from atesd.report.compare import accuracy, are_shared, finals
+from atesd.report.compare import accuracy, finals
 from atesd.report.plots import FROM_ZERO, Choices, Draw, Quantity, by_arm, mean_by_step, names_in, natural
 from atesd.report.study import Arm, Evaluation, Floats, Run, Study, setting
 from atesd.report.traces import (
@@ -210,12 +210,12 @@ def _accuracy(evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
 
 
 def _by_level(arm: Arm) -> dict[str, dict[str, float]]:
-    """Return an arm's final accuracy at every level; none where its runs were evaluated on different problems."""
-    if not are_shared(finals(arm)):
-        return {}
+    """Return an arm's final accuracy at every level; none where its runs had other numbers of problems at one."""
     levels = sorted({level for evaluation in finals(arm) for level in evaluation.levels if level}, key=natural)
-    found = {level: _accuracy([evaluation.at(level) for evaluation in finals(arm)]) for level in levels}
-    return {level: entry for level, entry in found.items() if entry}
+    parts = {level: [evaluation.at(level) for evaluation in finals(arm)] for level in levels}
+    if any(len({len(each.problem_ids) for each in found}) > 1 for found in parts.values()):
+        return {}
+    return {level: entry for level, found in parts.items() if (entry := _accuracy(found))}
 
 
 def _trait_series(arm: Arm, trait: str) -> Floats:

@@ -53,8 +53,15 @@ def thin(points: Floats, most: int = MAX_POINTS) -> Floats:
 
 
 def short(values: Iterable[float]) -> list[float | None]:
-    """Round to four significant digits, what a figure can show; None, a gap, where there is no number."""
-    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
+    """Round to four significant digits, what a figure can show, but for whole numbers: steps are read off.
+
+    None, a gap, stands where there is no number.
+    """
+
+    def one(value: float) -> float:
+        return value if value.is_integer() else float(f"{value:.4g}")
+
+    return [None if math.isnan(value) else one(float(value)) for value in values]
 
 
 def band_opacity(arms: int) -> float:

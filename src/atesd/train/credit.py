@@ -101,7 +101,10 @@ class Credit:
         return self._tables(self._at(ratios), ratios, self._reward_folds, by_level)
 
     def probe_influence(self, ratios: Sequence[float], *, by_level: bool) -> list[dict[str, float] | None]:
-        """Return the same tables with the probe's NLL in the place of minus the reward, by fold of its references."""
+        """Return the same tables with the probe's NLL in the place of minus the reward, by fold of its references.
+
+        None with a single reference as well.
+        """
         return self._tables(self._at(ratios), ratios, self._probe_folds, by_level)
 
     def reward_influence_lambda(self, strengths: Sequence[float]) -> list[dict[str, float] | None]:
@@ -116,6 +119,8 @@ class Credit:
         return self._directions.of_rewards(self.outcomes.earlier(), weights)
 
     def _probe_folds(self, weights: Sequence[nn.Parameter]) -> list[Gradient]:
+        if len(self._references) < 2:  # a single fold knows nothing of its error
+            return []
         return self._directions.of_references_by_fold(self._references, weights)
 
     def _tables(

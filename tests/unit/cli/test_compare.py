@@ -161,11 +161,21 @@ def test_no_arm_takes_the_name_of_the_start(tmp_path: Path) -> None:
     [
         ([], "highest accuracy: no run is complete"),
         (["a"], "highest accuracy: a"),
-        (["a", "b"], "not told apart from the highest: a, b (paired 95 % intervals hold 0)"),
+        (["a", "b"], "not told apart from the highest: a, b (no pair has all its 95 % intervals above 0)"),
     ],
 )
 def test_a_tie_is_not_crowned(leaders: Sequence[str], line: str) -> None:
     assert leaders_line(leaders) == line
+
+
+def test_leaders_of_few_seeds_are_not_said_to_have_intervals_that_hold_0(tmp_path: Path) -> None:
+    """Ahead by 1 and by .5: resampling's interval lies above 0, the t interval over two seeds does not."""
+    arms = {"half": {1: [[1.0, 1.0]], 2: [[1.0, 0.0]]}, "full": {1: [[0.0, 0.0]], 2: [[0.0, 0.0]]}}
+    folder = write_graded(tmp_path / "cmp", arms)
+    out = io.StringIO()
+    finish(folder, Console(file=out, width=140))
+    assert "+0.500 to +1.000" in out.getvalue()
+    assert "highest: half, full (no pair has all its 95 % intervals above 0)" in out.getvalue()
 
 
 def test_the_end_of_a_comparison_names_its_leaders(tmp_path: Path) -> None:

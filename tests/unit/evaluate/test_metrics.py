@@ -241,7 +241,7 @@ def test_over_few_differing_seeds_the_bootstrap_covers_too_little_and_t_what_it_
     resampled = fmean(low <= 0 <= high for low, high in (arm_interval(table, resamples=200) for table in tables))
     over_seeds = fmean(low <= 0 <= high for low, high in (t_interval(table.mean(axis=1)) for table in tables))
     assert resampled == pytest.approx(
-        {2: 0.5, 3: 0.75, 4: 0.83}[seeds], abs=0.08
+        {2: 0.5, 3: 0.75, 4: 0.80}[seeds], abs=0.08
     )  # 3 and 4: extremes of 3^3, 4^4 draws
     assert over_seeds == pytest.approx(0.95, abs=0.035)  # the error of .95 over 400 samples is .011
 

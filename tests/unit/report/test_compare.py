@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from atesd.report.compare import caution, find, pairs_of, summarise
+from atesd.report.html import render
 from atesd.report.load import load_study
 from atesd.report.sections import finding
 from atesd.runlog import RunDir
@@ -60,8 +61,21 @@ def test_accuracies_are_means_over_seeds_and_problems(tmp_path: Path) -> None:
     (5, ""),
 ])  # fmt: skip
 def test_few_seeds_are_warned_of(seeds: int, words: str) -> None:
-    assert caution(seeds).startswith(words)
-    assert bool(caution(seeds)) == bool(words)
+    assert caution([7, seeds]).startswith(words)
+    assert bool(caution([7, seeds])) == bool(words)
+    assert caution([]) == "", "no interval"
+
+
+def test_the_seeds_that_are_counted_are_those_of_the_intervals(tmp_path: Path) -> None:
+    """Five seeds were asked for and one arm has two of them; five runs named together are arms of one seed each."""
+    seeds = {seed: [RIGHT] for seed in range(5)}
+    folder = write_graded(tmp_path / "cmp", {"full": seeds, "half": {seed: [RIGHT] for seed in (0, 3)}})
+    assert "<p>Two seeds: a bootstrap interval" in render(load_study([folder]))
+    together = render(load_study([folder / "full" / f"seed_{seed}" for seed in range(5)]))
+    assert "<p>One seed: the intervals know of the held-out problems alone" in together
+    for path in (folder / "full").glob("*/config.json"):
+        path.write_text("{}")
+    assert "<p>One seed: " in render(load_study([folder / "full" / "seed_0"])), "a recipe without a seed"
 
 
 def test_two_seeds_that_differ_crown_nobody(tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ def test_runs_named_together_each_have_their_start(tmp_path: Path) -> None:
     low, high = run_from(tmp_path / "low", [WRONG, WRONG]), run_from(tmp_path / "high", [RIGHT, RIGHT])
     start = find(load_study([low, high])).start
     assert start is not None
-    assert start["average_at_k"] == 0.5
+    assert (start["average_at_k"], start["low"], start["high"]) == (0.5, 0.5, 0.5), "both problems have a mean of .5"
     assert "t_low" not in start
     # a comparison's two arms share the start of each seed: 0, 0, beside 1
     compared = write_graded(tmp_path / "cmp", {"a": {1: [RIGHT, RIGHT]}, "b": {1: [RIGHT, RIGHT]}})

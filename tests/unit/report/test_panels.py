@@ -254,6 +254,7 @@ def test_credits_are_lines_in_the_order_of_their_ratios(tmp_path: Path) -> None:
     ]
     panel = shown("credits", logged(tmp_path / "run", rows))
     assert panel is not None
+    assert panel.caption.endswith("where candidates are mixed, else all windows' credit over its standard error.")
     lines = panel.choices["run"]["data"]
     assert [(trace["name"], trace["x"], trace["y"]) for trace in lines] == [
         ("ratio 0.5", [1, 3], [0.3, 0.4]),
@@ -443,6 +444,29 @@ def test_levels_are_in_the_order_of_their_numbers_and_arms_stand_side_by_side(tm
     }
     assert places["full"] == {"7 steps": -0.125, "9 steps": 0.875, "10 steps": 1.875}
     assert places["half"] == {"7 steps": 0.125, "9 steps": 1.125, "10 steps": 2.125}
+
+
+def test_levels_are_drawn_where_every_seed_has_problems_of_its_own(tmp_path: Path) -> None:
+    """Of two problems a level one is right in seed 1 and both in seed 2: .75; with another number there is no mean."""
+    folder = write_graded(tmp_path / "cmp", {"full": {1: [[1.0], [0.0]] * 2, 2: [[1.0], [1.0]] * 2}})
+
+    def rewrite(levels: Mapping[int, Sequence[str]]) -> None:
+        for seed, names in levels.items():
+            for path in folder.glob(f"*/seed_{seed}/eval/*.jsonl"):
+                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                own = [
+                    row | {"problem_id": f"seed{seed}-{number}", "level": names[number]}
+                    for number, row in enumerate(rows)
+                ]
+                path.write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    rewrite({1: ["long", "long", "short", "short"], 2: ["short", "long", "long", "short"]})
+    panel = shown("levels", folder)
+    assert panel is not None
+    (trace,) = panel.choices[""]["data"]
+    assert (trace["customdata"], trace["y"]) == (["long", "short"], [0.75, 0.75])
+    rewrite({2: ["short", "long", "long", "long"]})
+    assert shown("levels", folder) is None
 
 
 @pytest.mark.parametrize(("name", "key"), [("codes", "codes/share/{}"), ("arms", "exposure/arm/{}")])

@@ -18,6 +18,7 @@ def test_long_series_are_thinned_but_keep_their_ends() -> None:
     assert len(thinned) == MAX_POINTS
     assert (thinned[0, 0], thinned[-1, 0]) == (0, 9_999)
     assert short([0.123456, 1234.56, float("nan")]) == [0.1235, 1235.0, None]
+    assert line(0, "a", np.array([[27_525.0, 0.123456]]))["x"] == [27_525.0], "a step is read off"
 
 
 def test_any_number_of_arms_can_be_told_apart(tmp_path: Path) -> None:
