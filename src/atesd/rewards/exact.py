@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from atesd.rewards.answer import extract_answer
+
+_AROUND_SIGNS = re.compile(r" (?!\w)|(?<!\w) ")
 
 
 def exact_reward(
@@ -28,4 +31,4 @@ def same_text(given: str | None, gold: str) -> bool:
 
 
 def _normal(text: str) -> str:
-    return " ".join(text.split()).rstrip(".").casefold()
+    return _AROUND_SIGNS.sub("", " ".join(text.split())).rstrip(".").casefold()

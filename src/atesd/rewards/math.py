@@ -44,6 +44,20 @@ _GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|~|\{,\}|[ \u00a0\u2009\
 _SIGN_BETWEEN = re.compile(r"\D+")
 _MIXED = re.compile(r"(-?)(\d+)[ ]+(\d+)/(\d+)")
 _POWER = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
+_ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
+_RAISED = re.compile(r"[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_SIGNS = str.maketrans(
+    {
+        "\u00b0": r"^\circ ",
+        "\u00b7": r"\cdot ",
+        "\u22c5": r"\cdot ",
+        "\u221e": r"\infty ",
+        "\u2013": "-",  # an en dash; the verifier reads the minus sign itself
+        **dict.fromkeys("\u00a3\u00a5\u20ac"),  # money: a unit, as the dollar
+        **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff"),  # of no width
+    }
+)
 
 
 class MathReward:
@@ -116,9 +130,14 @@ def _spelt(answer: str) -> str:
     """Write numbers as the verifier reads them.
 
     `6\\,000` and `6 000` are 6000, `3 1/2` is 3 + 1/2, as with a fraction of one letter, `1.2e3` is a power of ten,
-    digits of full width are plain ones, and a comma at the end says nothing.
+    digits of full width are plain ones, signs outside of ASCII become LaTeX, and a comma at the end says nothing.
     """
-    answer = "".join(_vulgar(each) for each in answer).strip().rstrip(",;").rstrip()
+    answer = "".join(_vulgar(each) for each in answer).translate(_SIGNS).replace(r"\varnothing", r"\emptyset")
+    answer = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", answer)
+    answer = _RAISED.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", answer)
+    answer = answer.strip().rstrip(",;").rstrip()
+    if bold := _BOLD.fullmatch(answer):
+        answer = bold[1].strip()
     answer = _GROUPS.sub(lambda found: _SIGN_BETWEEN.sub("", found[0]), answer)
     if mixed := _MIXED.fullmatch(answer):
         sign, whole, above, below = mixed.groups()

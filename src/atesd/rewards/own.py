@@ -49,7 +49,9 @@ class OwnReward:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Grade a batch, in TRL's signature."""
-        returned = self._call(partial(self._function, prompts=prompts, completions=completions, **columns), completions)
+        given = {"prompts": prompts, "completions": completions, **columns}
+        copies = {name: list(values) for name, values in given.items()}  # it may edit them, and other rewards read them
+        returned = self._call(partial(self._function, **copies), completions)
         rewards = self._checked(returned, len(completions))
         if self._sees_all:
             self.judge(rewards, columns.get("answer", ()))

@@ -102,13 +102,15 @@ def _completion(choice: Mapping[str, Any], order: Order, longest: int, eos_ids: 
         raise HalfAnswer(f"a choice has {len(logprobs)} log-probabilities for {len(ids)} token ids")
     end = choice.get("finish_reason")
     closed = [place for place, each in enumerate(ids) if each in eos_ids]
-    is_whole = closed == [len(ids) - 1] if end == "stop" else end == "length" and not closed and len(ids) == longest
+    is_closed = closed == [len(ids) - 1]
+    is_full = len(ids) == longest and (is_closed or not closed)  # older servers say "length" of both
+    is_whole = is_closed if end == "stop" else end == "length" and is_full
     if not is_whole or len(ids) > longest:
         raise HalfAnswer(
             f"a choice of {len(ids)} tokens, at most {longest} asked for, ended by {end!r} with "
             f"{len(closed)} end tokens in it"
         )
-    return Completion(tuple(ids), tuple(logprobs), StopReason.EOS if end == "stop" else StopReason.LENGTH)
+    return Completion(tuple(ids), tuple(logprobs), StopReason.EOS if is_closed else StopReason.LENGTH)
 
 
 def sampled_logprobs(choice: Mapping[str, Any]) -> list[float]:

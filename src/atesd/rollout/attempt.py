@@ -174,4 +174,6 @@ def messages_of(said: object) -> Sequence[Message]:
         is_text = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not is_text:
             raise EpisodeError(Ending.NOT_TEXT, f"it says {shown(message, 60)}, which is no message of text")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):  # no tokenizer reads it
+            raise EpisodeError(Ending.NOT_TEXT, f"it says {shown(message, 60)}, with half of a surrogate pair")
     return cast("Sequence[Message]", said)

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from atesd.rollout.verbatim import Verbatim
-from atesd.types import Message, UserError
+from atesd.types import Message, UserError, first_line
 
 KEPT = 4096
 """Prompts whose ids are kept: students read the same ones again, teachers where the same part is visible."""
@@ -95,23 +95,29 @@ class Renderer:
 
         Taken from the template's text around a stand-in reply, whose end token the sampled reply already has. Deviation
         from templates that rewrite history, such as those that drop earlier thinking: it stays as it was sampled.
-        UserError where the template does not close a reply with the end token.
+        UserError where the template does not close a reply with the end token, or refuses the messages.
         """
         stand_in = "A stand-in reply."
         said, marks = self._hidden(messages)
         conversation = [_user("?"), Message(role="assistant", content=stand_in), *said]
-        _, found, rest = self._text(conversation, self._student_options).partition(stand_in)
+        try:
+            _, found, rest = self._text(conversation, self._student_options).partition(stand_in)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the chat template refuses what the environment says, messages by {roles} ({first_line(error)}): let "
+                "it say one message by the user"
+            ) from error
         end = self._tokenizer.eos_token
         if not found or not rest.startswith(end):
             raise UserError(
                 f"the chat template does not close a reply with the end token {end!r}, so a conversation cannot go on "
                 "as it was sampled: use a model whose template does, or an environment of one turn"
             )
-        rest = rest[len(end) :]
-        if not marks:
-            return self._encoded(rest)
+        if not marks:  # read behind the end token, for some tokenizers put a space before the beginning of a text
+            return self._encoded(rest)[1:]
         self._check_cuts([*conversation[:2], *messages], self._student_options)
-        return self._verbatim.encode_rendered(rest, marks)
+        return self._verbatim.encode_rendered(rest[len(end) :], marks)
 
     def rewrites_history(self) -> bool:
         """Tell whether the chat template changes a reply once the conversation goes on, as thinking models' do."""

@@ -208,7 +208,7 @@ def _text(row: Mapping[str, Any], name: str, *, word: str, default: str | None =
             raise UserError(f"{word} {name!r} {what}: {remedy}")
         return default
     if default is not None and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{word} {name!r} is too large a number, or none: write it as text")
         # A column with gaps makes floats of whole numbers in Parquet and pandas; larger ones are not exact as floats.
         return f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)

@@ -87,12 +87,20 @@ def chosen_template(template: str, tokenizer: Any) -> str:
 
 
 def _try_chat_template(path: str | None, tokenizer: Any) -> None:
-    """Render a question; a template is a program, and may fail in any way."""
+    """Render a question, which must be shown; a template is a program, and may fail in any way."""
+    whose = "prompt.chat_template" if path is None else f"the chat template of the tokenizer in {path!r}"
+    remedy = "mend it" if path is None else "mend its chat_template.jinja"
+    question = "1 + 1 = ?"
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1 = ?"}], add_generation_prompt=True)
+        shown = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
     except Exception as error:
-        whose = "prompt.chat_template" if path is None else f"the chat template of the tokenizer in {path!r}"
-        remedy = "mend it" if path is None else "mend its chat_template.jinja"
         raise UserError(
             f"{whose} does not render a question ({type(error).__name__}: {first_line(error)}): {remedy}"
         ) from error
+    if question not in shown:  # a name that a message lacks is the empty text to it
+        raise UserError(
+            f"{whose} leaves out what the user says, as it reads something else than a message's role and content "
+            f"(it writes {shown!r:.60}): {remedy}"
+        )

@@ -41,6 +41,11 @@ def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
     assert exact_reward(["p"] * 5, completions, answer=golds, id=list("abcde")) == [1.0, 1.0, 0.0, 0.0, None]
 
 
+def test_exact_ignores_space_beside_signs_and_none_between_words() -> None:
+    completions = [r"\boxed{( 1 ,2 )}", r"\boxed{- 5 .}", r"\boxed{12}", r"\boxed{ab}"]
+    assert exact_reward(["p"] * 4, completions, answer=["(1, 2)", "-5", "1 2", "a b"]) == [1.0, 1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("given", "gold", "score"),
     [
@@ -85,6 +90,27 @@ def test_exact_ignores_space_case_and_a_full_stop_and_nothing_else() -> None:
         (r"\boxed{4, the final answer is $3$. I hope}", "3", 0.0),
         (r"\boxed{\unknown 3}", "3", 0.0),  # nor out of what is no LaTeX
         (r"\boxed{\unknown the answer is $3$}", "3", 0.0),
+        ("\\boxed{90\u00b0}", r"90^\circ", 1.0),  # signs outside of ASCII mean what LaTeX spells
+        ("\\boxed{90}", "90\u00b0", 1.0),
+        ("\\boxed{\u20ac18}", "18", 1.0),
+        ("\\boxed{\u20135}", "-5", 1.0),
+        ("\\boxed{2\u221a12}", r"4\sqrt{3}", 1.0),
+        ("\\boxed{\u221a(x+1)}", r"\sqrt{x+1}", 1.0),
+        ("\\boxed{x\u00b2+1}", "x^2+1", 1.0),
+        ("\\boxed{3\u00d710\u207b\u00b3}", "0.003", 1.0),
+        ("\\boxed{(-\u221e, 3]}", r"(-\infty,3]", 1.0),
+        ("\\boxed{2\u00b73}", "6", 1.0),
+        ("\\boxed{\u200b5}", "5", 1.0),
+        (r"\boxed{\varnothing}", r"\emptyset", 1.0),
+        ("#### **42**", "42", 1.0),
+        (r"\boxed{100,200,300}", "100, 200, 300", 1.0),  # a list, whatever stands behind its commas
+        (r"\boxed{100,200,301}", "100, 200, 300", 0.0),
+        (r"\boxed{6.63\times10^{-34}}", r"1.1\times10^{-34}", 0.0),  # small numbers have digits, too
+        (r"\boxed{6.63e-34}", r"6.63\times10^{-34}", 1.0),
+        (r"\boxed{0.000001234}", "0.000001", 0.0),
+        (r"\boxed{0.0000005}", r"\frac{1}{2500000}", 0.0),
+        (r"\boxed{0.000833}", r"\frac{1}{1200}", 1.0),
+        (r"\boxed{0.05\%}", "0.0005", 1.0),
     ],
 )
 def test_meaning(grader: MathReward, given: str, gold: str | None, score: float | None) -> None:

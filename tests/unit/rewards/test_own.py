@@ -76,6 +76,21 @@ def test_a_module_that_cannot_be_imported_is_named_in_one_line(
     assert not {"atesd_reward_broken", "broken_reward_module"} & set(sys.modules), "half a module is left"
 
 
+def test_what_it_edits_is_its_own() -> None:
+    """Another reward reads the same lists, and their length says how many rewards there must be."""
+
+    def score(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+        prompts.clear()
+        answer[0] = "edited"
+        completions.pop()
+        return [1.0] * len(completions)
+
+    prompts, completions, answer = ["p", "p"], ["a", "b"], ["1", "2"]
+    with pytest.raises(UserError, match="returned 1 rewards for 2 completions"):
+        OwnReward("mine.py:score", score, 60.0)(prompts, completions, answer=answer)
+    assert (prompts, completions, answer) == (["p", "p"], ["a", "b"], ["1", "2"])
+
+
 def test_it_gets_what_trl_gives_and_its_result_comes_as_plain_floats() -> None:
     seen: dict[str, Any] = {}
 

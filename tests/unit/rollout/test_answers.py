@@ -50,6 +50,16 @@ def test_choices_are_taken_by_their_index() -> None:
     assert (second.ids, second.logprobs, second.stop) == ((7, 8, 6), (-0.5, 0.0, -3.0), StopReason.LENGTH)
 
 
+def test_an_end_token_in_the_last_place_closes_a_completion_whatever_the_server_calls_its_end() -> None:
+    """vLLM looked for the length first until its scheduler was turned round: it says "length" of such a completion."""
+    ended = {**CUT, "token_ids": [7, 8, 9]}
+    for end in ("length", "stop"):
+        _, second = completions_of(answer(CLOSED, ended | {"finish_reason": end}), ORDER, "m", SAMPLING, EOS)
+        assert (second.ids, second.stop) == ((7, 8, 9), StopReason.EOS)
+    with pytest.raises(HalfAnswer, match="ended by 'length' with 2 end tokens"):
+        completions_of(answer(CLOSED, ended | {"token_ids": [7, 9, 9]}), ORDER, "m", SAMPLING, EOS)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

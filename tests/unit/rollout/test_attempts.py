@@ -98,6 +98,7 @@ TROUBLES = [
     (lambda: 7, "step", Ending.NOT_TEXT, "it says 7, which is no list of messages"),
     (lambda: "text", "step", Ending.NOT_TEXT, "it says 'text', which is no list"),
     (lambda: [{"role": "user", "content": b"x"}], "step", Ending.NOT_TEXT, "it says .* which is no message of text"),
+    (lambda: [{"role": "user", "content": "\udcff"}], "step", Ending.NOT_TEXT, "it says .* half of a surrogate"),
     (lambda: [3], "reset", Ending.NOT_TEXT, "it says 3, which is no message"),
     (lambda: [], "reset", Ending.NOT_TEXT, "it says nothing at the reset"),
     (

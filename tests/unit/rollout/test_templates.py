@@ -122,6 +122,13 @@ def test_a_template_that_drops_system_messages_gets_them_folded() -> None:
     assert renderer.prompt_text(ids) == "U:Be brief.\n\n1 + 1 = ?A:"
 
 
+def test_a_template_that_refuses_what_an_environment_says_is_told_in_a_line() -> None:
+    renderer = Renderer(tokenizer_of(*CONTROLS["mistral"]))
+    wrong = r"refuses what the environment says, messages by tool, user \(Conversation roles must .*\): let it say one"
+    with pytest.raises(UserError, match=wrong):
+        renderer.continuation_ids([{"role": "tool", "content": "4"}, {"role": "user", "content": "Go on."}])
+
+
 def test_the_plain_template_writes_texts_and_blank_lines() -> None:
     tokenizer = tokenizer_of("", None, "<end>", [])
     tokenizer.chat_template = chosen_template("plain", tokenizer)

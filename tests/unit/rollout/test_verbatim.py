@@ -169,6 +169,16 @@ def test_a_tokenizer_that_marks_where_a_text_begins_is_refused() -> None:
         renderer.continuation_ids(user("x<e>x"))
 
 
+def test_a_conversation_goes_on_as_behind_the_end_token_where_a_tokenizer_marks_where_a_text_begins() -> None:
+    words = {word: place for place, word in enumerate(["?", "\u2581", "x", "\u2581x", "A"])}
+    engine = Tokenizer(models.BPE(words, [("\u2581", "x")], unk_token="?"))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    engine.add_special_tokens(["<e>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<e>", unk_token="?")
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] + '<e>' * loop.index0 }}{% endfor %}"
+    assert Renderer(tokenizer).continuation_ids(user("x")) == [words["x"], *[tokenizer.eos_token_id] * 2]
+
+
 def test_tokens_by_which_a_template_delimits_turns_are_controls_though_not_special() -> None:
     tokenizer = byte_tokenizer(template=CHAT_TEMPLATE.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens([AddedToken("<turn>"), AddedToken("<think>")])

@@ -40,6 +40,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert (problem.problem, problem.answer) == ("1+1?", "2")
 
 
+def test_a_whole_number_beyond_floats_is_an_answer(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.jsonl", {"problem": "10^400?", "solution": "s", "answer": 10**400})
+    (problem,) = read_problems(tmp_path / "a.jsonl", config)
+    assert problem.answer == "1" + "0" * 400
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
 def test_a_table_is_sent_to_the_reader_of_tables(tmp_path: Path, suffix: str) -> None:
     config = write(tmp_path / f"a{suffix}", b"problem,solution\n1+1?,2\n")

@@ -421,6 +421,16 @@ def test_a_chat_template_that_does_not_render_is_refused(template: str, named: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}<u>{{ m.text }}{% endfor %}<a>",
+    "{% for m in messages %}<u>{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% endfor %}<a>",
+])  # fmt: skip
+def test_a_chat_template_that_shows_no_question_is_refused(template: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt\.chat_template leaves out what the user says.*'<u><a>'\): mend it"):
+        load_tokenizer(str(folder), template=template)
+
+
 def test_an_adapter_on_the_output_head_is_refused_as_nothing_would_read_it(folder: Path) -> None:
     edit(folder / "config.json", tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
