@@ -69,6 +69,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("teacher's success", routed("retire", every=2),
      "routing.every = 2 says how often successes are measured, which nothing asks for: set routing.teacher_share",
      routed("retire", every=2, teacher_share=0.9)),
+    ("teacher's completions from a server",
+     {"routing": {"kind": "retire", "teacher_share": 0.9},
+      "rollout": {"group_size": 2, "engine": {"kind": "vllm"}}},
+     'routing.teacher_share needs completions of the teacher, and rollout.engine.kind = "vllm" samples from the '
+     'student alone: set rollout.engine.kind = "hf", or remove routing.teacher_share',
+     routed("retire", teacher_share=0.9)),
     ("surrogate paint", SURROGATE | {"target": {"kind": "paint"}},
      'so target.kind = "paint" would have no effect', {"target": {"kind": "paint"}}),
     ("paced hdpo", routed("hdpo") | PACED,
@@ -91,6 +97,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      GUARDED),
     ("cliff and guard", CLIFF | GUARDED, 'routing.kind = "cliff" caps lambda itself where it must: remove target.guard',
      routed("hdpo") | GUARDED),
+    *[(f"{name} and aligned target", tree | {"target": {"kind": "extrapolate", "lambda_x": 1.5, "aligned": True}},
+       f'{name}.kind = "{tree[name]["kind"]}" weighs how far the target is extrapolated, which target.aligned = true '
+       "moves: remove target.aligned", tree | BEYOND)
+      for name, tree in (("routing", CLIFF), ("exposure", {"exposure": {"kind": "closed_form"}}))],
     ("surrogate and target", SURROGATE | BEYOND,
      'has the same gradient whatever the target, so target.kind = "extrapolate" would have no effect: set '
      'target.kind = "plain", or set gate.target = "divergence"',
@@ -107,6 +117,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
        "no effect", GROUPS | tree) for kind in ("rl", "sft") for name, tree in (
            ("gate", SURROGATE), ("selection", {"selection": {"kind": "tip", "ratio": 1.0}}), ("target", GUARDED),
            ("target", {"target": {"kind": "residual"}}), ("loss.prompt_weight", PACED), ("reveal", OVERLAP),
+           ("reveal", {"reveal": {"kind": "retention"}}),
            ("exposure", {"exposure": {"kind": "beta"}}), ("exposure", {"exposure": {"kind": "difficulty"}}),
            ("exposure", {"exposure": {"kind": "paired"}}), ("exposure", {"exposure": {"kind": "influence"}}),
            ("target", {"exposure": {"kind": "closed_form"}} | BEYOND))],
