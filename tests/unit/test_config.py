@@ -238,6 +238,8 @@ def test_reinforcement_samples_untruncated_unless_it_is_set() -> None:
     assert reinforced.rollout.model_fields_set == {"group_size"}, "what is filled in does not count as set"
     own = build_config({"routing": {"kind": "rl"}, "rollout": {"group_size": 2, "top_p": 0.9, "top_k": 5}})
     assert (own.rollout.top_p, own.rollout.top_k) == (0.9, 5)
+    half = build_config({"routing": {"kind": "rl"}, "rollout": {"group_size": 2, "top_p": 0.9}})
+    assert (half.rollout.top_p, half.rollout.top_k) == (0.9, 0)
     assert build_config({}).rollout.top_p == 0.95
 
 
@@ -265,6 +267,10 @@ def test_the_clip_behind_lambda_is_the_sections_own_or_that_of_the_loss() -> Non
     sampled = {"loss": {"divergence": {"kind": "sampled", "importance_clip": 2.0}}}
     assert build_config({}).cliff_c == 5.0
     assert build_config(sampled).cliff_c == 2.0
+    old = [build_config(tree).reads_old for tree in ({}, sampled, routed("rl"), routed("hdpo"))]
+    assert old == [False, True, True, True], (
+        "a loss that weighs sampled tokens reads the weights that a step began with"
+    )
     assert build_config(sampled | {"cliff": {"c": 1.2}}).cliff_c == 1.2
 
 
@@ -466,6 +472,14 @@ def test_what_the_teacher_sees_in_words(tree: dict[str, Any], words: str) -> Non
         (
             {"curriculum": {"kind": "forward_ppl"}},
             "Easiest problems first, by the perplexity of the reference, scored before every epoch",
+        ),
+        (
+            {"task": {"kind": "doors"}, "env": {"kind": "doors", "limit": 5}},
+            "The student opens a row of doors whose locks only a look shows, in at most 5 turns",
+        ),
+        (
+            {"rollout": {"engine": {"kind": "vllm"}}},
+            "Completions come from a vLLM server, log-probabilities of the sampler included",
         ),
         (PACED | GROUPS, "Problems weigh p (1 - p) by their pass rate p (PACED)"),
         (routed("sft"), None),

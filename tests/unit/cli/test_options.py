@@ -112,6 +112,8 @@ def test_every_option_is_handed_on_under_its_own_name(
 def test_an_option_of_the_other_warm_up_is_refused(
     words: str, error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("run_warmup", "run_model_warmup"):
+        monkeypatch.setattr(f"atesd.cli.warmup.{name}", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["atesd", "warmup", *words.split()])
     with pytest.raises(SystemExit) as stop:
         main()
