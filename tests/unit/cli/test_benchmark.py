@@ -19,7 +19,7 @@ from atesd.cli.benchmark import (
     settings_of,
     with_official_prompt,
 )
-from atesd.cli.evaluate import run_eval
+from atesd.cli.evaluate import recipe_of, run_eval
 from atesd.evaluate.kept import Progress
 from atesd.evaluate.runner import Evaluation
 from atesd.recipe import build_config, load_config, with_overrides
@@ -189,3 +189,9 @@ def test_a_stopped_evaluation_says_how_to_go_on(
         asked_for(monkeypatch, stop=True)
     assert stop.value.code == 130
     assert "kept in runs/eval/owner--model-aime24: the same command goes on" in capsys.readouterr().out
+
+
+def test_a_comparison_is_no_run_to_evaluate(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").touch()
+    with pytest.raises(UserError, match=r"is a comparison: give one of its runs, .*/ARM/seed_N"):
+        recipe_of(str(tmp_path), None)
