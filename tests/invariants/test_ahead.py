@@ -199,6 +199,10 @@ VLLM = {"engine": {"kind": "vllm"}, "ahead": 1}
             'asks for single replies, and env.kind = "doors" answers them',
         ),
         (
+            {"rollout": VLLM, "task": {"kind": "doors"}, "env": {"kind": "doors", "limit": 1}},
+            'asks for single replies, and env.kind = "doors" answers them',
+        ),
+        (
             {"rollout": VLLM, "loss": {"temperature_student": 0.5, "divergence": {"kind": "sampled"}}},
             "remove loss.temperature_student = 0.5",
         ),

@@ -450,7 +450,9 @@ def test_eval_of_a_run_and_report_of_it(
     out = tmp_path / "run"
     assert run(monkeypatch, "train", PICO, *SMALL, "--out", str(out)) == 0
     assert run(monkeypatch, "eval", str(out), "--k", "3", "--problems", "2", "--out", str(tmp_path / "rows.jsonl")) == 0
-    assert "avg@3" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "avg@3" in text
+    assert "final on 2 problems of pico" in text
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 6
     assert run(monkeypatch, "report", str(out)) == 0
     assert (out / "report.html").is_file()

@@ -69,6 +69,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("teacher's success", routed("retire", every=2),
      "routing.every = 2 says how often successes are measured, which nothing asks for: set routing.teacher_share",
      routed("retire", every=2, teacher_share=0.9)),
+    ("teacher's completions from a server",
+     {"routing": {"kind": "retire", "teacher_share": 0.9},
+      "rollout": {"group_size": 2, "engine": {"kind": "vllm"}}},
+     'routing.teacher_share needs completions of the teacher, and rollout.engine.kind = "vllm" samples from the '
+     'student alone: set rollout.engine.kind = "hf", or remove routing.teacher_share',
+     routed("retire", teacher_share=0.9)),
     ("surrogate paint", SURROGATE | {"target": {"kind": "paint"}},
      'so target.kind = "paint" would have no effect', {"target": {"kind": "paint"}}),
     ("paced hdpo", routed("hdpo") | PACED,
@@ -91,6 +97,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      GUARDED),
     ("cliff and guard", CLIFF | GUARDED, 'routing.kind = "cliff" caps lambda itself where it must: remove target.guard',
      routed("hdpo") | GUARDED),
+    *[(f"{name} and aligned target", tree | {"target": {"kind": "extrapolate", "lambda_x": 1.5, "aligned": True}},
+       f'{name}.kind = "{tree[name]["kind"]}" weighs how far the target is extrapolated, which target.aligned = true '
+       "moves: remove target.aligned", tree | BEYOND)
+      for name, tree in (("routing", CLIFF), ("exposure", {"exposure": {"kind": "closed_form"}}))],
     ("surrogate and target", SURROGATE | BEYOND,
      'has the same gradient whatever the target, so target.kind = "extrapolate" would have no effect: set '
      'target.kind = "plain", or set gate.target = "divergence"',
@@ -107,6 +117,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
        "no effect", GROUPS | tree) for kind in ("rl", "sft") for name, tree in (
            ("gate", SURROGATE), ("selection", {"selection": {"kind": "tip", "ratio": 1.0}}), ("target", GUARDED),
            ("target", {"target": {"kind": "residual"}}), ("loss.prompt_weight", PACED), ("reveal", OVERLAP),
+           ("reveal", {"reveal": {"kind": "retention"}}),
            ("exposure", {"exposure": {"kind": "beta"}}), ("exposure", {"exposure": {"kind": "difficulty"}}),
            ("exposure", {"exposure": {"kind": "paired"}}), ("exposure", {"exposure": {"kind": "influence"}}),
            ("target", {"exposure": {"kind": "closed_form"}} | BEYOND))],
@@ -227,6 +238,8 @@ def test_reinforcement_samples_untruncated_unless_it_is_set() -> None:
     assert reinforced.rollout.model_fields_set == {"group_size"}, "what is filled in does not count as set"
     own = build_config({"routing": {"kind": "rl"}, "rollout": {"group_size": 2, "top_p": 0.9, "top_k": 5}})
     assert (own.rollout.top_p, own.rollout.top_k) == (0.9, 5)
+    half = build_config({"routing": {"kind": "rl"}, "rollout": {"group_size": 2, "top_p": 0.9}})
+    assert (half.rollout.top_p, half.rollout.top_k) == (0.9, 0)
     assert build_config({}).rollout.top_p == 0.95
 
 
@@ -254,6 +267,10 @@ def test_the_clip_behind_lambda_is_the_sections_own_or_that_of_the_loss() -> Non
     sampled = {"loss": {"divergence": {"kind": "sampled", "importance_clip": 2.0}}}
     assert build_config({}).cliff_c == 5.0
     assert build_config(sampled).cliff_c == 2.0
+    old = [build_config(tree).reads_old for tree in ({}, sampled, routed("rl"), routed("hdpo"))]
+    assert old == [False, True, True, True], (
+        "a loss that weighs sampled tokens reads the weights that a step began with"
+    )
     assert build_config(sampled | {"cliff": {"c": 1.2}}).cliff_c == 1.2
 
 
@@ -455,6 +472,14 @@ def test_what_the_teacher_sees_in_words(tree: dict[str, Any], words: str) -> Non
         (
             {"curriculum": {"kind": "forward_ppl"}},
             "Easiest problems first, by the perplexity of the reference, scored before every epoch",
+        ),
+        (
+            {"task": {"kind": "doors"}, "env": {"kind": "doors", "limit": 5}},
+            "The student opens a row of doors whose locks only a look shows, in at most 5 turns",
+        ),
+        (
+            {"rollout": {"engine": {"kind": "vllm"}}},
+            "Completions come from a vLLM server, log-probabilities of the sampler included",
         ),
         (PACED | GROUPS, "Problems weigh p (1 - p) by their pass rate p (PACED)"),
         (routed("sft"), None),

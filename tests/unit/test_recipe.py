@@ -55,6 +55,7 @@ def test_an_empty_value_removes_a_key_or_a_whole_section() -> None:
     assert apply_overrides(TREE, ["exposure.ratio="])["exposure"] == {"kind": "fixed"}
     assert apply_overrides(TREE, ["model.lora= "])["model"] == {}
     assert apply_overrides(TREE, ["threads="]) == TREE
+    assert apply_overrides({}, ["exposure.ratio="]) == {}, "no section is made to remove a key from"
 
 
 def test_a_table_replaces_the_whole_section() -> None:

@@ -189,7 +189,19 @@ def test_logs_are_on_disk_before_a_checkpoint_remembers_them(run: RunDir, monkey
 
 def test_a_process_that_only_reads_seals_nothing(run: RunDir) -> None:
     run.log(1, {"loss/total": 0.5})
-    assert ReadRunDir(run.path).written() == {}
+    reader = ReadRunDir(run.path)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert reader.written() == {}
+    reader.lock()
+    reader.seal("config.json")
+    reader.remember(sampling="another")
+    reader.amend({"seed": 9}, [("seed", 3, 9)])
+    reader.log(2, {"loss/total": 0.25})
+    reader.log_groups(2, [{"problem_id": "a"}])
+    reader.rewind(0, {})
+    reader.write_rows("eval", 2, [])
+    reader.finish({"step": 2})
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_rewind_mends_a_torn_line_before_the_next_is_appended(run: RunDir) -> None:
@@ -233,7 +245,8 @@ def test_logs_that_do_not_begin_as_they_did_are_told(run: RunDir, damage: Any, f
 
 
 def test_one_writer_a_run(run: RunDir) -> None:
-    """The fixture holds the lock; a second holder is refused until it lets go."""
+    """The fixture holds the lock, and may ask for it again; a second holder is refused until it lets go."""
+    run.lock()
     other = RunDir.open(run.path)
     with pytest.raises(UserError, match=f"another process is writing {run.path}: wait for it, or stop it first"):
         other.lock()
@@ -289,6 +302,25 @@ def test_sealed_files_prove_themselves(run: RunDir) -> None:
     assert "config.json has" in (run.flaw("config.json") or "")
     (run.path / "manifest.json").write_text('{"files": {"a": 3}}')
     assert run.flaw("about.json") == "manifest.json is missing or damaged"
+
+
+def test_every_change_under_way_is_remembered(run: RunDir) -> None:
+    run.amend({"seed": 3, "threads": 2}, [("threads", 1, 2)])
+    run.amend({"seed": 3, "threads": 4}, [("threads", 2, 4), ("save.keep", 1, 2)])
+    assert run.env()["amended"] == [
+        {"key": "threads", "from": 1, "to": 2},
+        {"key": "threads", "from": 2, "to": 4},
+        {"key": "save.keep", "from": 1, "to": 2},
+    ]
+
+
+def test_a_file_that_was_removed_is_sealed_no_more(run: RunDir) -> None:
+    run.log(1, {})
+    run.seal("metrics.jsonl")
+    run.metrics_path.unlink()
+    assert run.flaw("metrics.jsonl") == "metrics.jsonl is missing"
+    run.seal("about.json")
+    assert run.flaw("metrics.jsonl", "about.json") is None
 
 
 @pytest.mark.parametrize("content", [b"[]", b"\xff", b'{"a": ', b""])
@@ -429,6 +461,7 @@ def test_a_change_that_is_killed_in_between_leaves_a_whole_run(
     assert run.flaw(*sealed) is None
     assert "was" not in (run.path / "manifest.json").read_text()
     (run.path / "config.json").write_text(dump_json(before))
+    assert run.result() is None, "a run that goes on is not complete"
     assert run.flaw("config.json") is not None, "once the change is made, what was before is no longer the run's"
 
 

@@ -31,6 +31,8 @@ def test_an_untouched_folder_has_no_flaw(tmp_path: Path) -> None:
     folder = sealed(tmp_path)
     assert set(seal_files(folder)) == {"a.bin", "sub/b.json"}
     assert folder_flaw(folder) is None
+    (folder / "sub" / "manifest.json").write_text("{}")
+    assert set(seal_files(folder)) == {"a.bin", "sub/b.json", "sub/manifest.json"}, "only its own is left out"
 
 
 @pytest.mark.parametrize("place", [0, 1279, 2559])

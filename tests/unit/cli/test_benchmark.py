@@ -19,10 +19,10 @@ from atesd.cli.benchmark import (
     settings_of,
     with_official_prompt,
 )
-from atesd.cli.evaluate import run_eval
+from atesd.cli.evaluate import recipe_of, run_eval
 from atesd.evaluate.kept import Progress
 from atesd.evaluate.runner import Evaluation
-from atesd.recipe import build_config, with_overrides
+from atesd.recipe import build_config, load_config, with_overrides
 from atesd.types import UserError
 
 PICO = Path(__file__).parents[3] / "recipes" / "pico.toml"
@@ -132,8 +132,38 @@ def test_a_model_needs_no_recipe_and_what_is_left_open_is_official(
 
 def test_what_the_user_sets_is_neither_cut_nor_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, keep = asked_for(monkeypatch, "eval.max_new_tokens=99", "prompt.enable_thinking_student=false")
+    config, keep = asked_for(monkeypatch, "eval.max_new_tokens=99", "prompt.enable_thinking_student=false")
     assert (keep.think, keep.fit) == (False, False)
+    assert (config.eval.max_new_tokens, config.prompt.enable_thinking_student, config.eval.k) == (99, False, 12)
+
+
+@pytest.mark.parametrize(("which", "chosen"), [(None, "final"), ("final", "final"), ("best", "best")])
+def test_a_run_is_evaluated_by_the_model_that_is_asked_for(
+    which: str | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Path]] = []
+
+    def evaluate_model(config: Any, model: str, keep: Any, *, write: Any) -> Evaluation:
+        seen.append((model, keep.folder))
+        raise ZeroDivisionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atesd.train.inspect.evaluate_model", evaluate_model)
+    for name in ("checkpoints", "final", "best"):
+        Path("mine", name).mkdir(parents=True)
+    recipe = load_config(PICO, ["task.train_size=4"])
+    Path("mine", "config.json").write_text(recipe.model_dump_json())
+    trained = [problem.problem for problem in recipe.task.build(recipe.facts()).train()[:2]]
+    Path("data.jsonl").write_text(
+        "".join(json.dumps({"problem": each, "answer": "1"}) + "\n" for each in ("new", *trained))
+    )
+    options: dict[str, Any] = dict.fromkeys(("recipe", "k", "out", "results"))
+    with (
+        pytest.raises(ZeroDivisionError),
+        pytest.warns(UserWarning, match="1 of the 2 problems to be evaluated are among those that the run was trained"),
+    ):
+        run_eval("mine", [], task="aime24", data="data.jsonl", problems=2, which=which, **options)
+    assert seen == [(f"mine/{chosen}", Path(f"runs/eval/mine-{chosen}-aime24"))]
 
 
 def test_what_out_holds_is_there_before_the_metrics_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +189,9 @@ def test_a_stopped_evaluation_says_how_to_go_on(
         asked_for(monkeypatch, stop=True)
     assert stop.value.code == 130
     assert "kept in runs/eval/owner--model-aime24: the same command goes on" in capsys.readouterr().out
+
+
+def test_a_comparison_is_no_run_to_evaluate(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").touch()
+    with pytest.raises(UserError, match=r"is a comparison: give one of its runs, .*/ARM/seed_N"):
+        recipe_of(str(tmp_path), None)

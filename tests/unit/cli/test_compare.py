@@ -12,7 +12,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from atesd.cli.compare import finish, leaders_line, make_plan, paired_table, quality_table, run_compare
+from atesd.cli.compare import (
+    finish,
+    leaders_line,
+    locked,
+    make_plan,
+    paired_table,
+    quality_table,
+    run_compare,
+    run_plan,
+)
 from atesd.recipe import load_config, with_overrides
 from atesd.types import UserError
 
@@ -97,7 +106,59 @@ def test_a_comparison_goes_on_with_its_seconds(tmp_path: Path) -> None:
     header = plan.write(tmp_path)
     assert header["seconds"] == 0.0
     (tmp_path / "compare.json").write_text(json.dumps(header | {"seconds": 7.5}))
-    assert make_plan(PICO, [], ["half"], range(2)).write(tmp_path)["seconds"] == 7.5
+    more = make_plan(PICO, [], ["half"], range(1, 3)).write(tmp_path)
+    assert (more["seconds"], more["seeds"], list(more["arms"])) == (7.5, [0, 1, 2], ["full", "half"])
+
+
+def test_a_run_is_told_the_commands_overrides_and_behind_them_its_arms(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n[arms]\nhalf = ["optim.lr=1e-6", "threads=3"]\n')
+    plan = make_plan(recipe, ["optim.lr=1e-5", "step.num_steps=9"], ["half", "full"], range(2, 3))
+    assert [job.train for job in plan.jobs(tmp_path)] == [
+        (str(recipe), "optim.lr=1e-5", "step.num_steps=9", *own, "seed=2", "--out", str(tmp_path / arm / "seed_2"))
+        for arm, own in (
+            ("half", ("optim.lr=1e-6", "threads=3", "threads=3")),
+            ("full", ('exposure={kind="fixed", ratio=1.0}', "threads=1")),
+        )
+    ]
+    assert [job.num_steps for job in plan.jobs(tmp_path)] == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "accelerator", "at_once"), [(0, False, 2), (3, False, 3), (9, False, 4), (0, True, 1), (2, True, 2)]
+)
+def test_as_many_runs_go_on_as_asked_or_as_the_arm_of_most_threads_leaves_room_for(
+    jobs: int, accelerator: bool, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Stopped:
+        was_stopped, failures = True, ()
+
+        def __init__(self, todo: Sequence[Any], at_once: int, lock: int, console: Console, nursery: Any) -> None:
+            with (
+                pytest.raises(UserError, match=rf"runs of {tmp_path}/out are still going on"),
+                locked(tmp_path / "out"),
+            ):
+                pass
+            seen.append((len(todo), at_once, nursery))
+
+        def run(self) -> None:
+            pass
+
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\npath = "pico"\n[task]\nkind = "pico"\n[arms]\nwide = ["threads=3"]\nnarrow = []\n')
+    monkeypatch.setattr("atesd.cli.compare.Runner", Stopped)
+    monkeypatch.setattr("atesd.train.model.has_accelerator", lambda: accelerator)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    plan = make_plan(recipe, [], None, range(2))
+    nursery: Any = object()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(plan.write(tmp_path / "out") | {"seconds": 7.5}))
+    with pytest.raises(SystemExit) as stop:
+        run_plan(plan, tmp_path / "out", jobs, nursery)
+    assert (stop.value.code, seen) == (130, [(4, at_once, None if accelerator else nursery)])
+    assert 7.5 < json.loads((tmp_path / "out" / "compare.json").read_text())["seconds"] < 60
 
 
 def test_pairs_are_read_by_their_intervals() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
-from atesd.cli.errors import fail, user_line
+from atesd.cli.errors import fail, prepare_streams, user_line
 from atesd.recipe import build_config
 from atesd.types import NonFiniteError, UserError
 
@@ -135,3 +137,14 @@ def test_a_full_disk_is_told_by_what_copies_a_folder(tmp_path: Path) -> None:
     assert user_line(caught.value) == (
         "disk full while writing the output: what was complete before is untouched; free some space"
     )
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("strict", "backslashreplace"), ("replace", "replace")])
+def test_a_stream_does_what_the_user_asked_of_it(asked: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONIOENCODING=ascii:replace, for one."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, TextIOWrapper(BytesIO(), "ascii", errors=asked))
+    prepare_streams()
+    found = (sys.stdout.errors, sys.stderr.errors)
+    monkeypatch.undo()
+    assert found == (kept, kept)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -86,6 +88,7 @@ def test_launch_continues_a_run_that_exists_and_starts_any_other(
         def __init__(self, command: list[str], **options: Any) -> None:
             seen.update(options, command=command)
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     path = tmp_path / "half" / "seed_0"
     (path / "rollouts").mkdir(parents=True)
     (path / "env.json").touch()
@@ -125,6 +128,40 @@ def test_runs_finished_and_begun_before_count_neither_as_pace_nor_as_missing(
     todo[1].refresh()
     # 0.4 runs in 10 s; 0.1 + 1 runs are missing: 27.5 s, printed as a whole number.
     assert runner._left() == "28 s"
+
+
+@pytest.mark.parametrize(("code", "failed"), [(130, ""), (-signal.SIGTERM, ""), (1, "no memory"), (-9, "no memory")])
+def test_a_stop_excuses_only_runs_that_it_ended(code: int, failed: str, tmp_path: Path) -> None:
+    job = Job("half", 0, tmp_path / "run", (), num_steps=1)
+    job.log.write_text("error: no memory\n")
+    runner = Runner([job], 1, 0, make_console())
+    runner._num_asked = 1
+    runner._collect(job, code)
+    assert job.failed == failed
+    job.failed = ""
+    runner._num_asked = 0
+    runner._collect(job, code)
+    assert job.failed == "no memory", "nobody asked it to stop"
+
+
+def test_a_stop_is_heard_unless_the_caller_ignores_it_and_runs_are_asked_to_save(tmp_path: Path) -> None:
+    sent: list[int] = []
+    job = Job("half", 0, tmp_path / "run", (), num_steps=1)
+    job.process = cast("Any", SimpleNamespace(send_signal=sent.append))
+    runner = Runner([job], 1, 0, make_console())
+    runner._running.append(job)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runner._stoppable():
+            signal.raise_signal(signal.SIGHUP)
+            assert not runner.was_stopped, "as under nohup"
+            signal.raise_signal(signal.SIGTERM)
+            assert runner.was_stopped
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    runner._pass_on()
+    runner._pass_on()
+    assert sent == [signal.SIGTERM], "once for each time that it was asked"
 
 
 def test_the_last_error_of_a_log_is_found_under_notes_and_tracebacks(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 from transformers import Qwen3Config
 
 from atesd.cli.plan import device_of, run_plan
-from atesd.train.plan import DEVICES, GIB
+from atesd.recipe import load_config
+from atesd.train.fit import MARGIN
+from atesd.train.plan import DEVICES, GIB, Lengths, make_plan
 from atesd.types import UserError
 
 
@@ -55,6 +57,17 @@ def test_one_that_does_not_is_told_what_to_lower_and_that_is_enough(
     assert "it fits" in capsys.readouterr().out
     plan(model, memory=0.3)
     assert "take a smaller model" in capsys.readouterr().out
+
+
+def test_a_run_that_leaves_no_margin_does_not_fit(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("atesd.train.fit.shortfall", lambda *_: "lower something")
+    config = load_config("qwen3-1.7b-opsd", [model])
+    peak = make_plan(config, DEVICES["h100"], Lengths(200, 1000)).peak / GIB
+    for share, says in ((1 - 1.1 * MARGIN, "it fits"), (1 - 0.9 * MARGIN, "it does not fit: lower something")):
+        plan(model, memory=peak / share)
+        assert says in capsys.readouterr().out
 
 
 def test_what_the_numbers_do_not_know_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:

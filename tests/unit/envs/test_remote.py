@@ -109,6 +109,13 @@ def heard(messages: Any) -> list[str]:
     return [message["content"] for message in messages]
 
 
+def test_what_a_recipe_says_of_attempts_is_what_the_driver_reads(gym: str) -> None:
+    found = environment(gym, invalid_penalty=0.25, limit=3)
+    assert (found.invalid_penalty, found.limit, found.grades) == (0.25, 3, True)
+    game = found.episode(Problem("p", "count", "x"), seed=2**31 + 5)
+    assert game.opening["seed"] == 5, "libraries take seeds of 31 bits"
+
+
 def test_an_episode_elsewhere_is_played_like_any_other(gym: str) -> None:
     episode = environment(gym).episode(PROBLEM, 0)
     assert heard(episode.reset(PROMPT)) == ["count\nseed 5"]

@@ -112,9 +112,12 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     run(tmp_path / "a")
     with pytest.raises(UserError, match=r"another evaluation \(temperature = 1.0 there, 0.6 here\): choose another"):
         run(tmp_path / "a", settings={**SETTINGS, "temperature": 0.6})
-    with pytest.raises(UserError, match=r"\(top_p = None there, 0.9 here\)"):
+    with pytest.raises(UserError, match=r"\(top_p = None there, 0.9 here\)") as held:
         run(tmp_path / "a", settings={**SETTINGS, "top_p": 0.9})
-    run(tmp_path / "a")
+    run(tmp_path / "a")  # a refusal lets go of the folder, though whoever caught it still looks at it
+    assert held.tb is not None
+    with pytest.raises(UserError, match=r"\(group_size = 2 there, None here\)"):
+        run(tmp_path / "a", settings={"temperature": 1.0})
 
 
 def test_damage_and_other_files_are_named(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from atesd.cli.compare import finish
+from atesd.cli.progress import make_console
 from atesd.files import dump_json, write_atomic
 from atesd.report.compare import summarise
 from atesd.report.html import render
@@ -171,6 +173,10 @@ def test_a_flows_comparison_is_summarised_and_its_evidence_written(
 ) -> None:
     folder = write_comparison(tmp_path / "runs")
     assert summarise(folder)["arms"]["half"]["average_at_k"] == 1.0
+    finish(folder, make_console())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["quality"]["energy_distance"]["paired"]["half-full"]["mean"] == pytest.approx(-0.35)
+    assert "energy distance, mean over seeds" in capsys.readouterr().out
     monkeypatch.setattr(evidence, "OUT", tmp_path)
     monkeypatch.setattr(evidence, "write_figure", lambda *_: None)
     evidence.comparison(folder, "ring", "full")

@@ -85,6 +85,10 @@ def test_runs_named_together_are_arms_of_their_own_with_distinct_names(tmp_path:
     assert [arm.name for arm in study.arms] == ["run", "run (2)", "c/full"]
     assert study.arms[1].runs[0].label == "run (2)"
     assert not study.is_comparison
+    assert study.missing == ()
+    (paths[0] / "result.json").unlink()
+    (compared / "full" / "seed_1" / "result.json").unlink()
+    assert load_study([*paths, compared]).missing == ("run: not finished", "full, seed 1: not finished")
 
 
 def test_runs_with_different_numbers_of_samples_are_not_reported_as_one_average(tmp_path: Path) -> None:

@@ -99,3 +99,8 @@ def test_the_grader_takes_answers_as_benchmarks_write_them() -> None:
         answer=["025", "27.0", r"\frac{1}{2}", "025"],
     ) == [1.0, 1.0, 1.0, 0.0]
     assert check_gold([], reward).passed
+
+
+def test_a_revision_is_that_of_the_source_that_is_named() -> None:
+    table = BenchmarkConfig(name="aime24", data="me/copy", revision="abc").table
+    assert (table.path, table.revision) == ("me/copy", "abc")
