@@ -15,6 +15,7 @@ from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
+from atesd.train.loop import Trainer
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Trajectory, UserError
 
@@ -23,6 +24,7 @@ TREE: dict[str, Any] = {
     "task": {"kind": "pico", "train_size": 4, "probe_size": 3, "eval_size": 2},
     "prompt": {"student": "{problem}", "teacher": "{problem}\n>{hint}", "answer": "\n#{answer}"},
     "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 40},
+    "step": {"problems": 4},
 }
 
 
@@ -161,6 +163,14 @@ def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp
         take(parts, "probe_nll")
 
 
+def test_a_run_whose_exposure_needs_probe_problems_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    """A resumed run could not be given any, so that one must not be advised to go on."""
+    config = build_config(TREE | {"task": TREE["task"] | {"probe_size": 0}, "exposure": {"kind": "beta"}})
+    with pytest.raises(UserError, match="no probe problems"):
+        Trainer.start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])
 def test_a_run_that_distils_nothing_keeps_no_teachers_weights_and_measures_none(teacher: str) -> None:
     alone = TREE | {"routing": {"kind": "sft"}, "teacher": {"weights": teacher}}
@@ -230,7 +240,7 @@ def test_probe_problems_that_do_not_fit_are_refused_or_left_out_as_others_are(
     longest = Hints.longest
     monkeypatch.setattr(Hints, "_surely_fits", lambda *_: False)
     monkeypatch.setattr(Hints, "longest", lambda self, each: 10**6 if each.id == named else longest(self, each))
-    tree = TREE | {"step": {"overlong": overlong}}
+    tree = TREE | {"step": {**TREE["step"], "overlong": overlong}}
     if overlong == "error":
         with pytest.raises(
             UserError, match=rf"1 problems \({re.escape(named)}\) do not fit the model's context of 256"
@@ -247,7 +257,7 @@ def test_where_no_problem_fits_the_line_does_not_name_what_is_set_already(monkey
     monkeypatch.setattr(Hints, "_surely_fits", lambda *_: False)
     monkeypatch.setattr(Hints, "longest", lambda *_: 10**6)
     with pytest.raises(UserError, match=r"none of the \d+ training problems fits .* shorten rollout.max_new_tokens"):
-        assemble(build_config(TREE | {"step": {"overlong": "drop"}}))
+        assemble(build_config(TREE | {"step": {**TREE["step"], "overlong": "drop"}}))
 
 
 def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +280,7 @@ def test_evaluation_problems_that_do_not_fit_are_refused_or_left_out(monkeypatch
         match=rf"1 evaluation problems \({re.escape(named)}\) do not fit .* 256 tokens with a completion of 11",
     ):
         assemble(build_config(tree))
-    dropping = tree | {"step": {**TREE.get("step", {}), "overlong": "drop"}}
+    dropping = tree | {"step": {**TREE["step"], "overlong": "drop"}}
     with pytest.warns(UserWarning, match=rf"dropped 1 evaluation problems \({re.escape(named)}\) which do not fit"):
         parts = assemble(build_config(dropping))
     assert [each.id for each in parts.eval_problems] == [each.id for each in whole.eval_problems[1:]]

@@ -8,7 +8,6 @@ hub does not answer at once, only what lies in the cache is read: `datasets` wou
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,7 +139,8 @@ def _opened(table: Table) -> Any:
 
 def _dataset(table: Table) -> Any:
     """Load a data set of the hub, or of a folder with its files."""
-    place = os.path.abspath(table.path) if Path(table.path).is_dir() else table.path  # `.` has no name for datasets
+    path = Path(table.path)
+    place = str(path.resolve()) if path.is_dir() else table.path  # `.` has no name for the library
     load = partial(_datasets().load_dataset, place, table.config, revision=table.revision)
     load = partial(load, streaming=table.streaming)
     if table.split is None:
