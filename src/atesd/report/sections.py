@@ -87,7 +87,7 @@ def sections(study: Study, findings: Findings) -> list[Section]:
             study,
             "levels",
             "Accuracy by level",
-            "the task names fewer than two levels, or seeds were evaluated on different problems",
+            "the task names fewer than two levels, or seeds have different numbers of problems at one",
         ),
         _figures(study, "exposure", "Exposure over training", "no step with a teacher was logged"),
         _figures(

@@ -12,7 +12,7 @@ import pytest
 from atesd.report.html import embed_json, write_report
 from atesd.runlog import RunDir
 
-from support.runs import HOSTILE, graded_rows, write_compare, write_graded, write_run
+from support.runs import HOSTILE, write_compare, write_graded, write_run
 
 
 class Page(HTMLParser):
@@ -133,18 +133,6 @@ def test_missing_sections_say_why(tmp_path: Path) -> None:
     ):
         assert f"Left out: {reason}." in text
     assert "the teacher sees the whole solution (OPSD)" in text
-
-
-def test_levels_of_seeds_with_problems_of_their_own_are_not_said_to_lack(tmp_path: Path) -> None:
-    arms = {"full": {1: [[1.0], [0.0]], 2: [[1.0], [0.0]]}}
-    folder = write_graded(tmp_path / "cmp", arms)
-    for seed in (1, 2):
-        run = RunDir.open(folder / "full" / f"seed_{seed}")
-        rows = [graded_rows([[1.0]], level)[0] | {"problem_id": f"{seed}{level}"} for level in ("easy", "hard")]
-        for step in (0, 10):
-            run.write_rows("eval", step, rows)
-    text = write_report([folder], tmp_path / "report.html").read_text()
-    assert "fewer than two levels, or seeds were evaluated on different problems." in text
 
 
 def test_several_runs_share_a_page_without_paired_claims(tmp_path: Path) -> None:
