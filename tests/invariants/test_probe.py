@@ -15,6 +15,7 @@ from atesd.rollout.hf import HFSampler
 from atesd.rollout.render import Renderer
 from atesd.seeds import derive_seed
 from atesd.train.hints import Hints
+from atesd.train.loop import Trainer
 from atesd.train.setup import Parts, assemble, for_evaluation
 from atesd.types import Group, Measurement, Trajectory, UserError
 
@@ -160,6 +161,14 @@ def test_a_task_without_probe_problems_is_refused_when_something_is_measured(tmp
     assert parts.measurer.measure([]) == {}
     with pytest.raises(UserError, match="no probe problems"):
         take(parts, "probe_nll")
+
+
+def test_a_run_whose_exposure_needs_probe_problems_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    """A resumed run could not be given any, so that one must not be advised to go on."""
+    config = build_config(TREE | {"task": TREE["task"] | {"probe_size": 0}, "exposure": {"kind": "beta"}})
+    with pytest.raises(UserError, match="no probe problems"):
+        Trainer.start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])

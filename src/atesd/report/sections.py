@@ -55,6 +55,7 @@ does not tell the two apart. With few seeds the intervals are somewhat too narro
 FLOW_MISMATCH = """<p>In every state both roles foresee an end, x&nbsp;+&nbsp;(1&nbsp;&minus;&nbsp;t)&nbsp;v. Top-1
 disagreement is how often the two ends look like different labels; the divergence is that of a transition.</p>"""
 
+UNSCORED = "no run has an exposure that is learned from rewards, or ended before a decision was scored"
 NAMED_PAIRS = 3  # in the finding
 MOST_NOTES = 20  # of one kind
 
@@ -96,7 +97,7 @@ def sections(study: Study, findings: Findings) -> list[Section]:
             "every group was distilled, every token at full weight",
         ),
         _figures(study, "mismatch", "Mismatch against exposure", "no distillation step was logged"),
-        _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),
+        _figures(study, "reward", "Rewards of the controller", UNSCORED),
         _behaviour(study),
         _figures(study, "curves", "Training curves", "no step was logged"),
         completions,
@@ -116,7 +117,7 @@ def _flow_sections(study: Study, findings: Findings, notes: Sequence[str]) -> li
         ),
         _figures(study, "exposure", "Exposure over training", "no step was logged"),
         _figures(study, "mismatch", "Mismatch against exposure", "no step was logged", FLOW_MISMATCH),
-        _figures(study, "reward", "Rewards of the controller", "no run has an exposure that is learned from rewards"),
+        _figures(study, "reward", "Rewards of the controller", UNSCORED),
         _figures(study, "curves", "Training curves", "no step was logged"),
     ]
 

@@ -30,6 +30,8 @@ SYMBOLS = {  # plotly's name of the marker, and its outline for the legend in a 
     "hourglass": "M-5-5.5h10l-10 11h10z",
     "star": "M0-6 1.6-1.9 6-1.9 2.5.8 3.8 5.2 0 2.6-3.8 5.2-2.5.8-6-1.9-1.6-1.9z",
 }
+# Of a y axis: an axis of equal values, all 0 say, would else reach from -100 % to 100 %.
+SHARES = {"tickformat": ".0%", "autorangeoptions": {"clipmin": -0.03, "clipmax": 1.03}}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 COLOURS = len(SYMBOLS)
 
@@ -86,7 +88,7 @@ def figure(traces: Sequence[Figure], x: str, y: str, *, percent: bool = False, *
     """Traces with their axes, `yaxis` in plotly's words. Without a legend: the page shows one for all figures."""
     frame = {
         "xaxis": axis(x) | {"showgrid": False, "showline": True},
-        "yaxis": axis(y) | ({"tickformat": ".0%"} if percent else {}) | yaxis,
+        "yaxis": axis(y) | (SHARES if percent else {}) | yaxis,
         "font": {"color": "@muted", "size": 12.5},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",

@@ -139,7 +139,9 @@ def _opened(table: Table) -> Any:
 
 def _dataset(table: Table) -> Any:
     """Load a data set of the hub, or of a folder with its files."""
-    load = partial(_datasets().load_dataset, table.path, table.config, revision=table.revision)
+    path = Path(table.path)
+    place = str(path.resolve()) if path.is_dir() else table.path  # `.` has no name for the library
+    load = partial(_datasets().load_dataset, place, table.config, revision=table.revision)
     load = partial(load, streaming=table.streaming)
     if table.split is None:
         return _split_of(_loaded(table, load), table)
@@ -189,6 +191,7 @@ def _unreadable(name: str, error: BaseException) -> UserError:
         "Revision": "mend task.revision",
         "Couldn't reach": "check the network, or give files",
         "doesn't exist on the Hub": "mend the name, or log in with `hf auth login`",
+        "any data files": f"give a folder with files of one kind: {', '.join(SUFFIXES)}",
         "gated": "ask for access on its page, then log in with `hf auth login`",
     }
     remedy = next((text for sign, text in remedies.items() if sign in said), "give a whole one")

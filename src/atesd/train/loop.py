@@ -125,6 +125,8 @@ class Trainer:
                 say(f"completions are sampled by {path}")
             if say is not None and config.model.compile:
                 say("decoder layers are compiled in their first passes, which may take a minute")
+            first = [measurement.kind for policy in parts.policies.values() for measurement in wanted(policy, 0)]
+            parts.measurer.check(dict.fromkeys(first))
             world.barrier()
             env = {"sampling": path, "processes": world.size, "code": digests_of_code(config)}
             commit = commit_of(resolve(config.model.path), config.model.revision)

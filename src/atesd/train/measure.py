@@ -102,7 +102,7 @@ class Measurer:
         ratios: dict[str, list[Measurement]] = {}
         for measurement in dict.fromkeys(wanted):
             ratios.setdefault(measurement.kind, []).append(measurement)
-        self._check(ratios)
+        self.check(ratios)
         self._probe.forget()
         found: dict[Measurement, Reading] = {}
         reads_teacher = bool(ratios.keys() - _OF_THE_STUDENT)
@@ -116,7 +116,9 @@ class Measurer:
         self._probe.forget()
         return found
 
-    def _check(self, asked: Mapping[str, Sequence[Measurement]]) -> None:
+    def check(self, asked: Iterable[str]) -> None:
+        """Refuse kinds of measurement that cannot be taken here."""
+        asked = list(asked)
         unknown = [kind for kind in asked if kind not in self._table]
         if unknown:
             raise UserError(f"no measurement is called {unknown[0]!r}: known are {', '.join(self._table)}")

@@ -128,7 +128,7 @@ def test_missing_sections_say_why(tmp_path: Path) -> None:
         "no distillation step was logged",
         "no step with a teacher was logged",
         "every group was distilled, every token at full weight",
-        "no run has an exposure that is learned from rewards",
+        "no run has an exposure that is learned from rewards, or ended before a decision was scored",
         "no completions were written",
     ):
         assert f"Left out: {reason}." in text

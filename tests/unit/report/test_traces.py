@@ -42,3 +42,10 @@ def test_a_line_of_no_arm_stays_when_the_arm_is_hidden() -> None:
     assert of_arm["meta"] == {"arm": 2}
     assert "meta" not in taken
     assert (taken["line"]["color"], taken["line"]["dash"], taken["marker"]["color"]) == ("@text", "dot", "@text")
+
+
+def test_an_axis_of_shares_ends_near_0_and_1_whatever_it_shows(tmp_path: Path) -> None:
+    """Plotly would draw equal accuracies, all 0 or all 1, on an axis from a whole below to a whole above."""
+    study = load_study([write_graded(tmp_path / "cmp", {"full": {1: [[0.0]]}})])
+    axis = accuracy_bands(study)[""]["layout"]["yaxis"]
+    assert axis["autorangeoptions"] == {"clipmin": -0.03, "clipmax": 1.03}

@@ -226,6 +226,18 @@ def test_damaged_folders_and_paths_that_lead_nowhere(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
+def test_the_folder_that_one_stands_in_is_a_folder_and_one_without_data_says_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text('{"problem": "1+1", "solution": "#### 2"}\n')
+    monkeypatch.chdir(tmp_path / "data")
+    assert len(problems(".")) == 1
+    with pytest.raises(UserError, match=r"empty cannot be read \(.*\): give a folder with files of one kind: \.jsonl"):
+        problems(tmp_path / "empty")
+
+
 def test_a_hub_that_cannot_be_reached_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi, constants
 
