@@ -54,7 +54,7 @@ def test_a_commit_is_that_of_the_packages_own_checkout(
     tracked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not of a repository around an environment that the package is installed in."""
-    package = tmp_path / "env" / "runlog.py"
+    package = tmp_path / "env" / "provenance.py"
     package.parent.mkdir()
     package.write_text("")
     (tmp_path / "own.txt").write_text("")
@@ -62,7 +62,7 @@ def test_a_commit_is_that_of_the_packages_own_checkout(
     for command in (["init"], ["add", "." if tracked else "own.txt"], [*me, "commit", "-m", "x"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
     head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    monkeypatch.setattr("atesd.runlog.__file__", str(package))
+    monkeypatch.setattr("atesd.provenance.__file__", str(package))
     found = environment()
     assert found["commit"] == (head.stdout.strip() if tracked else "")
     (tmp_path / "own.txt").write_text("changed")
