@@ -186,6 +186,21 @@ def test_a_process_that_fails_while_gradients_are_taken_ends_all(tmp_path: Path)
     assert "see its own output" in str(found[0])
 
 
+def test_machines_that_do_not_share_the_run_directory_are_told_before_the_first_step(tmp_path: Path) -> None:
+    """As on two machines with disks of their own: the first save would fail, hours later."""
+
+    def begins(rank: int) -> Any:
+        os.chdir(tmp_path / f"disk_{rank}")
+        return begin(Path("run"), TREE | SHARDED)
+
+    for rank in range(2):
+        (tmp_path / f"disk_{rank}").mkdir()
+    found = together(tmp_path / "left", 2, begins)
+    assert type(found[0]) is UserError
+    assert str(found[0]).startswith("processes 0 and 1 have different folders at run, where each saves its share of")
+    assert "--out on a disk that all machines have" in str(found[0])
+
+
 def test_what_cannot_be_sharded_is_refused_by_name(tmp_path: Path) -> None:
     refused = {
         "the controller asks for influence": RECIPES["aligned"] | {"exposure": {"kind": "influence"}},

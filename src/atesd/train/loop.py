@@ -44,7 +44,7 @@ from atesd.train.resume import (
     warn_of_processes,
 )
 from atesd.train.setup import Parts, assemble, for_evaluation
-from atesd.train.share import decide_shard
+from atesd.train.share import decide_shard, refuse_unseen
 from atesd.train.stats import StepOutcome
 from atesd.train.stop import Stop
 from atesd.train.teacher import trained_tensors
@@ -132,6 +132,8 @@ class Trainer:
             commit = commit_of(resolve(config.model.path), config.model.revision)
             env |= {} if commit is None else {"model_commit": commit}
             run = directory.create(out, config.model_dump(mode="json"), config.about(), env)
+            if parts.shards.is_sharded:
+                refuse_unseen(out, world)
             return cls(config, run, parts, listener)
 
     @classmethod

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from atesd.config import RunConfig
@@ -232,6 +233,17 @@ def decide_shard(config: RunConfig, environment: MutableMapping[str, str] = os.e
         )
     del environment["ACCELERATE_USE_FSDP"]  # else accelerate would wrap what it is given once more
     return config.model_copy(update={"model": config.model.model_copy(update={"shard": True})})
+
+
+def refuse_unseen(run: Path, world: World) -> None:
+    """UserError where a process does not see the run directory: each saves its share of sharded weights there."""
+    world.barrier()
+    record = run / "env.json"
+    world.refuse_difference(
+        f"different folders at {run}, where each saves its share of the weights",
+        record.read_text(encoding="utf-8") if record.is_file() else "",
+        "put --out on a disk that all machines have under the same path, or remove model.shard",
+    )
 
 
 def _says(environment: Mapping[str, str], switch: str) -> bool:
