@@ -137,6 +137,7 @@ def test_a_reward_function_is_judged_by_whole_rounds() -> None:
     two = OwnReward("mine.py:first", first, 60.0).by_shares()  # a grade of the round before is not forgotten
     two.judge([None, 1.0], ["x", "x"])
     two.judge([None, None], ["x", "x"])
+    OwnReward("mine.py:first", first, 60.0, is_part=True).by_shares().judge([None], ["x"])  # others may grade it
 
 
 def test_a_reward_function_is_not_asked_about_nothing() -> None:
