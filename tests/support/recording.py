@@ -170,7 +170,7 @@ def _watch_optimizer(patch: pytest.MonkeyPatch, found: list[Recording]) -> None:
 
 
 def _skewed(logprobs: Sequence[float], skew: float) -> tuple[float, ...]:
-    return tuple(value + skew * math.cos(place) for place, value in enumerate(logprobs))
+    return tuple(min(0.0, value + skew * math.cos(place)) for place, value in enumerate(logprobs))
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -29,7 +29,9 @@ def test_gym_gives_different_worked_problems_in_disjoint_sets() -> None:
 
 
 def test_neighbouring_data_seeds_share_no_problem() -> None:
-    first, second = (GymConfig(dataset="chain_sum", train_size=8, data_seed=seed).build(RunFacts()).train() for seed in (1, 2))
+    first, second = (
+        GymConfig(dataset="chain_sum", train_size=8, data_seed=seed).build(RunFacts()).train() for seed in (1, 2)
+    )
     assert not {each.problem for each in first} & {each.problem for each in second}
 
 
