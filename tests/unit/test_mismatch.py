@@ -24,6 +24,7 @@ SMALL = [
     "task.train_size=4",
     "task.probe_size=0",
     "task.eval_size=3",
+    "step.problems=4",
     "rollout.max_new_tokens=6",
     "step.token_budget=300",
 ]
