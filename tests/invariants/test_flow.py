@@ -24,7 +24,7 @@ from atesd.recipe import build_config
 from atesd.runlog import RunDir
 from atesd.train.loop import Interrupted, Trainer
 from atesd.trainers import resume_run, start_run
-from atesd.types import NonFiniteError, UserError
+from atesd.types import Measurement, NonFiniteError, UserError
 
 TREE: dict[str, Any] = {
     "threads": 1,
@@ -272,6 +272,25 @@ def test_a_controller_that_asks_for_what_is_not_served_is_refused_before_the_run
 ) -> None:
     with pytest.raises(UserError, match=f"asks for the measurement {kind}, which a flow task does not serve"):
         start_run(build_config(tree(exposure=exposure, teacher={})), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            [Measurement("probe_answer")],
+            'curriculum.kind = "random" asks for the measurement probe_answer, which a flow',
+        ),
+        ("probe_nll", r"wants returned 'probe_nll' at step 0"),
+    ],
+)
+def test_what_a_curriculum_asks_for_is_looked_at_before_the_run(
+    asked: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atesd.curriculum.Shuffled.wants", lambda self, step: asked)
+    with pytest.raises(UserError, match=message):
+        start_run(build_config(tree()), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -187,6 +187,7 @@ def real_model_made_small(folder: Path) -> list[str]:
         (["report", "file"], "file is no directory"),
         (["compare", PICO, "--arms", "full,hlaf"], "unknown arm 'hlaf': did you mean 'half'? the recipe"),
         (["check", "missing.jsonl"], "missing.jsonl cannot be read"),
+        (["check", resolve("pico")], "is a folder of a model or a run: give a recipe, or a file of problems"),
         (["check", "gym:nosuch"], "does not make 'nosuch'"),
         (
             ["check", "pico.txt"],
@@ -471,7 +472,7 @@ def test_a_file_is_evaluated_whole_and_what_was_trained_on_is_told(
     capsys.readouterr()
     assert run(monkeypatch, "eval", str(out), "--task", str(file), "--k", "1") == 0
     said = capsys.readouterr()
-    assert "on 73 problems of jsonl" in said.out
+    assert "on 73 problems of own.jsonl" in said.out
     assert "3 of the 73 problems to be evaluated are among those that the run was trained on" in said.err
     few = ("--k", "1", "--problems", "1")
     assert run(monkeypatch, "eval", str(out), "--recipe", PICO, "--task", str(file), *few) == 0
@@ -479,7 +480,7 @@ def test_a_file_is_evaluated_whole_and_what_was_trained_on_is_told(
     file.write_text("".join(json.dumps(row) + "\n" for row in unseen))
     assert run(monkeypatch, "eval", str(out), "--task", str(file), "--k", "1", "--problems", "2") == 0
     said = capsys.readouterr()
-    assert "on 2 problems of jsonl" in said.out
+    assert "on 2 problems of own.jsonl" in said.out
     assert "trained on" not in said.err
 
 

@@ -198,6 +198,8 @@ def section_of(task: str) -> dict[str, Any]:
         return {"kind": "gym", "dataset": task.removeprefix("gym:")}
     if task.endswith((".jsonl", ".json")):
         return {"kind": "jsonl", "path": task}
+    if (Path(task) / "config.json").is_file():
+        raise UserError(f"task {task!r} is a folder of a model or a run: give a recipe, or a file of problems")
     if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or ("/" in task and not Path(task).exists()):
         return {"kind": "dataset", "path": task}
     raise UserError(

@@ -85,7 +85,7 @@ def run_eval(
         warn_of_trained(own, config)
     result = _evaluated(config, folder, console, results, overrides if is_benchmark else None, out)
     num_problems = len(result.rows) // config.eval.k
-    called = task if is_benchmark else config.task.kind
+    called = Path(task).name if task is not None else config.task.kind
     console.print(metrics_table(result.metrics, f"{folder} on {num_problems} problems of {called}"))
     if is_benchmark:
         assert results is not None

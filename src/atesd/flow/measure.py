@@ -20,6 +20,7 @@ from atesd.flow.probe import FlowProbe
 from atesd.flow.rollout import States, Views
 from atesd.flow.step import FlowStepper
 from atesd.sections import OptimConfig
+from atesd.train.asked import wanted
 from atesd.train.credit import Credit
 from atesd.train.directions import FOLDS, Batch, Directions, Gradient
 from atesd.train.measure import Measurer, Taker
@@ -134,7 +135,7 @@ class FlowMeasurer(Measurer):
 
     def refuse_unserved(self, section: str, policy: Policy) -> None:
         """UserError where a policy that has seen nothing yet asks, or will ask, for what cannot be measured here."""
-        asked = {each.kind for step in (0, 1) for each in policy.wants(step)}
+        asked = {each.kind for step in (0, 1) for each in wanted(policy, step)}
         unknown = sorted(asked - set(self._table))
         if unknown:
             raise UserError(

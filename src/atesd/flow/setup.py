@@ -126,4 +126,5 @@ def assemble(config: RunConfig) -> FlowParts:
         measurer=FlowMeasurer(probe, credit),
     )
     parts.measurer.refuse_unserved(f'exposure.kind = "{config.exposure.kind}"', parts.controller)
+    parts.measurer.refuse_unserved(f'curriculum.kind = "{config.curriculum.kind}"', parts.curriculum)
     return parts
