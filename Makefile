@@ -15,7 +15,7 @@ demo: $(STAMP)  ## train OPSD, fixed, learned and aligned exposure side by side;
 	$(BIN)/atesd compare recipes/pico.toml --arms full,half,learned,aligned --seeds 2 --out runs/demo
 
 test: $(STAMP)  ## unit, invariant and smoke tests
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m 'not slow and not gpu'
 
 check: $(STAMP)  ## format, lint, types, import arrows
 	$(BIN)/ruff format --check .

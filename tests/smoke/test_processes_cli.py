@@ -72,12 +72,11 @@ def said(folder: Path, *arguments: str, first: tuple[str, ...] | None = None) ->
 
 def test_a_run_of_two_is_shown_and_warned_of_once(tmp_path: Path, recipe: Path) -> None:
     run = tmp_path / "run"
-    threads = f"threads={(os.cpu_count() or 1) + 1}"
-    codes, out, err = said(tmp_path, "train", str(recipe), threads, "--out", str(run))
+    codes, out, err = said(tmp_path, "train", str(recipe), "task.train_size=1", "--out", str(run))
     assert codes == [0, 0]
     assert out[0].count("models in ") == 1
     assert out[1] == ""
-    assert err[0].count("warning: threads = ") == 1
+    assert err[0].count("warning: step.problems = 2") == 1
     assert err[1] == ""
     assert json.loads((run / "env.json").read_text())["processes"] == 2
     assert json.loads((run / "result.json").read_text())["step"] == 1
