@@ -89,7 +89,7 @@ def options(
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None,
+        str | None,  # with --resume the first override, of which a Path would halve the // of an address
         typer.Argument(help=f"{_RECIPE_HELP} Left out with --resume.", autocompletion=_recipe_names),
     ] = None,
     overrides: Overrides = None,
@@ -108,8 +108,8 @@ def train(
     run, and change what is saved (`save.*`) and how much memory is used (`step.token_budget`, `rollout.batch_tokens`).
     """
     is_alone = launched()[1] == 1  # several processes must all come as far as where they tell each other of mistakes
-    if resume is None and is_alone:  # with --resume, the first word may be an override
-        _seen(recipe)
+    if resume is None and recipe is not None and is_alone:
+        _seen(Path(recipe))
     from atesd.cli.train import run_train
 
     run_train(recipe, overrides or [], out, resume)

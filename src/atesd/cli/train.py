@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from atesd.config import RunConfig
 
 
-def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
+def run_train(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
     """Start or continue a run, show it, and print its final evaluation beside that of the start.
 
     Of several processes one speaks.
@@ -32,7 +32,7 @@ def run_train(recipe: Path | None, overrides: Sequence[str], out: Path | None, r
 
 
 def _run_train(
-    recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None, *, is_main: bool
+    recipe: str | None, overrides: Sequence[str], out: Path | None, resume: Path | None, *, is_main: bool
 ) -> None:
     silence_libraries()
     from atesd.recipe import load_config
@@ -41,15 +41,15 @@ def _run_train(
 
     console = make_console(quiet=not is_main, lasting=True)
     if resume is not None:
-        overrides = [*([] if recipe is None else [str(recipe)]), *overrides]
-        if out is not None or (recipe is not None and "=" not in str(recipe)):
+        overrides = [*([] if recipe is None else [recipe]), *overrides]
+        if out is not None or (recipe is not None and "=" not in recipe):
             raise UserError("--resume continues a run with its own recipe: give neither a recipe nor --out")
         with announced_methods(console):
             trainer = resume_run(resume, overrides, before=lambda config: _before_resumed(config, console))
         console.print(f"continuing {resume} after step {trainer.step}")
     elif recipe is not None:
-        config = load_config(recipe, overrides)
-        place = out or Path("runs") / f"{recipe.stem}-{config.seed}"
+        config = load_config(Path(recipe), overrides)
+        place = out or Path("runs") / f"{Path(recipe).stem}-{config.seed}"
         trainer = start_run(config, place, say=console.print, before=_warn_of_memory)
         console.print(f"run directory {trainer.run.path}")
     else:

@@ -13,7 +13,7 @@ import pytest
 from atesd.cli.main import main
 
 PICO, X = Path("pico"), Path("x")
-TRAIN = {"recipe": PICO, "overrides": [], "out": None, "resume": None}
+TRAIN = {"recipe": "pico", "overrides": [], "out": None, "resume": None}
 COMPARE = {"recipe": PICO, "overrides": [], "arms": None, "seeds": 3, "first_seed": 0, "jobs": 0, "out": None}
 EVAL = {"model": "m", "overrides": [], "run_code": False} | dict.fromkeys(
     ("recipe", "task", "data", "k", "problems", "which", "out", "results")
@@ -33,7 +33,9 @@ HANDED: list[tuple[str, str, dict[str, Any]]] = [
     ("train pico", "train:run_train", TRAIN),
     ("train pico seed=4 --out x", "train:run_train", TRAIN | {"overrides": ["seed=4"], "out": X}),
     ("train --resume x seed=4 threads=1", "train:run_train",
-     {"recipe": Path("seed=4"), "overrides": ["threads=1"], "out": None, "resume": X}),
+     {"recipe": "seed=4", "overrides": ["threads=1"], "out": None, "resume": X}),
+    ("train --resume x rollout.engine.url=http://a:8001", "train:run_train",
+     {"recipe": "rollout.engine.url=http://a:8001", "overrides": [], "out": None, "resume": X}),
     ("compare pico", "compare:run_compare", COMPARE),
     ("compare pico threads=1 --arms a,b --seeds 2 --first-seed 5 --jobs 6 --out x", "compare:run_compare",
      {"recipe": PICO, "overrides": ["threads=1"], "arms": ["a", "b"], "seeds": 2, "first_seed": 5, "jobs": 6,
