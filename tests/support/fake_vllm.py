@@ -44,6 +44,8 @@ class FakeVllm:
     vocabulary: int | None = None
     is_processed: bool = False
     allows_updates: bool = True
+    key: str = ""
+    """That it wants to be shown, as vLLM's --api-key."""
     adapters: dict[str, str] = field(default_factory=dict)
     """Path of each loaded adapter, by name."""
     paths: list[str] = field(default_factory=list)
@@ -200,6 +202,9 @@ def _error(message: str, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "code": status}}
 
 
+_CLOSED = 401, {"error": "Unauthorized"}
+
+
 class _Http(ThreadingHTTPServer):
     """With room for all who come while it is kept from answering; closing it waits for its threads."""
 
@@ -221,11 +226,14 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._reply(fake.answer("GET", self.path, {}))
+            self._reply(fake.answer("GET", self.path, {}) if self._knows_the_key() else _CLOSED)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._reply(fake.answer("POST", self.path, body))
+            self._reply(fake.answer("POST", self.path, body) if self._knows_the_key() else _CLOSED)
+
+        def _knows_the_key(self) -> bool:
+            return not fake.key or self.headers["Authorization"] == f"Bearer {fake.key}"
 
         def _reply(self, answer: Any) -> None:
             if answer == "hang":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -74,11 +75,18 @@ class Adapters:
         folder = self._folder / f"{self._token}-{self._loads + 1}-v{version}"
         path = str(Path(self._there, folder.name) if self._there else folder)
         adapter = Adapter(version, path, folder=folder)
-        # Unless told what to save, peft asks the hub for the base's config each time.
-        self._model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"the adapter cannot be written to {folder} ({error.strerror}): name another folder in "
+                "rollout.engine.adapters, which the vLLM server sees, too"
+            ) from error
+        try:
+            # Unless told what to save, peft asks the hub for the base's config each time.
+            self._model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
             listed = self._load(adapter)
-        except UserError:
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         was_known = self._current is None or self._current.name in listed
@@ -184,14 +192,31 @@ def listed_models(server: Server) -> dict[str, str]:
 
 
 def model_cards(server: Server) -> list[Mapping[str, Any]]:
-    """Return what a server lists. UserError where it is no such list."""
-    found = server.get(MODELS)
+    """Return what a server lists. UserError where it is no such list, or kept from us."""
+    try:
+        found = server.get(MODELS)
+    except Refused as refused:
+        raise UserError(_unlisted(server.url, refused)) from refused
     cards = found.get("data") if isinstance(found, Mapping) else None
     if not isinstance(cards, list) or not all(isinstance(card, Mapping) and "id" in card for card in cards):
         raise UserError(
             f"{server.url} answers, but lists no models at {MODELS}: rollout.engine.url must be that of a vLLM server"
         )
     return cards
+
+
+def _unlisted(url: str, refused: Refused) -> str:
+    """Say why a server lists no models, and what helps."""
+    if refused.status in (401, 403):
+        given = "is not the one that it wants" if os.environ.get("VLLM_API_KEY") else "is not set"
+        return (
+            f"the vLLM server at {url} wants a key, and VLLM_API_KEY {given} ({refused.words}): let it hold what the "
+            "server was started with (--api-key)"
+        )
+    return (
+        f"{url} answers with status {refused.status} at {MODELS} ({refused.words[:80]}): rollout.engine.url must be "
+        "that of a vLLM server, without /v1"
+    )
 
 
 def _remedy(url: str, path: str, refused: Refused, rank: int) -> str:

@@ -78,9 +78,21 @@ def identify(server: Server, wanted: str | None, base: Base, path: str | None = 
             f"the vLLM server at {server.url} serves {', '.join(bases) or 'nothing'}, not {wanted or 'a model'}: start "
             "it with the model that trains, or correct rollout.engine.model"
         )
+    length = bases[name].get("max_model_len")
+    least = len(base.prompt) + CHECKED.max_new_tokens
+    if length and int(length) < least:
+        raise UserError(
+            f"the vLLM server at {server.url} has a context of {length} tokens, and the text by which its model is "
+            f"known takes {least}: start it with a larger --max-model-len"
+        )
     try:
         of_last = _of_last_token(server, name, base)
         _compare(server, name, base)
+    except Refused as refused:
+        raise UserError(
+            f"the vLLM server at {server.url} refuses to continue a text ({refused.words}): it must be vLLM 0.10.2 or "
+            "later, and whatever stands before it must let /v1/completions through"
+        ) from refused
     except (HalfAnswer, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -100,7 +112,6 @@ def identify(server: Server, wanted: str | None, base: Base, path: str | None = 
             f"the vLLM server at {server.url} serves {root}, and the model is that of {path}: start it with that "
             "folder, or name what it serves in rollout.engine.model if it is a copy"
         )
-    length = bases[name].get("max_model_len")
     return Served(name, int(length) if length else None, is_processed=of_last == 0.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, TypeVar
 
@@ -84,6 +84,13 @@ class EngineMethod(Method):
 
     def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
         """UserError where completions of the sampler that it built cannot be trained on with these settings."""
+
+    def room(self, sampler: Sampler) -> int | None:  # noqa: ARG002
+        """Return how many tokens of prompt and completion the sampler that it built takes; None for the model's own."""
+        return None
+
+    def refuse_length(self, sampler: Sampler, prompts: Iterable[int], completion: int) -> None:
+        """UserError where the sampler that it built has no room for prompts of these lengths and a completion."""
 
 
 class Sampler(Protocol):

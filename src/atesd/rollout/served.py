@@ -96,6 +96,21 @@ class VllmSampler:
             "without its cuts: set rollout.temperature = 1, or rollout.top_p = 1 and rollout.top_k = 0"
         )
 
+    @property
+    def room(self) -> int | None:
+        """Most tokens of a prompt and its completion."""
+        return self._served.length
+
+    def refuse_length(self, prompt: int, completion: int) -> None:
+        """UserError where the server's context holds no prompt and completion of so many tokens."""
+        limit = self._served.length
+        if limit and prompt + completion > limit:
+            raise UserError(
+                f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
+                f"vLLM server's context of {limit}: start it with a larger --max-model-len, lower max_new_tokens or "
+                "leave out the longest problems"
+            )
+
     def sync(self, weights: Weights) -> None:
         """Swap in the weights' adapter. UserError where that fails and the one before is older than `max_lag`."""
         self._trained = weights.version
@@ -131,7 +146,7 @@ class VllmSampler:
         if not prompts:
             return Submitted(list)
         assert all(prompts), "a prompt without tokens has nothing to continue"
-        self._check_context(max(map(len, prompts)), sampling.max_new_tokens)
+        self.refuse_length(max(map(len, prompts)), sampling.max_new_tokens)
         self._refuse_old()
         wanted = range(len(prompts)) if part is None else part
         orders = _orders(prompts, seed, once=sampling.temperature == 0)
@@ -266,15 +281,6 @@ class VllmSampler:
             stop=completion.stop,
             weights_version=self._trained if adapter is None else adapter.version,
         )
-
-    def _check_context(self, prompt: int, completion: int) -> None:
-        limit = self._served.length
-        if limit and prompt + completion > limit:
-            raise UserError(
-                f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
-                f"vLLM server's context of {limit}: start it with a larger --max-model-len, lower max_new_tokens or "
-                "leave out the longest problems"
-            )
 
 
 _FULL_WEIGHTS = (

@@ -55,6 +55,7 @@ class Server:
         self._clock = clock
         self._lock = threading.Lock()
         self._warned = False
+        self._has_answered = False
         self._client = _client(url, timeout_s, connections)
         self._direct = _client(url, timeout_s, 1)
         """For all that is asked without an `over`: it is not to wait until a completion has come."""
@@ -100,21 +101,29 @@ class Server:
         client = self._direct if over is None else self._client
         while True:
             try:
-                return self._answer(client.request(method, path, json=body), refuses)
+                answer = self._answer(client.request(method, path, json=body), refuses)
             except httpx2.TransportError as error:
                 why = _named(error)
             except _Away as error:
                 why = str(error)
+            else:
+                self._has_answered = True
+                return answer
             now = self._clock()
             since = now if math.isnan(since) else since
             self._failed(why)
             if now - since + delay > self._wait_s or (over is not None and over.is_set()):
                 raise UserError(
-                    f"the vLLM server at {self.url} did not answer for {self._wait_s:g} s ({why}): start it again and "
-                    "continue with atesd train --resume, or raise rollout.engine.wait_s"
+                    f"the vLLM server at {self.url} did not answer for {self._wait_s:g} s ({why}): {self._remedy}"
                 )
             self._pause(delay)
             delay = min(2 * delay, _LONGEST_PAUSE_S)
+
+    @property
+    def _remedy(self) -> str:
+        if self._has_answered:
+            return "start it again and continue with atesd train --resume, or raise rollout.engine.wait_s"
+        return "start it (docs/vllm.md), correct rollout.engine.url, or raise rollout.engine.wait_s"
 
     def _failed(self, why: str) -> None:
         """Count a failure, and say so once."""

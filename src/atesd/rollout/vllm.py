@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from torch import nn
@@ -50,6 +52,9 @@ class VllmEngine(EngineMethod):
     def _is_named(cls, value: object) -> object:
         if isinstance(value, list | tuple) and not value:
             raise ValueError('a list of no server: name one, such as "http://127.0.0.1:8000"')
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str) and not _is_address(each):
+                raise ValueError(f'{each!r} is no address of a server, such as "http://127.0.0.1:8000"')
         return value
 
     @property
@@ -75,3 +80,19 @@ class VllmEngine(EngineMethod):
     def refuse_training(self, sampler: Sampler, sampling: SamplingConfig) -> None:
         """UserError where the server cannot follow the weights, or give log-probabilities that correct a loss."""
         cast("VllmSampler", sampler).refuse_training(sampling)
+
+    def room(self, sampler: Sampler) -> int | None:
+        """Return the server's context, --max-model-len."""
+        return cast("VllmSampler", sampler).room
+
+    def refuse_length(self, sampler: Sampler, prompts: Iterable[int], completion: int) -> None:
+        """UserError where the server's context is too small for prompts of these lengths and a completion."""
+        cast("VllmSampler", sampler).refuse_length(max(prompts, default=0), completion)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text == text.strip()
+    except ValueError:  # of a port, or of brackets
+        return False

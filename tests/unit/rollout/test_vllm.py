@@ -372,6 +372,17 @@ def test_a_server_that_stays_away_ends_in_one_line(fake: FakeVllm, warned: list[
     fake.start()
 
 
+def test_a_server_that_never_answered_may_stand_elsewhere(
+    fake: FakeVllm, warned: list[warnings.WarningMessage]
+) -> None:
+    fake.stop()
+    with pytest.raises(
+        UserError, match=r"did not answer for 0.5 s .*: start it \(docs/vllm\.md\), correct .*engine\.url"
+    ):
+        sampler_of(fake, wait_s=0.5)
+    fake.start()
+
+
 def test_a_server_that_is_not_there_yet_is_waited_for(fake: FakeVllm, warned: list[warnings.WarningMessage]) -> None:
     fake.stop()
     starter = threading.Timer(0.5, fake.start)
@@ -470,6 +481,8 @@ def test_another_model_that_comes_while_the_trainer_updates_is_refused(
         ({"vocabulary": 33}, {}, r"\(it has more tokens than 32\)"),
         ({"max_rank": 1}, {}, r"takes no adapter of rank 2 \(LoRA rank 2 is greater.*start it with --max-lora-rank 8"),
         ({"allows_updates": False}, {}, "has no /v1/load_lora_adapter .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+        ({"max_length": 20}, {}, "context of 20 tokens, and the text .*: start it with a larger --max-model-len"),
+        ({"key": "k"}, {}, r"VLLM_API_KEY is not set \(Unauthorized\): let it hold what the server .*--api-key"),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused_at_the_start(
@@ -479,6 +492,38 @@ def test_a_server_that_does_not_fit_is_refused_at_the_start(
         sampler_of(fake, **settings)
 
 
+def test_a_key_that_is_not_the_servers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeVllm(key="theirs") as fake:
+        monkeypatch.setenv("VLLM_API_KEY", "ours")
+        with pytest.raises(UserError, match="VLLM_API_KEY is not the one that it wants"):
+            sampler_of(fake)
+        monkeypatch.setenv("VLLM_API_KEY", "theirs")
+        assert sampler_of(fake).sample(PROMPTS[1:2], SAMPLING, seed=5)
+
+
+def test_an_address_that_lists_no_models_is_refused(fake: FakeVllm) -> None:
+    """As with /v1 behind it, which clients of OpenAI's want."""
+    with pytest.raises(UserError, match=r"status 404 at /v1/models \(Not Found\): .* vLLM server, without /v1"):
+        VllmEngine(url=f"{fake.url}/v1", wait_s=5.0).build(*loaded())
+
+
+def test_a_server_that_completes_no_text_is_refused_at_the_start(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "_sampled", lambda _: (405, {"detail": "Not Allowed"}))
+    with pytest.raises(UserError, match=r"refuses to continue a text \(Not Allowed\): it must be vLLM 0\.10\.2"):
+        sampler_of(fake)
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_setting(fake: FakeVllm, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"cannot be written to .*file.* \(Not a directory\): .* rollout\.engine\.adapters"
+    ):
+        sampler_of(fake, adapters=str(tmp_path / "file"))
+    assert not fake.adapters
+
+
 def test_a_server_of_something_else_is_refused(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "_cards", lambda: None)
     with pytest.raises(UserError, match=r"answers, but lists no models at /v1/models"):
@@ -486,13 +531,14 @@ def test_a_server_of_something_else_is_refused(fake: FakeVllm, monkeypatch: pyte
 
 
 def test_a_prompt_that_the_server_has_no_room_for_is_refused() -> None:
-    with FakeVllm(max_length=9) as fake:
+    long = SAMPLING.model_copy(update={"max_new_tokens": 130})
+    with FakeVllm(max_length=133) as fake:
         sampler = sampler_of(fake)
         with pytest.raises(
-            UserError, match=r"prompt of 4 tokens .* of up to 6 .* context of 9: start it with a larger"
+            UserError, match=r"prompt of 4 tokens .* of up to 130 .* context of 133: start it with a larger"
         ):
-            sampler.sample(PROMPTS, SAMPLING, seed=5)
-        assert sampler.sample(PROMPTS[1:2], SAMPLING, seed=5)
+            sampler.sample(PROMPTS, long, seed=5)
+        assert sampler.sample(PROMPTS[1:2], long, seed=5)
 
 
 def test_other_weights_under_the_adapters_name_are_noticed_before_a_call(
@@ -683,10 +729,25 @@ def test_no_prompt_is_no_request(fake: FakeVllm) -> None:
     assert fake.asked == []
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://here", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://here",
+        "",
+        "http://",
+        "http://:8000",
+        "http://here:80a",
+        "http://here:8000 ",
+        "http://[::1",
+    ],
+)
 def test_an_address_is_one_of_http(url: str) -> None:
-    with pytest.raises(ValueError, match="url"):
-        VllmEngine(url=url)
+    for given in (url, ["http://here:8000", url]):
+        with pytest.raises(ValueError, match="is no address of a server, such as") as told:
+            VllmEngine.model_validate({"url": given})
+        assert told.value.error_count() == 1
+    assert VllmEngine(url="https://[::1]:8000/behind").urls == ("https://[::1]:8000/behind",)
 
 
 def test_a_list_of_no_address_says_what_to_write() -> None:
