@@ -87,6 +87,30 @@ def test_an_environment_of_several_turns_works_over_it(tmp_path: Path) -> None:
     assert later, "a later turn's prompt begins with an earlier one's"
 
 
+@pytest.mark.parametrize(("section", "longest"), [("rollout", 30), ("eval", 40)])
+def test_a_context_too_small_for_some_prompt_is_refused_before_anything_is_sampled(
+    section: str, longest: int, tmp_path: Path
+) -> None:
+    """Not in the step that draws that problem. The context is that which the text takes that names the model."""
+    tree = TREE | {section: TREE[section] | {"max_new_tokens": longest}}
+    with FakeVllm(max_length=127) as fake:
+        tree = tree | {
+            "prompt": TREE["prompt"] | {"student": "{problem}" + "+1" * 45, "evaluation": "{problem}" + "+1" * 45}
+        }
+        why = rf"a prompt of \d+ tokens plus a completion of up to {longest} .* context of 127: start it with a larger"
+        with pytest.raises(UserError, match=why):
+            started(fake, tmp_path / "run", tree)
+        assert fake.asked == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_episode_ends_where_the_servers_context_does(tmp_path: Path) -> None:
+    """The model's own has room for more."""
+    with FakeVllm(folder=PICO.with_name("pico-doors"), max_length=150) as fake:
+        trainer = started(fake, tmp_path / "run", TURNS)
+        assert trainer.parts.driver.room == 150
+
+
 def test_full_weights_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:
     tree = TREE | {"model": {"path": "pico"}}
     with FakeVllm() as fake:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from atesd.config import RunConfig
 from atesd.evaluate.runner import refuse_none
-from atesd.exposure.prompt import donors, evaluation_messages
+from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.kinds import ExactConfig
 from atesd.rollout.render import Renderer
+from atesd.rollout.sampler import Sampler
 from atesd.tasks.base import Task, check_disjoint, check_problems, refused_gold
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
@@ -115,6 +116,26 @@ def answerable(
         raise UserError(f"{what}, and no others are left: take shorter ones, or a model with a longer context")
     warnings.warn(f"dropped {what.replace('do not', 'which do not')}", stacklevel=2)
     return kept
+
+
+def refuse_lengths(
+    config: RunConfig,
+    sampler: Sampler,
+    renderer: Renderer,
+    problems: Sequence[Problem],
+    evaluation: Sequence[Problem],
+) -> None:
+    """UserError where the engine has no room for a prompt that fits the model, before the step that would ask for it.
+
+    What an environment adds to a prompt is not known here.
+    """
+    sampled = [
+        (problems, student_messages, config.rollout),
+        (evaluation, evaluation_messages, config.eval.sampling(config.rollout)),
+    ]
+    for asked, messages, sampling in sampled:
+        lengths = (len(renderer.student_ids(messages(each, config.prompt))) for each in asked)
+        config.rollout.engine.refuse_length(sampler, lengths, sampling.max_new_tokens)
 
 
 def warn_of_problems(config: RunConfig, problems: Sequence[Problem], renderer: Renderer, task: Task) -> None:

@@ -27,7 +27,7 @@ from atesd.sections import TeacherConfig
 from atesd.seeds import derive_seed
 from atesd.strength import Strength
 from atesd.tasks.base import Task
-from atesd.train.admit import fitting, refuse_hostile, sets_of, shown_instead, warn_of_problems
+from atesd.train.admit import fitting, refuse_hostile, refuse_lengths, sets_of, shown_instead, warn_of_problems
 from atesd.train.agree import PROMPTS, refuse_disagreement
 from atesd.train.asked import whole
 from atesd.train.batch import Row
@@ -166,6 +166,7 @@ def assemble(config: RunConfig) -> Parts:
     revealer = whole("revealer", config.reveal.build(facts))
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, sets["train"], sets["probe"]))
     problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
+    refuse_lengths(config, driver.sampler, renderer, [*problems, *sets["probe"]], sets["evaluation"])
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],
@@ -377,7 +378,8 @@ def sampling_side(
         guesses=engine.guesses,
     )
     if driver.environment.limit > 1:
-        driver = replace(driver, room=context_length(model))
+        rooms = filter(None, (context_length(model), engine.room(driver.sampler)))
+        driver = replace(driver, room=min(rooms, default=None))
     return driver, renderer, task
 
 
