@@ -160,7 +160,7 @@ METRICS: dict[str, str] = {
     "time/{}_s": "seconds spent in a phase of the step (exposure: what the policies say and learn; rows: routes, hints "
     "and the teacher's prompts; credit: measuring influence or paired credit)",
     "time/ahead_s": "seconds that the step's completions were under way; the step waited time/sample_s for them "
-    "(rollout.ahead)",
+    "(rollout.ahead); 0 where a checkpoint held them",
     "time/tokens_per_s": "sampled tokens a second",
     "memory/peak_mib": "peak memory of the process or device, MiB",
 }

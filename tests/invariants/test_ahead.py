@@ -125,6 +125,9 @@ def test_a_run_goes_on_bit_for_bit_with_what_was_under_way(watched: Any, tmp_pat
     with FakeVllm() as other:
         Trainer.resume(run, [f"rollout.engine.url={other.url}"]).train()
     assert outcome(run) == watched[2]
+    held = list(RunDir.open(run).metrics())[2]
+    assert held["time/ahead_s"] == 0, "nobody sampled"
+    assert "time/tokens_per_s" not in held, "nor at what speed"
 
 
 def test_a_server_that_is_killed_meanwhile_and_started_again_loses_nothing(watched: Any, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class Ahead:
     """What the next step will train on, where that is under way or was sampled already."""
 
     def __init__(self) -> None:
-        self._seconds = self._taken_s = 0.0
+        self._seconds = 0.0
+        self._taken_s: float | None = None
         self._problems: list[int] = []
         self._underway: Underway | None = None
         self._attempts: list[tuple[Trajectory, ...]] | None = None
@@ -50,9 +51,9 @@ class Ahead:
         return [Group(problem, each) for problem, each in zip(chosen, attempts, strict=True)]
 
     def seconds(self) -> dict[str, float]:
-        """Return how long what was taken last had been under way, once; nothing where it was not sampled here."""
-        taken, self._taken_s = self._taken_s, 0.0
-        return {"time/ahead_s": taken} if taken else {}
+        """Return how long what was taken last had been under way, once: 0 where a checkpoint held it."""
+        taken, self._taken_s = self._taken_s, None
+        return {} if taken is None else {"time/ahead_s": taken}
 
     def drop(self) -> None:
         """Give up what nobody will train on."""
@@ -72,6 +73,7 @@ class Ahead:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore what `state_dict` returned."""
         self._underway = self._attempts = None
+        self._seconds = 0.0
         if state is not None:
             self._problems = list(state["problems"])
             self._attempts = [tuple(_trajectory(each) for each in group) for group in state["attempts"]]

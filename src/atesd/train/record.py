@@ -186,9 +186,9 @@ def shades(hint: str, texts: Sequence[str], shares: Sequence[float]) -> list[tup
 
 
 def timings(phases: Mapping[str, float], seconds: float, tokens: float) -> dict[str, float]:
-    """Return the step's seconds by phase, sampling speed and the peak memory."""
+    """Return the step's seconds by phase, the peak memory, and where it sampled, or waited for that, the speed."""
     taken = {**phases, "time/step_s": seconds, "memory/peak_mib": peak_memory_mib()}
-    sampling = phases.get("time/ahead_s") or phases.get("time/sample_s")
+    sampling = phases.get("time/ahead_s", phases.get("time/sample_s"))
     if sampling:
         taken["time/tokens_per_s"] = tokens / sampling
     return taken
