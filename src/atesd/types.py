@@ -90,6 +90,8 @@ class Method(Config):
             raise TypeError(f"method {cls.__name__} does not declare {', '.join(missing)}: see {base}")
         if "kind" in cls.model_fields and not _takes(getattr(cls, "build", None), len(cls.build_takes)):
             raise TypeError(f"method {cls.__name__} must define build(self, {', '.join(cls.build_takes)})")
+        if "kind" in cls.model_fields and not _takes(getattr(cls, "describe", None), 0):
+            raise TypeError(f"method {cls.__name__} must define describe(self)")
 
 
 def _takes(build: object, count: int) -> bool:

@@ -73,5 +73,8 @@ def test_the_notebook_runs_and_the_page_names_what_there_is(tmp_path: Path, monk
     assert [row["step"] for row in names["rows"]] == [0, 1, 2, 3]
     assert (tmp_path / "library-run" / "report.html").is_file()
     page = (ROOT / "docs" / "library.md").read_text()
+    first = page.partition("```python\n")[2].partition("```")[0]
+    exec(first.replace("step.num_steps=60", 'step.num_steps=1", "step.problems=1", "eval.problems=1'), {})
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     public = re.findall(r"`([A-Za-z_]+)(?:\.[a-z]+)?`", "".join(line for line in page.splitlines() if line[:1] == "|"))
     assert set(public) - {"listener"} <= {*atesd.__all__, "name"}

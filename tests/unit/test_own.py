@@ -51,6 +51,10 @@ class Greedy(Half):
     def build(self, run, more):
         return Schedule(lambda step: more)
 
+class Wordy(Half):
+    def describe(self, unit):
+        return unit
+
 class Open(Half):
     def build(self, *given, share=0.25, **known):
         return Schedule(lambda step: share)
@@ -169,6 +173,7 @@ def test_every_part_is_open(tmp_path: Path) -> None:
         ("{file}:Silent", "method Silent does not declare reads_length, describe, build: see ExposureMethod"),
         ("{file}:Bare", "method Bare must define build(self, run)"),
         ("{file}:Greedy", "method Greedy must define build(self, run)"),
+        ("{file}:Wordy", "method Wordy must define describe(self)"),
         ("{file}x.py:Half", "there is no file"),
         ("{file}:", "names no class: write package.module:Class or path/to/file.py:Class"),
         (":Half", "names no class"),

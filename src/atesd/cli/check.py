@@ -16,6 +16,7 @@ from atesd.envs.textworld import TextWorld
 from atesd.exposure.prompt import PromptConfig
 from atesd.exposure.reveal import segmentation_warning
 from atesd.facts import RunFacts
+from atesd.packaged import packaged_recipes
 from atesd.rewards.kinds import ExactConfig, MathConfig
 from atesd.tasks.base import Task, check_disjoint, check_gold
 from atesd.tasks.benchmarks import BENCHMARKS, BenchmarkConfig
@@ -100,11 +101,16 @@ def check_experts(
         raise UserError(f"{failed} experts do not reach the goal, the first of them named above: mend or remove them")
 
 
+def _is_recipe(task: str) -> bool:
+    """Tell a recipe, by path or packaged name, from what `section_of` reads; `pico` is a task before it is a recipe."""
+    return task.endswith(".toml") or (task not in _KINDS and task in packaged_recipes() and not Path(task).exists())
+
+
 def environment_of(task: str, overrides: Sequence[str]) -> Environment | None:
     """Return the environment that a task is played in; None where its problems are answered in one turn."""
     if task in _PLAYED:
         return _PLAYED[task]().build(RunFacts())
-    if not task.endswith(".toml"):
+    if not _is_recipe(task):
         return None
     from atesd.recipe import load_config
 
@@ -165,7 +171,7 @@ def _show(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def task_of(task: str, overrides: Sequence[str] = ()) -> Task:
     """Turn a recipe, or what `section_of` reads, into a task; only a recipe's task holds problems out."""
-    if task.endswith(".toml"):
+    if _is_recipe(task):
         from atesd.recipe import load_config
 
         config = load_config(Path(task), overrides)
@@ -200,7 +206,7 @@ def section_of(task: str) -> dict[str, Any]:
         return {"kind": "jsonl", "path": task}
     if (Path(task) / "config.json").is_file():
         raise UserError(f"task {task!r} is a folder of a model or a run: give a recipe, or a file of problems")
-    if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or ("/" in task and not Path(task).exists()):
+    if task.endswith((".parquet", ".csv", ".tsv")) or Path(task).is_dir() or "/" in task or Path(task).is_file():
         return {"kind": "dataset", "path": task}
     raise UserError(
         f"task {task!r} is not known: give pico, doors, textworld, gym:NAME, a benchmark ({', '.join(BENCHMARKS)}), a "

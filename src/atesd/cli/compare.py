@@ -211,6 +211,8 @@ def make_plan(recipe: Path, overrides: Sequence[str], arms: Sequence[str] | None
         num_steps[arm], threads[arm] = armed.step.num_steps, armed.threads or 1
         if armed.model.dtype == "auto" and armed.model.lora is not None:
             automatic[arm] = armed
+    if not chosen:
+        raise UserError(f"--arms names no arm: the recipe and the built-in arms are {', '.join(known)}")
     return Plan(recipe, recipe_text(recipe), tuple(overrides), chosen, num_steps, threads, seeds, config, automatic)
 
 

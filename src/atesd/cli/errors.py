@@ -99,6 +99,8 @@ def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "atesd"
     message = error.format_message()  # type: ignore[attr-defined]
+    if re.fullmatch(r"--[\w-]+(\.[\w-]+)+", getattr(error, "option_name", "")):
+        return f"{message.rstrip('.')}: an override has no dashes, section.key=value"
     return f"{message.rstrip('.')} ({command} --help)" if message else ""
 
 

@@ -67,6 +67,7 @@ def run_eval(
     source = str(recipe or f"{run}/config.json")
     with announced_methods(console) if run_code else refused_methods(source):
         config = load_config(recipe) if recipe is not None else recipe_of(model, run, is_benchmark)
+    refuse_points(config.task)
     own = config
     if task is not None and not is_benchmark:
         config = with_task(config, task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def _opened(table: Table) -> Any:
         return _dataset(table)
     if path.suffix in SUFFIXES or path.exists():
         _existing(path)
-        raise UserError(f"{path} is no file that is read: give one of {', '.join(SUFFIXES)}")
+        packed = "unpack it, or " if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip") else ""
+        raise UserError(f"{path} is no file that is read: {packed}give one of {', '.join(SUFFIXES)}")
     if not _HUB_NAME.fullmatch(table.path):
         raise UserError(f"{table.path} does not exist: give a file, a folder, or a name on the hub (owner/name)")
     with _hub(table):
@@ -144,8 +146,34 @@ def _dataset(table: Table) -> Any:
     load = partial(_datasets().load_dataset, place, table.config, revision=table.revision)
     load = partial(load, streaming=table.streaming)
     if table.split is None:
-        return _split_of(_loaded(table, load), table)
-    return _loaded(table, partial(load, split=table.split))
+        data = _split_of(_loaded(table, load), table)
+    else:
+        data = _loaded(table, partial(load, split=table.split))
+    if path.is_dir():
+        _warn_of_unread(path, data.info.builder_name)
+    return data
+
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+"""How `datasets` calls what reads each of `SUFFIXES`."""
+
+
+def _warn_of_unread(folder: Path, reader: str) -> None:
+    """Name the files of other kinds: of a folder without a card, `datasets` reads the commonest kind alone."""
+    if reader not in _READERS.values() or (folder / "README.md").is_file():
+        return
+    found = (
+        file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.suffix in SUFFIXES and file.is_file()
+    )
+    seen = (name for name in found if not any(part.startswith((".", "_")) for part in name.parts))
+    unread = [str(name) for name in seen if _READERS[name.suffix] != reader]
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        warnings.warn(
+            f"{folder}: {unread[0]}{more} left unread, as files of one kind are read, {reader} here: give a folder of "
+            "one kind, or a file",
+            stacklevel=2,
+        )
 
 
 def _split_of(found: Any, table: Table) -> Any:

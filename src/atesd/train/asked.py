@@ -6,6 +6,7 @@ A wrong answer ends the run in one line, before anything is made of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import isfunction, signature
 from math import isfinite
 from operator import index
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from atesd.exposure.controller import Controller
 from atesd.exposure.reveal import Reveal
 from atesd.exposure.revealer import Revealer
 from atesd.gates.gate import Gate
+from atesd.gradients.rule import GradientRule
 from atesd.losses.divergence import TokenStreams
 from atesd.losses.stats import TokenStats
 from atesd.routing.route import Route, Router, RoutingMethod
@@ -39,16 +41,44 @@ _HAS = {
     "task": ("name", "default_reward", "train", "probe", "evaluation", "traits"),
 }
 """What is asked of each part."""
+_PROTOCOLS: dict[str, type] = {
+    "controller": Controller,
+    "revealer": Revealer,
+    "router": Router,
+    "curriculum": Curriculum,
+    "rule": GradientRule,
+}
+"""Parts whose verbs are asked by position."""
 
 
 def whole(name: str, part: T) -> T:
     """Return a part that was built, or put in place by hand. UserError where it lacks what it will be asked."""
     missing = [each for each in _HAS[name] if not hasattr(part, each)]
     if not missing:
+        _asked_as_written(name, part)
         return part
     given = "None" if part is None else f"of class {type(part).__name__}"
     stateless = ", or derive it from atesd.types.Stateless where it keeps no state" if "observe" in missing else ""
     raise UserError(f"the {name} is {given}, which has no {', '.join(missing)}: give it these{stateless}")
+
+
+def _asked_as_written(name: str, part: object) -> None:
+    """UserError where a verb of a part takes other arguments than its protocol says it is asked with."""
+    for verb in _HAS[name]:
+        protocol = getattr(_PROTOCOLS.get(name), verb, None)
+        if not isfunction(protocol):
+            continue
+        wanted = list(signature(protocol).parameters)[1:]
+        try:
+            signature(getattr(part, verb)).bind(*wanted)
+        except ValueError:  # a builtin that does not say what it takes
+            continue
+        except TypeError as error:
+            called = f"{type(part).__name__}.{verb}"
+            raise UserError(
+                f"{called} cannot be asked with ({', '.join(wanted)}): {error}: give it these parameters "
+                "(docs/extend.md)"
+            ) from None
 
 
 def proposed(

@@ -238,6 +238,29 @@ def test_the_folder_that_one_stands_in_is_a_folder_and_one_without_data_says_wha
         problems(tmp_path / "empty")
 
 
+def test_files_that_a_folder_holds_beside_those_of_the_kind_that_is_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for place in ("a.jsonl", "b.jsonl", "more/c.csv", "more/d.csv", ".hidden/e.csv"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text(f'{{"problem": "{name}", "solution": "#### 2"}}\n')
+    assert len(problems(folder)) == 2
+    for place in ("more/c.csv", ".hidden/e.csv"):
+        (folder / place).write_text("problem,solution\nq,#### 2\n")
+    with pytest.warns(UserWarning, match=r"more/c\.csv left unread, as files of one kind are read, json here: give"):
+        assert len(problems(folder)) == 2
+    (folder / "more/d.csv").write_text("problem,solution\nr,#### 2\n")
+    (folder / "c.jsonl").write_text('{"problem": "c", "solution": "#### 2"}\n')
+    with pytest.warns(UserWarning, match=r"more/c\.csv and 1 more left unread"):
+        assert len(problems(folder, split="train")) == 3
+
+
+def test_a_packed_file_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is no file that is read: unpack it, or give one of \.jsonl"):
+        problems(tmp_path / "a.jsonl.gz")
+
+
 def test_a_hub_that_cannot_be_reached_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi, constants
 

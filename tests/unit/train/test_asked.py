@@ -274,3 +274,39 @@ def test_a_part_that_lacks_what_it_will_be_asked_is_refused() -> None:
         whole("sampler", None)
     part = odd(next=[0])
     assert whole("curriculum", part) is part
+
+
+class Narrow(Stateless):
+    """A controller that was written without the pass rates."""
+
+    def propose(self, step: int, problem_ids: list[str]) -> list[float]:
+        """Return one ratio a problem."""
+        return [step / 10 for _ in problem_ids]
+
+
+class Idle(Stateless):
+    """One whose state asks for an argument."""
+
+    def propose(self, *asked: Any) -> list[float]:
+        """Return one ratio a problem."""
+        return [0.5 for _ in asked[1]]
+
+    def metrics(self, unit: str) -> dict[str, float]:  # type: ignore[override]
+        """Return what is logged."""
+        return {unit: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (
+            Narrow(),
+            "Narrow.propose cannot be asked with (step, problem_ids, pass_rates): too many positional arguments",
+        ),
+        (Idle(), "Idle.metrics cannot be asked with (): missing a required argument: 'unit': give it these parameters"),
+    ],
+)
+def test_a_verb_that_takes_other_arguments_is_refused_before_it_is_asked(part: object, says: str) -> None:
+    with pytest.raises(UserError) as told:
+        whole("controller", part)
+    assert str(told.value).startswith(says)
