@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, TypeVar
 
@@ -89,8 +89,15 @@ class EngineMethod(Method):
         """Return how many tokens of prompt and completion the sampler that it built takes; None for the model's own."""
         return None
 
-    def refuse_length(self, sampler: Sampler, prompts: Iterable[int], completion: int) -> None:
-        """UserError where the sampler that it built has no room for prompts of these lengths and a completion."""
+
+def refuse_beyond(room: int | None, prompt: int, completion: int) -> None:
+    """UserError where an engine with room for so many tokens does not hold a prompt and a completion."""
+    if room is not None and prompt + completion > room:
+        raise UserError(
+            f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
+            f"engine's context of {room}: start it with a larger one (vLLM: --max-model-len), lower max_new_tokens or "
+            "leave out the longest problems"
+        )
 
 
 class Sampler(Protocol):

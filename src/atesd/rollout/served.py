@@ -14,7 +14,7 @@ from atesd.rollout.answers import Completion, Order
 from atesd.rollout.identity import Base, identify
 from atesd.rollout.render import Renderer
 from atesd.rollout.requests import TRIES, Requests
-from atesd.rollout.sampler import Alone, SamplingConfig, Submitted, Team, Weights
+from atesd.rollout.sampler import Alone, SamplingConfig, Submitted, Team, Weights, refuse_beyond
 from atesd.rollout.server import Server
 from atesd.rollout.vllm import VllmEngine
 from atesd.seeds import derive_seed
@@ -101,16 +101,6 @@ class VllmSampler:
         """Most tokens of a prompt and its completion."""
         return self._served.length
 
-    def refuse_length(self, prompt: int, completion: int) -> None:
-        """UserError where the server's context holds no prompt and completion of so many tokens."""
-        limit = self._served.length
-        if limit and prompt + completion > limit:
-            raise UserError(
-                f"a prompt of {prompt} tokens plus a completion of up to {completion} (max_new_tokens) exceeds the "
-                f"vLLM server's context of {limit}: start it with a larger --max-model-len, lower max_new_tokens or "
-                "leave out the longest problems"
-            )
-
     def sync(self, weights: Weights) -> None:
         """Swap in the weights' adapter. UserError where that fails and the one before is older than `max_lag`."""
         self._trained = weights.version
@@ -146,7 +136,7 @@ class VllmSampler:
         if not prompts:
             return Submitted(list)
         assert all(prompts), "a prompt without tokens has nothing to continue"
-        self.refuse_length(max(map(len, prompts)), sampling.max_new_tokens)
+        refuse_beyond(self.room, max(map(len, prompts)), sampling.max_new_tokens)
         self._refuse_old()
         wanted = range(len(prompts)) if part is None else part
         orders = _orders(prompts, seed, once=sampling.temperature == 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
@@ -84,10 +83,6 @@ class VllmEngine(EngineMethod):
     def room(self, sampler: Sampler) -> int | None:
         """Return the server's context, --max-model-len."""
         return cast("VllmSampler", sampler).room
-
-    def refuse_length(self, sampler: Sampler, prompts: Iterable[int], completion: int) -> None:
-        """UserError where the server's context is too small for prompts of these lengths and a completion."""
-        cast("VllmSampler", sampler).refuse_length(max(prompts, default=0), completion)
 
 
 def _is_address(text: str) -> bool:

@@ -11,7 +11,7 @@ from atesd.exposure.prompt import donors, evaluation_messages, student_messages
 from atesd.rewards.exact import exact_reward
 from atesd.rewards.kinds import ExactConfig
 from atesd.rollout.render import Renderer
-from atesd.rollout.sampler import Sampler
+from atesd.rollout.sampler import refuse_beyond
 from atesd.tasks.base import Task, check_disjoint, check_problems, refused_gold
 from atesd.tasks.texts import fences, refuse_texts, unread
 from atesd.train.hints import Hints, refuse_overlong
@@ -120,22 +120,25 @@ def answerable(
 
 def refuse_lengths(
     config: RunConfig,
-    sampler: Sampler,
+    room: int | None,
+    context: int | None,
     renderer: Renderer,
     problems: Sequence[Problem],
     evaluation: Sequence[Problem],
 ) -> None:
-    """UserError where the engine has no room for a prompt that fits the model, before the step that would ask for it.
+    """UserError where an engine of less room than the model's has none for a prompt, before a step asks for it.
 
     What an environment adds to a prompt is not known here.
     """
+    if room is None or (context is not None and context <= room):
+        return
     sampled = [
         (problems, student_messages, config.rollout),
         (evaluation, evaluation_messages, config.eval.sampling(config.rollout)),
     ]
     for asked, messages, sampling in sampled:
-        lengths = (len(renderer.student_ids(messages(each, config.prompt))) for each in asked)
-        config.rollout.engine.refuse_length(sampler, lengths, sampling.max_new_tokens)
+        prompts = renderer.student_batch([messages(each, config.prompt) for each in asked])
+        refuse_beyond(room, max(map(len, prompts), default=0), sampling.max_new_tokens)
 
 
 def warn_of_problems(config: RunConfig, problems: Sequence[Problem], renderer: Renderer, task: Task) -> None:

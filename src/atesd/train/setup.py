@@ -159,14 +159,15 @@ def assemble(config: RunConfig) -> Parts:
     codes = with_codes(config.codes, model, config.model.path)
     driver, renderer, task = sampling_side(config, model, tokenizer, world)
     config.rollout.engine.refuse_training(driver.sampler, config.rollout)
+    context, room = context_length(model), config.rollout.engine.room(driver.sampler)
     driver = shared(driver, world)
     sets = sets_of(config, task)
     refuse_hostile(config, renderer, task, sets)
     facts = config.facts()
     revealer = whole("revealer", config.reveal.build(facts))
     hints = Hints(config.prompt, revealer, renderer, shown_instead(config, sets["train"], sets["probe"]))
-    problems, sets, dropped = fitting(config, hints, renderer, sets, context_length(model))
-    refuse_lengths(config, driver.sampler, renderer, [*problems, *sets["probe"]], sets["evaluation"])
+    problems, sets, dropped = fitting(config, hints, renderer, sets, context)
+    refuse_lengths(config, room, context, renderer, [*problems, *sets["probe"]], sets["evaluation"])
     facts = replace(
         facts,
         problem_ids=[problem.id for problem in problems],
