@@ -87,12 +87,15 @@ def test_an_environment_of_several_turns_works_over_it(tmp_path: Path) -> None:
     assert later, "a later turn's prompt begins with an earlier one's"
 
 
+@pytest.mark.parametrize("is_probed", [True, False])
 @pytest.mark.parametrize(("section", "longest"), [("rollout", 30), ("eval", 40)])
 def test_a_context_too_small_for_some_prompt_is_refused_before_anything_is_sampled(
-    section: str, longest: int, tmp_path: Path
+    section: str, longest: int, is_probed: bool, tmp_path: Path
 ) -> None:
     """Not in the step that draws that problem. The context is that which the text takes that names the model."""
     tree = TREE | {section: TREE[section] | {"max_new_tokens": longest}}
+    if not is_probed:
+        tree |= {"task": TREE["task"] | {"probe_size": 0}, "exposure": {"kind": "fixed"}}
     with FakeVllm(max_length=127) as fake:
         tree = tree | {
             "prompt": TREE["prompt"] | {"student": "{problem}" + "+1" * 45, "evaluation": "{problem}" + "+1" * 45}
