@@ -93,7 +93,8 @@ def test_a_context_too_small_for_some_prompt_is_refused_before_anything_is_sampl
     section: str, longest: int, is_probed: bool, tmp_path: Path
 ) -> None:
     """Not in the step that draws that problem. The context is that which the text takes that names the model."""
-    tree = TREE | {section: TREE[section] | {"max_new_tokens": longest}}
+    tree = TREE | {name: TREE[name] | {"max_new_tokens": 8} for name in ("rollout", "eval")}
+    tree |= {section: TREE[section] | {"max_new_tokens": longest}}
     if not is_probed:
         tree |= {"task": TREE["task"] | {"probe_size": 0}, "exposure": {"kind": "fixed"}}
     with FakeVllm(max_length=127) as fake:
